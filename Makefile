@@ -1,0 +1,53 @@
+# `make` alone lists the targets. Each one creates what it needs; Python 3.11 or newer is enough to start.
+
+SHELL := /bin/sh
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+# More pytest arguments: make test ARGS="-k invoke"
+ARGS ?=
+# The first Python on PATH that is new enough and can make a virtual environment, unless one is given: make demo BASE_PYTHON=...
+BASE_PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3 python; do \
+	"$$python" -c 'import ensurepip, sqlite3, sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
+	&& { echo "$$python"; break; }; done)
+PIP_INSTALL := $(PYTHON) -m pip install -qq --disable-pip-version-check
+
+.PHONY: help install demo test test-services check clean
+.DEFAULT_GOAL := help
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(VENV)/installed ## Create .venv and install requirements.txt
+
+$(VENV)/installed: requirements.txt
+	@test -n "$(BASE_PYTHON)" || { echo "Python 3.11 or newer, with venv and sqlite3, is needed and was not found on PATH." >&2; exit 1; }
+	@echo "Installing requirements.txt into $(VENV) ..."
+	@$(BASE_PYTHON) -m venv $(VENV)
+	@$(PIP_INSTALL) -r requirements.txt
+	@touch $@
+
+$(VENV)/installed-services: requirements-services.txt $(VENV)/installed
+	@echo "Installing requirements-services.txt into $(VENV) ..."
+	@$(PIP_INSTALL) -r requirements-services.txt
+	@touch $@
+
+demo: install ## Run the demo: parents that wait for children without a worker
+	@$(PYTHON) -m project.demo
+
+test: install ## Run the tests on the embedded default: SQLite and no broker
+	$(PYTHON) -m pytest $(ARGS)
+
+test-services: $(VENV)/installed-services ## Run the tests on each database and broker server
+	$(PYTHON) -m tests.services -- $(ARGS)
+
+check: install ## Lint, format, types, layers, migrations, Django's checks
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-cache --no-logo
+	$(PYTHON) manage.py makemigrations --check --dry-run --settings=tests.settings
+	$(PYTHON) manage.py check
+
+clean: ## Remove .venv, caches and the demo's database
+	rm -rf $(VENV) var build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,48 @@
+"""Durable child invocation for Django and Celery.
+
+Public names are imported when they are first used, so ``import conductor_app`` works before ``django.setup()``.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from conductor_app.context import ExecutionContext as ExecutionContext
+    from conductor_app.durable import DurableTask as DurableTask
+    from conductor_app.durable import durable_task as durable_task
+    from conductor_app.exceptions import ChildCancelled as ChildCancelled
+    from conductor_app.exceptions import ChildError as ChildError
+    from conductor_app.exceptions import ChildFailed as ChildFailed
+    from conductor_app.exceptions import ChildTimedOut as ChildTimedOut
+    from conductor_app.exceptions import ConductorError as ConductorError
+    from conductor_app.exceptions import LeaseLost as LeaseLost
+    from conductor_app.exceptions import SuspendExecution as SuspendExecution
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "ChildCancelled": "conductor_app.exceptions",
+    "ChildError": "conductor_app.exceptions",
+    "ChildFailed": "conductor_app.exceptions",
+    "ChildTimedOut": "conductor_app.exceptions",
+    "ConductorError": "conductor_app.exceptions",
+    "DurableTask": "conductor_app.durable",
+    "ExecutionContext": "conductor_app.context",
+    "LeaseLost": "conductor_app.exceptions",
+    "SuspendExecution": "conductor_app.exceptions",
+    "durable_task": "conductor_app.durable",
+}
+
+__all__ = [*sorted(_EXPORTS), "__version__"]  # noqa: PLE0604 - names, each a string
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,109 @@
+"""``settings.CONDUCTOR``, read once, checked whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from django.conf import settings as django_settings
+from django.core.exceptions import ImproperlyConfigured
+from django.core.signals import setting_changed
+
+
+@dataclass(frozen=True)
+class ConductorSettings:
+    """All keys of ``CONDUCTOR`` with their defaults. Times are seconds, sizes are bytes."""
+
+    #: How long a worker may run an execution without renewing its lease. A dead worker's executions are queued again
+    #: at most this long plus 1.2 sweeps after its death.
+    LEASE_SECONDS: float = 60.0
+    #: How often a running execution's lease is renewed; runs shorter than this write no heartbeat.
+    HEARTBEAT_SECONDS: float = 15.0
+    #: How often each worker's sweeper looks for due executions, timeouts, lost messages and lapsed leases.
+    SWEEP_SECONDS: float = 5.0
+    #: How long a queued execution's message may stay unanswered before it is published again; doubles up to 32 times.
+    REDISPATCH_SECONDS: float = 30.0
+    #: How often the sweeper looks for executions that wait for nothing. It should never find one.
+    AUDIT_SECONDS: float = 60.0
+    #: How often a worker with the ``memory://`` broker asks the database for due executions.
+    FEED_SECONDS: float = 0.05
+    #: How many rows one sweep takes in one statement.
+    SWEEP_BATCH: int = 500
+    #: Longest encoded payload.
+    MAX_PAYLOAD_BYTES: int = 1_048_576
+    #: Longest encoded result of a step or an execution.
+    MAX_RESULT_BYTES: int = 1_048_576
+    #: Longest stored error message, and longest stored traceback; more is cut.
+    MAX_ERROR_BYTES: int = 65_536
+    #: Deepest chain of parents and children.
+    MAX_DEPTH: int = 100
+    #: Most steps of one execution.
+    MAX_STEPS: int = 10_000
+    #: Whether a replay that passes another payload than the recorded one raises ``StepMismatch`` instead of a warning.
+    STRICT_REPLAY: bool = False
+
+    @classmethod
+    def from_dict(cls, values: Any) -> ConductorSettings:
+        """Return the checked settings.
+
+        Raises:
+            ImproperlyConfigured: A key is unknown, or a value has a wrong type or does not fit the others.
+        """
+        if not isinstance(values, dict):
+            raise ImproperlyConfigured(f"CONDUCTOR must be a dict, got {type(values).__name__}.")
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        checked: dict[str, Any] = {}
+        for key, value in values.items():
+            if key not in fields:
+                nearest = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
+                hint = f' Did you mean "{nearest[0]}"?' if nearest else f" Known keys: {', '.join(sorted(fields))}."
+                raise ImproperlyConfigured(f'CONDUCTOR has an unknown key "{key}".{hint}')
+            checked[key] = cls._check(key, value, type(fields[key].default))
+        result = cls(**checked)
+        if result.LEASE_SECONDS < 3 * result.HEARTBEAT_SECONDS:
+            raise ImproperlyConfigured(
+                f'CONDUCTOR["LEASE_SECONDS"] = {result.LEASE_SECONDS:g} must be at least 3 times '
+                f'CONDUCTOR["HEARTBEAT_SECONDS"] = {result.HEARTBEAT_SECONDS:g}: a lease must survive a late heartbeat.'
+            )
+        if result.SWEEP_SECONDS > result.LEASE_SECONDS:
+            raise ImproperlyConfigured(
+                f'CONDUCTOR["SWEEP_SECONDS"] = {result.SWEEP_SECONDS:g} must not exceed '
+                f'CONDUCTOR["LEASE_SECONDS"] = {result.LEASE_SECONDS:g}.'
+            )
+        return result
+
+    @staticmethod
+    def _check(key: str, value: Any, expected: type) -> Any:
+        if expected is bool:
+            if not isinstance(value, bool):
+                raise ImproperlyConfigured(f'CONDUCTOR["{key}"] must be True or False, got {value!r}.')
+            return value
+        allowed: tuple[type, ...] = (int,) if expected is int else (int, float)
+        if isinstance(value, bool) or not isinstance(value, allowed):
+            kind = "an integer" if expected is int else "a number of seconds"
+            raise ImproperlyConfigured(f'CONDUCTOR["{key}"] must be {kind}, got {value!r}.')
+        if not math.isfinite(value) or value <= 0:
+            raise ImproperlyConfigured(f'CONDUCTOR["{key}"] must be greater than 0, got {value!r}.')
+        return expected(value)
+
+
+@lru_cache(maxsize=1)
+def conductor_settings() -> ConductorSettings:
+    """Return the project's settings.
+
+    Raises:
+        ImproperlyConfigured: See ``ConductorSettings.from_dict``.
+    """
+    return ConductorSettings.from_dict(getattr(django_settings, "CONDUCTOR", {}))
+
+
+def _forget_settings(*, setting: str, **_kwargs: Any) -> None:
+    if setting == "CONDUCTOR":
+        conductor_settings.cache_clear()
+
+
+setting_changed.connect(_forget_settings, dispatch_uid="conductor_app.conf")

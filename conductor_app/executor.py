@@ -1,0 +1,292 @@
+"""One run: from a Celery delivery to a suspension or an outcome.
+
+``run`` is called by Celery's tracer in the place of the task's body. It returns the result and raises the final error
+as any task does, so Celery's own bookkeeping (result backend, callbacks, signals, Sentry) happens once, at the real
+end. Every other way to end a run raises ``RunEnded``, a ``celery.exceptions.Ignore``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import uuid
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from celery.exceptions import Ignore
+from django.db import DatabaseError, connections
+
+from conductor_app import steps, transitions
+from conductor_app.conf import conductor_settings
+from conductor_app.context import ExecutionContext
+from conductor_app.exceptions import (
+    AbandonRun,
+    CancelExecution,
+    ChildError,
+    ControlFlow,
+    LeaseLost,
+    NotSerializable,
+    PayloadTooLarge,
+    ReleaseExecution,
+    RetryExecution,
+    SuspendExecution,
+)
+from conductor_app.leases import Lease, keeper
+from conductor_app.models import Execution, database
+from conductor_app.serialization import describe, dumps, loads
+
+if TYPE_CHECKING:
+    from celery.app.task import Context
+
+    from conductor_app.durable import DurableTask
+
+logger = logging.getLogger("conductor_app.execution")
+
+#: Told by the worker: whether this worker shuts down.
+is_draining: Callable[[], bool] = lambda: False  # noqa: E731
+
+
+class RunEnded(Ignore):
+    """A run has ended without a final outcome; Celery acknowledges the message and records nothing.
+
+    It travels from the pool process to the worker's main process, which words the event and knows when to sweep next.
+
+    Args:
+        what: ``suspended``, ``retrying``, ``cancelled``, ``released``, ``dropped`` or ``abandoned``.
+        detail: The rest of the log line.
+        due_in: Seconds until the sweeper has something to do for this execution, if that is known.
+        step: The awaited step of a suspension.
+    """
+
+    def __init__(self, what: str, detail: str = "", due_in: float | None = None, step: str = "") -> None:
+        super().__init__(what, detail, due_in, step)
+        self.what = what
+        self.detail = detail
+        self.due_in = due_in
+        self.step = step
+
+    def __str__(self) -> str:
+        return f"{self.what}{': ' if self.detail else ''}{self.detail}"
+
+    def __repr__(self) -> str:
+        return f"<run {self}>"
+
+    @staticmethod
+    def describe(shown: str) -> str:
+        """Return what ``repr()`` of a ``RunEnded`` says, or an empty string for another exception's."""
+        return shown[5:-1] if shown.startswith("<run ") and shown.endswith(">") else ""
+
+
+def lease_owner(request: Context) -> str:
+    """Return the name under which this process holds leases: the worker's node name and the process id."""
+    return f"{request.hostname or socket.gethostname()}/{os.getpid()}"
+
+
+def run(task: DurableTask[Any, Any], execution_id: uuid.UUID) -> Any:
+    """Claim one execution and run its body until it ends or waits.
+
+    Returns:
+        The decoded result, as every replay and ``AsyncResult.get()`` see it.
+
+    Raises:
+        RunEnded: The execution is suspended, retried later, cancelled, or not ours.
+        Exception: What failed the execution for good.
+    """
+    request = task.request
+    try:
+        execution = transitions.claim(execution_id, lease_owner(request))
+    except DatabaseError as error:
+        # Nothing was claimed, the row is queued: the sweeper rings again.
+        logger.warning("Execution %s was not claimed, the database is away: %s", execution_id, error)
+        raise RunEnded("abandoned", "the database is away") from None
+    if execution is None:
+        raise RunEnded("dropped", "not queued, not due, or another run has it")
+    with keeper.hold(execution) as lease:
+        try:
+            return _run_claimed(task, execution, lease)
+        except AbandonRun as error:
+            logger.error("Run of execution %s is abandoned: %s", execution_id, error)
+            raise RunEnded("abandoned", str(error)) from None
+        except LeaseLost as error:
+            logger.warning("%s", error, extra={"execution_id": str(execution_id)})
+            raise RunEnded("dropped", "its lease is lost") from None
+
+
+def _run_claimed(task: DurableTask[Any, Any], execution: Execution, lease: Lease) -> Any:
+    # A first run has nothing to remember, so it does not ask.
+    fresh = execution.fence == 1
+    while True:
+        memory = {} if fresh else _recall(execution)
+        fresh = False
+        context = ExecutionContext(execution, memory, lease, task, draining=lambda: is_draining())
+        try:
+            result = _call_body(task, execution, context)
+        except _GoOn:
+            continue  # the awaited step was decided while the body unwound
+        return result
+
+
+class _GoOn(Exception):  # noqa: N818 - it is no error
+    """The body can be run again at once."""
+
+
+def _recall(execution: Execution) -> dict[str, steps.Memory]:
+    return transitions.patiently(lambda: steps.recall(execution.pk))
+
+
+def _call_body(task: DurableTask[Any, Any], execution: Execution, context: ExecutionContext) -> Any:
+    """Run the body once and carry out what it asks for."""
+    try:
+        with context.entered():
+            args, kwargs = loads(execution.payload)
+            value = task.run(context, *args, **kwargs)
+        if context.suspension is not None:
+            _report_swallowed(context, execution, "returned")
+            raise SuspendExecution
+    except SuspendExecution:
+        _suspend(task, execution, context)
+    except CancelExecution:
+        _cancel(execution)
+    except ReleaseExecution:
+        transitions.release(execution)
+        raise RunEnded("released", "the worker shuts down") from None
+    except (ControlFlow, LeaseLost):
+        raise
+    except Exception as error:  # noqa: BLE001 - the body may raise anything
+        if context.suspension is not None:
+            _report_swallowed(context, execution, f"raised {error!r}")
+            _suspend(task, execution, context)
+        _end_attempt(task, execution, error)
+    return _succeed(task, execution, value)
+
+
+def _succeed(task: DurableTask[Any, Any], execution: Execution, value: Any) -> Any:
+    try:
+        text = dumps(value, f"result of {execution.task}", conductor_settings().MAX_RESULT_BYTES)
+    except (NotSerializable, PayloadTooLarge) as error:
+        _end_attempt(task, execution, error)
+    _close_broken_connections()
+    transitions.succeed(execution, text)
+    _attach_canvas(task, execution)
+    return loads(text)
+
+
+def _suspend(task: DurableTask[Any, Any], execution: Execution, context: ExecutionContext) -> None:
+    assert context.suspension is not None  # noqa: S101 - set wherever SuspendExecution is raised
+    wait, _place = context.suspension
+    _close_broken_connections()
+    try:
+        suspended = transitions.suspend(execution, wait, before_commit=_state_writer(task, execution, wait))
+    except CancelExecution:
+        _cancel(execution)
+    if not suspended:
+        raise _GoOn
+    due_in = wait.timeout if isinstance(wait, transitions.Invocation) else getattr(wait, "seconds", None)
+    detail = f"waiting for step {wait.step!r}"
+    if isinstance(wait, transitions.Invocation):
+        detail += f" ({wait.child.task} {wait.child.id})"
+    raise RunEnded("suspended", detail, due_in, wait.step) from None
+
+
+def _cancel(execution: Execution) -> None:
+    _close_broken_connections()
+    transitions.cancel_running(execution)
+    raise RunEnded("cancelled", execution.cancel_reason, 0.0) from None
+
+
+def _end_attempt(task: DurableTask[Any, Any], execution: Execution, error: Exception) -> None:
+    """Retry later if the policy allows and attempts are left; else fail for good and raise the error."""
+    limit = conductor_settings().MAX_ERROR_BYTES
+    policy = task.retry_policy
+    delay: float | None = policy.delay(execution.attempt) if policy.allows(error) else None
+    if isinstance(error, RetryExecution):
+        delay = policy.delay(execution.attempt) if error.countdown is None else error.countdown
+        if isinstance(error.exc, Exception):
+            error = error.exc
+    _close_broken_connections()
+    failure = describe(error, limit)
+    attempts_left = execution.max_attempts is None or execution.attempt < execution.max_attempts
+    if delay is not None and attempts_left:
+        try:
+            transitions.retry_later(execution, failure, delay)
+        except CancelExecution:
+            _cancel(execution)
+        raise RunEnded(
+            "retrying", f"attempt {execution.attempt} failed ({failure.message.splitlines()[0]}), "
+            f"the next one is due in {delay:.3g}s", delay
+        ) from None
+    step, child_id = (error.step, error.child_id) if isinstance(error, ChildError) else ("", None)
+    transitions.fail(execution, failure, step=step, child_id=child_id)
+    _attach_canvas(task, execution)
+    raise error
+
+
+def _report_swallowed(context: ExecutionContext, execution: Execution, how: str) -> None:
+    wait, place = context.suspension or (None, "")
+    logger.error(
+        "%s swallowed the suspension at %s (step %r) and %s. It is suspended all the same. "
+        "Use `except Exception`, or re-raise conductor_app.SuspendExecution; do not return from `finally`.",
+        execution.task,
+        place,
+        getattr(wait, "step", ""),
+        how,
+        extra={"execution_id": str(execution.pk)},
+    )
+
+
+def _attach_canvas(task: DurableTask[Any, Any], execution: Execution) -> None:
+    """Give Celery's tracer what it needs to tell the world: callbacks, chain, chord, group.
+
+    Only now, when the execution has really ended: the tracer acts on them as soon as the run returns or raises.
+    """
+    options = execution.get_options()
+    if not options.get("announce"):
+        return
+    request = task.request
+    request.callbacks = options.get("link")
+    request.errbacks = options.get("link_error")
+    request.chain = options.get("chain")
+    request.chord = options.get("chord")
+    request.group = options.get("group_id")
+    request.group_index = options.get("group_index")
+    request.root_id = options.get("root_id") or str(execution.root_id)
+    request.conductor_announces = str(execution.pk)
+
+
+def _state_writer(
+    task: DurableTask[Any, Any], execution: Execution, wait: transitions.Wait
+) -> Callable[[], None] | None:
+    """Return what shows SUSPENDED in the result backend, for executions whose result goes there.
+
+    It runs while the execution's row is locked, so no later run can have written its result before.
+    """
+    options = execution.get_options()
+    if execution.parent_id is not None or options.get("ignore_result", True):
+        return None
+
+    def write() -> None:
+        child_id = wait.child.id if isinstance(wait, transitions.Invocation) else None
+        meta = {"waiting_for": wait.step, "child": None if child_id is None else str(child_id)}
+        connection = connections[database()]
+        mark = connection.savepoint() if connection.in_atomic_block else None
+        try:
+            task.backend.store_result(str(execution.pk), meta, "SUSPENDED", request=task.request)
+        except Exception as error:  # noqa: BLE001 - a result backend that is away must not stop the execution
+            if mark is not None:
+                connection.savepoint_rollback(mark)
+            logger.warning("SUSPENDED of execution %s was not written to the result backend: %s", execution.pk, error)
+        else:
+            if mark is not None:
+                connection.savepoint_commit(mark)
+
+    return write
+
+
+def _close_broken_connections() -> None:
+    """Close connections that the body left unusable, so that the outcome is written on a new one."""
+    for connection in connections.all(initialized_only=True):
+        if not connection.in_atomic_block:
+            connection.close_if_unusable_or_obsolete()
+
+

@@ -1,0 +1,1 @@
+"""What happens to executions beside the workers: the sweeper repairs, the pruner deletes."""

@@ -1,0 +1,94 @@
+"""Repair and timekeeping: what has to happen although no worker runs the execution.
+
+Each worker sweeps, and ``manage.py conductor sweep`` does the same without one. Any number of sweepers may run: each
+finding is taken by a guarded statement, so it is acted on once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from conductor_app import announcements, dispatch, steps, transitions
+from conductor_app.conf import conductor_settings
+from conductor_app.models import Execution, database
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def sweep(*, reclaim: bool = True, audit: bool = False, publish: bool = True) -> Counter[str]:
+    """Do all that is due, once.
+
+    Args:
+        reclaim: Whether to take executions away from workers whose leases have lapsed.
+        audit: Whether to look for executions that wait for nothing.
+        publish: Whether to publish messages; a worker with the ``memory://`` broker has its feed for that.
+
+    Returns:
+        How often each kind of finding was acted on.
+    """
+    found: Counter[str] = Counter()
+    if reclaim:
+        found["lapsed_leases"] = _each(_ids(Execution.objects.using(database()).lapsed()), transitions.lose)
+    found["overdue_steps"] = _each(steps.overdue(conductor_settings().SWEEP_BATCH), transitions.decide_overdue)
+    found["expired"] = _each(_ids(Execution.objects.using(database()).expired()), transitions.expire)
+    found["cancelled"] = cancel_flagged()
+    if audit:
+        found["stranded"] = _each(_ids(Execution.objects.using(database()).waiting_for_nothing()), _wake_stranded)
+    found["announced"] = _each(transitions.take_for_announcement(conductor_settings().SWEEP_BATCH), _deliver)
+    if publish:
+        found["published"] = publish_due()
+    return +found
+
+
+def publish_due(limit: int | None = None, queues: list[str] | None = None) -> int:
+    """Publish queued executions that are due, whose message was lost, or that no worker answered.
+
+    Args:
+        limit: At most so many; ``CONDUCTOR["SWEEP_BATCH"]`` by default.
+        queues: Only of these Celery queues.
+    """
+    taken = transitions.take_for_dispatch(limit or conductor_settings().SWEEP_BATCH, queues)
+    return sum(dispatch.publish(execution) for execution in taken)
+
+
+def cancel_flagged() -> int:
+    """Cancel queued and waiting executions that were flagged, and their descendants."""
+    done = 0
+    while flagged := _ids(Execution.objects.using(database()).to_cancel()):
+        cancelled = _each(flagged, transitions.cancel_flagged)
+        done += cancelled
+        if not cancelled:
+            break  # each was taken by somebody else, or the database refused
+    return done
+
+
+def _ids(executions: object) -> list[object]:
+    return list(executions.values_list("pk", flat=True)[: conductor_settings().SWEEP_BATCH])  # type: ignore[attr-defined]
+
+
+def _each(items: Iterable[T], act: Callable[[T], object]) -> int:
+    """Act on each item in a transaction of its own; one that fails does not stop the others."""
+    done = 0
+    for item in items:
+        try:
+            done += bool(act(item))
+        except Exception:
+            logger.exception("Sweeping %s failed; it will be tried again.", item)
+    return done
+
+
+def _wake_stranded(execution_id: object) -> bool:
+    healed = transitions.wake_stranded(execution_id)  # type: ignore[arg-type]
+    if healed:
+        logger.error("Execution %s was waiting for nothing: a lost wake-up is healed. Please report it.", execution_id)
+    return healed
+
+
+def _deliver(execution: Execution) -> bool:
+    announcements.deliver(execution)
+    return True

@@ -1,0 +1,174 @@
+"""``Execution``: one durable run of a task with one payload, from creation to a final status."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from django.db import models
+from django.db.models import Q
+from django.utils.translation import gettext_lazy as _
+
+from conductor_app.models.fields import ExactCharField, PartialIndex
+from conductor_app.models.querysets import ExecutionQuerySet
+from conductor_app.serialization import load_failure, loads
+from conductor_app.states import FINAL_STATUSES, ExecutionStatus
+
+_STATUS_CHOICES = [
+    (ExecutionStatus.QUEUED.value, _("queued")),
+    (ExecutionStatus.RUNNING.value, _("running")),
+    (ExecutionStatus.WAITING.value, _("waiting")),
+    (ExecutionStatus.SUCCEEDED.value, _("succeeded")),
+    (ExecutionStatus.FAILED.value, _("failed")),
+    (ExecutionStatus.CANCELLED.value, _("cancelled")),
+]
+
+
+class Execution(models.Model):
+    """What a durable task *is*: the truth behind every message, lease and result.
+
+    Rows change only in ``conductor_app.transitions`` (``lease_expires_at`` also in ``conductor_app.leases``), each
+    time by a compare-and-set on ``status`` and ``fence``.
+    """
+
+    #: Also the Celery task id of every run.
+    id = models.UUIDField(primary_key=True, editable=False)
+    task = ExactCharField(_("task"), max_length=255)
+    queue = ExactCharField(_("queue"), max_length=255)
+    priority = models.SmallIntegerField(_("priority"), null=True, blank=True)
+    #: ``[args, kwargs]``, as ``conductor_app.serialization`` stores it.
+    payload = models.TextField(_("payload"))
+    status = models.CharField(_("status"), max_length=16, choices=_STATUS_CHOICES)
+    #: The current attempt, counted from 1. Failures and crashes count it up, suspensions do not.
+    attempt = models.PositiveIntegerField(_("attempt"), default=1)
+    #: ``max_retries`` + 1; null is without limit.
+    max_attempts = models.PositiveIntegerField(_("attempts allowed"), null=True, blank=True)
+    result = models.TextField(_("result"), null=True, blank=True)  # noqa: DJ001 - no result is not an empty one
+    #: The last failure, or why it was cancelled.
+    error = models.TextField(_("error"), null=True, blank=True)  # noqa: DJ001
+    parent = models.ForeignKey(
+        "self", models.CASCADE, verbose_name=_("parent"), null=True, blank=True, related_name="children"
+    )
+    #: The top of the tree; a root names itself.
+    root = models.ForeignKey(
+        "self", models.CASCADE, verbose_name=_("root"), related_name="tree", db_constraint=False
+    )
+    depth = models.PositiveIntegerField(_("depth"), default=0)
+    #: Name of the step in the parent that this child stands for.
+    step = ExactCharField(_("step in parent"), max_length=128, blank=True, default="")
+
+    #: Counts claims. A run may write only while it holds the row's fence, so a zombie cannot.
+    fence = models.BigIntegerField(_("fence"), default=0)
+    #: ``<worker's node name>/<process id>`` of the run that holds the lease.
+    lease_owner = models.CharField(_("worker"), max_length=255, blank=True, default="")
+    lease_expires_at = models.DateTimeField(_("lease expires"), null=True, blank=True)
+
+    #: While queued: not to be claimed before.
+    due_at = models.DateTimeField(_("due"))
+    #: Celery's ``expires``: not to be started after.
+    deadline_at = models.DateTimeField(_("start deadline"), null=True, blank=True)
+    #: While queued: when the sweeper publishes the message (again).
+    dispatch_at = models.DateTimeField(_("next dispatch"), null=True, blank=True)
+    #: How often the sweeper has published since it was queued.
+    dispatches = models.PositiveIntegerField(_("dispatches"), default=0)
+    cancel_requested_at = models.DateTimeField(_("cancel requested"), null=True, blank=True)
+    cancel_reason = models.TextField(_("cancel reason"), blank=True, default="")
+    #: Final, and Celery (result backend, callbacks, chain, chord) has not been told yet: told again at this instant.
+    announce_at = models.DateTimeField(_("next announcement"), null=True, blank=True)
+    idempotency_key = ExactCharField(_("idempotency key"), max_length=255, null=True, blank=True)
+    #: Celery's options that outlive a suspension: link, link_error, chain, chord, group, headers, time limits.
+    options = models.TextField(_("Celery options"), blank=True, default="")
+
+    created_at = models.DateTimeField(_("created"))
+    started_at = models.DateTimeField(_("started"), null=True, blank=True)
+    finished_at = models.DateTimeField(_("finished"), null=True, blank=True)
+
+    objects = ExecutionQuerySet.as_manager()
+
+    class Meta:
+        verbose_name = _("execution")
+        verbose_name_plural = _("executions")
+        ordering: ClassVar[list[str]] = ["-id"]
+        indexes: ClassVar[list[models.Index]] = [
+            # The embedded feed and the sweeper: what is to be published.
+            PartialIndex(fields=["status", "dispatch_at"], where=Q(status="queued"), name="conductor_ex_dispatch"),
+            # The sweeper: whose worker died.
+            PartialIndex(
+                fields=["status", "lease_expires_at"], where=Q(status="running"), name="conductor_ex_lease"
+            ),
+            # The sweeper: what is to be cancelled.
+            PartialIndex(
+                fields=["cancel_requested_at"], where=Q(cancel_requested_at__isnull=False), name="conductor_ex_cancel"
+            ),
+            # The sweeper: whose outcome Celery has not been told.
+            PartialIndex(fields=["announce_at"], where=Q(announce_at__isnull=False), name="conductor_ex_announce"),
+            # The sweeper: what must not start any more.
+            PartialIndex(
+                fields=["status", "deadline_at"],
+                where=Q(status="queued", deadline_at__isnull=False),
+                name="conductor_ex_deadline",
+            ),
+            # The audit: who waits.
+            PartialIndex(fields=["status", "id"], where=Q(status="waiting"), name="conductor_ex_waiting"),
+        ]
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.UniqueConstraint(fields=["task", "idempotency_key"], name="conductor_ex_idempotency"),
+            models.CheckConstraint(
+                condition=Q(status__in=[status.value for status in ExecutionStatus]), name="conductor_ex_status"
+            ),
+            models.CheckConstraint(
+                condition=Q(status="running", lease_expires_at__isnull=False)
+                | (~Q(status="running") & Q(lease_expires_at__isnull=True)),
+                name="conductor_ex_running_has_lease",
+            ),
+            models.CheckConstraint(
+                condition=Q(
+                    status__in=sorted(status.value for status in FINAL_STATUSES), finished_at__isnull=False
+                )
+                | (
+                    ~Q(status__in=sorted(status.value for status in FINAL_STATUSES)) & Q(finished_at__isnull=True)
+                ),
+                name="conductor_ex_final_is_finished",
+            ),
+            models.CheckConstraint(
+                condition=Q(status="queued", dispatch_at__isnull=False)
+                | (~Q(status="queued") & Q(dispatch_at__isnull=True)),
+                name="conductor_ex_queued_is_dispatched",
+            ),
+            models.CheckConstraint(
+                condition=Q(parent__isnull=True, depth=0) | Q(parent__isnull=False, depth__gt=0),
+                name="conductor_ex_child_has_depth",
+            ),
+            models.CheckConstraint(condition=Q(fence__gte=0) & Q(attempt__gte=1), name="conductor_ex_counters"),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.task} {self.id}"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether nothing but an operator's retry will change it."""
+        return self.status in FINAL_STATUSES
+
+    @property
+    def args(self) -> list[Any]:
+        """The decoded positional arguments."""
+        return list(loads(self.payload)[0])
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """The decoded keyword arguments."""
+        return dict(loads(self.payload)[1])
+
+    @property
+    def error_message(self) -> str:
+        """The last failure's message, or an empty string."""
+        return load_failure(self.error).message if self.error else ""
+
+    def get_result(self) -> Any:
+        """Return the decoded result; ``None`` if there is none."""
+        return loads(self.result)
+
+    def get_options(self) -> dict[str, Any]:
+        """Return Celery's options that were carried over."""
+        return dict(loads(self.options) or {})
+

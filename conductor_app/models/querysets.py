@@ -1,0 +1,74 @@
+"""Named reads: callers say what they look for, the condition stands here once."""
+
+from __future__ import annotations
+
+import uuid
+from typing import TYPE_CHECKING, Self
+
+from django.db import models
+from django.db.models import Exists, OuterRef, Q
+
+from conductor_app import clock
+from conductor_app.sql import Literal
+from conductor_app.states import OPEN_STATUSES, ExecutionStatus
+
+if TYPE_CHECKING:
+    from conductor_app.models.execution import Execution  # noqa: F401
+
+
+class ExecutionQuerySet(models.QuerySet["Execution"]):
+    """Executions, by what may be done with them."""
+
+    def with_status(self, status: ExecutionStatus) -> Self:
+        """Executions of one status, in a form that a partial index serves."""
+        return self.filter(status=Literal(status.value))
+
+    def open(self) -> Self:
+        """Not final."""
+        return self.filter(status__in=sorted(OPEN_STATUSES))
+
+    def held_by(self, execution_id: uuid.UUID, fence: int) -> Self:
+        """The execution, if the run with this fence still holds it."""
+        return self.filter(pk=execution_id, fence=fence, status=ExecutionStatus.RUNNING)
+
+    def claimable(self) -> Self:
+        """Queued, due, neither cancelled nor expired."""
+        return self.filter(
+            Q(deadline_at__isnull=True) | Q(deadline_at__gt=clock.now()) | Q(started_at__isnull=False),
+            status=ExecutionStatus.QUEUED,
+            due_at__lte=clock.now(),
+            cancel_requested_at__isnull=True,
+        )
+
+    def to_dispatch(self) -> Self:
+        """Queued, and its message is to be published (again)."""
+        return self.with_status(ExecutionStatus.QUEUED).filter(dispatch_at__lte=clock.now()).order_by("dispatch_at")
+
+    def lapsed(self) -> Self:
+        """Running, and the worker has not renewed the lease in time."""
+        return (
+            self.with_status(ExecutionStatus.RUNNING)
+            .filter(lease_expires_at__lt=clock.now())
+            .order_by("lease_expires_at")
+        )
+
+    def to_cancel(self) -> Self:
+        """Flagged as cancelled, and no run is there to notice."""
+        return self.filter(
+            cancel_requested_at__isnull=False, status__in=[ExecutionStatus.QUEUED, ExecutionStatus.WAITING]
+        )
+
+    def expired(self) -> Self:
+        """Queued past Celery's ``expires``, never started."""
+        return self.with_status(ExecutionStatus.QUEUED).filter(deadline_at__lte=clock.now(), started_at__isnull=True)
+
+    def to_announce(self) -> Self:
+        """Final, and Celery has not been told."""
+        return self.filter(announce_at__lte=clock.now()).order_by("announce_at")
+
+    def waiting_for_nothing(self) -> Self:
+        """Waiting without a pending step: a lost wake-up, which must not happen."""
+        from conductor_app.models.step import Step  # noqa: PLC0415 - Step refers to Execution
+
+        pending = Step.objects.filter(execution=OuterRef("pk"), status="pending")
+        return self.with_status(ExecutionStatus.WAITING).filter(~Exists(pending))

@@ -1,0 +1,93 @@
+"""``Step``: what an execution remembers."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from django.db import models
+from django.db.models import Q
+from django.utils.translation import gettext_lazy as _
+
+from conductor_app.models.execution import Execution
+from conductor_app.models.fields import ExactCharField, PartialIndex
+from conductor_app.serialization import loads
+from conductor_app.states import OnTimeout, StepKind, StepStatus
+
+_KIND_CHOICES = [
+    (StepKind.STEP.value, _("step")),
+    (StepKind.INVOKE.value, _("invoke")),
+    (StepKind.SLEEP.value, _("sleep")),
+    (StepKind.EVENT.value, _("event")),
+]
+_STATUS_CHOICES = [
+    (StepStatus.PENDING.value, _("pending")),
+    (StepStatus.SUCCEEDED.value, _("succeeded")),
+    (StepStatus.FAILED.value, _("failed")),
+    (StepStatus.TIMED_OUT.value, _("timed out")),
+    (StepStatus.CANCELLED.value, _("cancelled")),
+]
+
+
+class Step(models.Model):
+    """One named outcome of an execution: what the *parent* knows, while the child's own row is what the child *is*.
+
+    An invocation's result is not copied: a succeeded step of kind ``invoke`` reads it from its child.
+    Rows change only in ``conductor_app.steps``.
+    """
+
+    id = models.BigAutoField(primary_key=True)
+    execution = models.ForeignKey(Execution, models.CASCADE, verbose_name=_("execution"), related_name="steps")
+    name = ExactCharField(_("name"), max_length=128)
+    kind = models.CharField(_("kind"), max_length=16, choices=_KIND_CHOICES)
+    status = models.CharField(_("status"), max_length=16, choices=_STATUS_CHOICES)
+    #: The task that an invocation names, to notice that the code has changed.
+    task = ExactCharField(_("task"), max_length=255, blank=True, default="")
+    payload_digest = models.CharField(_("payload digest"), max_length=32, blank=True, default="")
+    child = models.ForeignKey(
+        Execution,
+        models.SET_NULL,
+        verbose_name=_("child"),
+        null=True,
+        blank=True,
+        related_name="parent_step",
+        db_constraint=False,
+        db_index=False,
+    )
+    result = models.TextField(_("result"), null=True, blank=True)  # noqa: DJ001 - no result is not an empty one
+    error = models.TextField(_("error"), null=True, blank=True)  # noqa: DJ001
+    #: Seconds, as the caller gave them: for the error's text, and for a new deadline when an operator retries.
+    timeout_seconds = models.FloatField(_("timeout"), null=True, blank=True)
+    on_timeout = models.CharField(_("on timeout"), max_length=16, blank=True, default=OnTimeout.CANCEL.value)
+    #: While pending: when the sweeper decides it (a timeout, the end of a sleep).
+    deadline_at = models.DateTimeField(_("deadline"), null=True, blank=True)
+    attempt = models.PositiveIntegerField(_("attempt"), default=1)
+    #: The fence of the run that recorded it.
+    fence = models.BigIntegerField(_("fence"), default=0)
+    created_at = models.DateTimeField(_("created"))
+    finished_at = models.DateTimeField(_("finished"), null=True, blank=True)
+
+    class Meta:
+        verbose_name = _("step")
+        verbose_name_plural = _("steps")
+        ordering: ClassVar[list[str]] = ["id"]
+        indexes: ClassVar[list[models.Index]] = [
+            PartialIndex(fields=["status", "deadline_at"], where=Q(status="pending"), name="conductor_step_deadline"),
+        ]
+        constraints: ClassVar[list[models.BaseConstraint]] = [
+            models.UniqueConstraint(fields=["execution", "name"], name="conductor_step_name"),
+            models.CheckConstraint(
+                condition=Q(status__in=[status.value for status in StepStatus]), name="conductor_step_status"
+            ),
+            models.CheckConstraint(
+                condition=Q(status="pending", finished_at__isnull=True)
+                | (~Q(status="pending") & Q(finished_at__isnull=False)),
+                name="conductor_step_finished",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return self.name
+
+    def get_result(self) -> Any:
+        """Return the decoded result of a step of kind ``step`` or ``event``; ``None`` if there is none."""
+        return loads(self.result)

@@ -1,0 +1,72 @@
+"""What listens: Celery's start of a worker, and the log lines of our own signals."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from celery import signals as celery_signals
+
+from conductor_app import signals
+from conductor_app.exceptions import Failure
+from conductor_app.executor import RunEnded
+from conductor_app.models import Execution
+
+logger = logging.getLogger("conductor_app.execution")
+
+
+def prepare_worker(**kwargs: Any) -> None:
+    """Install the sweeper in a worker that starts, and show our system checks, which Celery hides."""
+    # Celery's worker modules are heavy, and web processes never need them.
+    from conductor_app import worker  # noqa: PLC0415
+    from conductor_app.checks import report_to_worker  # noqa: PLC0415
+
+    worker.install(**kwargs)
+    report_to_worker()
+
+
+def log_finished(execution: Execution, status: str, **_kwargs: Any) -> None:
+    """Write one line for each final status."""
+    logger.info("Execution %s of %s %s.", execution.pk, execution.task, status, extra=_ids(execution))
+
+
+def log_retrying(execution: Execution, failure: Failure, delay: float, **_kwargs: Any) -> None:
+    """Write one line for each lost or failed attempt."""
+    logger.warning(
+        "Execution %s of %s: attempt %s failed (%s: %s). Next attempt in %.3gs.",
+        execution.pk,
+        execution.task,
+        execution.attempt,
+        failure.type,
+        failure.message.splitlines()[0][:500],
+        delay,
+        extra=_ids(execution),
+    )
+
+
+def _ids(execution: Execution) -> dict[str, Any]:
+    return {
+        "execution_id": str(execution.pk),
+        "root_id": str(execution.root_id),
+        "task": execution.task,
+        "attempt": execution.attempt,
+    }
+
+
+class SuspensionWording(logging.Filter):
+    """Rewords Celery's line for an ended run: it says "ignored" where the execution is suspended."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Reword the record if it is about one of our runs; never drop it."""
+        data = getattr(record, "data", None)
+        if isinstance(data, dict) and data.get("description") == "ignored":
+            ended = RunEnded.describe(str(data.get("exc", "")))
+            if ended and isinstance(record.args, dict):
+                record.args = {**record.args, "description": ended}
+        return True
+
+
+celery_signals.celeryd_init.connect(prepare_worker, dispatch_uid="conductor_app.worker", weak=False)
+signals.execution_finished.connect(log_finished, dispatch_uid="conductor_app.log_finished", weak=False)
+signals.execution_retrying.connect(log_retrying, dispatch_uid="conductor_app.log_retrying", weak=False)
+logging.getLogger("celery.app.trace").addFilter(SuspensionWording())

@@ -1,0 +1,147 @@
+"""SQL that Django's ORM has no words for, and how to meet a database that is busy or away."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+from django.db import DatabaseError, InterfaceError, OperationalError, connections, transaction
+from django.db.models import Expression, Model, QuerySet
+from django.db.models.sql import UpdateQuery
+
+from conductor_app.exceptions import AbandonRun
+
+logger = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=Model)
+T = TypeVar("T")
+
+#: SQLSTATEs and error numbers after which the same transaction may simply be run again: serialization failure,
+#: deadlock, lock not available (PostgreSQL); deadlock, lock wait timeout (MySQL).
+_CONFLICT_CODES = {"40001", "40P01", "55P03", 1213, 1205}
+_CONFLICT_TRIES = 8
+
+
+class Literal(Expression):
+    """A constant written into the statement itself, so that the planner can match a partial index's condition."""
+
+    def __init__(self, value: str) -> None:
+        super().__init__()
+        if not value.isidentifier():
+            raise ValueError(f"not a plain word: {value!r}")
+        self.value = value
+
+    def as_sql(self, compiler: Any, connection: Any) -> tuple[str, list[Any]]:
+        del compiler, connection
+        return f"'{self.value}'", []
+
+
+def update_returning(queryset: QuerySet[M], returning: Iterable[str], **values: Any) -> list[M]:
+    """Update the rows of ``queryset`` and return them as they are afterwards, in one statement where there is one.
+
+    Without ``RETURNING`` (MySQL, MariaDB) the rows are locked and read first, so the guards in ``queryset`` still
+    decide; call it inside a transaction there.
+    """
+    connection = connections[queryset.db]
+    names = [queryset.model._meta.pk.attname, *returning]  # type: ignore[union-attr]
+    fields = [queryset.model._meta.get_field(name) for name in dict.fromkeys(names)]
+    if connection.vendor in ("postgresql", "sqlite"):
+        query = queryset.query.chain(UpdateQuery)
+        query.add_update_values(values)
+        sql, params = query.get_compiler(queryset.db).as_sql()
+        quote = connection.ops.quote_name
+        columns = ", ".join(quote(field.column) for field in fields)
+        return list(queryset.model._base_manager.using(queryset.db).raw(f"{sql} RETURNING {columns}", params))
+    with transaction.atomic(using=queryset.db, savepoint=False):
+        keys = list(queryset.select_for_update().values_list("pk", flat=True))
+        if not keys:
+            return []
+        rows = queryset.model._base_manager.using(queryset.db).filter(pk__in=keys)
+        rows.update(**values)
+        return list(rows.only(*(field.attname for field in fields)))
+
+
+def is_conflict(error: BaseException) -> bool:
+    """Tell whether ``error`` only means that another transaction was in the way."""
+    cause = error.__cause__ or error
+    code = getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None)
+    if code is None and cause.args:
+        code = cause.args[0]
+    if code in _CONFLICT_CODES:
+        return True
+    return "database is locked" in str(cause) or "database table is locked" in str(cause)
+
+
+def is_outage(error: BaseException) -> bool:
+    """Tell whether ``error`` means that the connection is gone or refused, so that a new one may help."""
+    return isinstance(error, (OperationalError, InterfaceError)) and not is_conflict(error)
+
+
+def persist(using: str, work: Callable[[], T], *, patience: float) -> T:
+    """Run ``work``, a transaction of guarded statements, until the database has taken it.
+
+    ``work`` must be safe to repeat: each statement is a compare-and-set, and a repetition after a lost ``COMMIT``
+    recognises its own writes.
+
+    Args:
+        using: Database alias.
+        work: Opens and commits its own transaction.
+        patience: Seconds to keep trying while the database is away.
+
+    Raises:
+        AbandonRun: The database was away for ``patience`` seconds.
+    """
+    conflicts = 0
+    pause = 0.1
+    give_up_at = time.monotonic() + patience
+    while True:
+        try:
+            with uninterrupted():
+                return work()
+        except DatabaseError as error:
+            if connections[using].in_atomic_block:
+                raise  # the caller's transaction is broken; only the caller can start it again
+            if is_conflict(error) and conflicts < _CONFLICT_TRIES:
+                conflicts += 1
+                time.sleep(random.uniform(0, 0.02 * 2**conflicts))
+                continue
+            if not is_outage(error) and not is_conflict(error):
+                raise
+            if time.monotonic() + pause > give_up_at:
+                raise AbandonRun(f"the database did not answer for {patience:g}s: {error}") from error
+            logger.warning("The database is away (%s); trying again in %.1fs.", error, pause)
+            with contextlib.suppress(Exception):
+                connections[using].close()
+            time.sleep(pause)
+            pause = min(pause * 2, 5.0)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Hold back Celery's soft time limit (SIGUSR1), which could otherwise be raised inside a ``COMMIT``."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def locked(queryset: QuerySet[M], *, skip: bool = False) -> QuerySet[M]:
+    """Lock the rows of ``queryset`` as weakly as the database can: inserts of children go on meanwhile.
+
+    SQLite has no row locks; there the transaction itself is exclusive (``transaction_mode: IMMEDIATE``).
+    """
+    features = connections[queryset.db].features
+    return queryset.select_for_update(
+        no_key=features.has_select_for_no_key_update,
+        skip_locked=skip and features.has_select_for_update_skip_locked,
+    )

@@ -1,0 +1,92 @@
+"""The statuses of executions and steps, and which moves are allowed. Plain data: no ORM, no Celery.
+
+``queued`` → ``running`` → ``waiting`` → ``queued`` → … → one of ``succeeded``, ``failed``, ``cancelled``.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from types import MappingProxyType
+
+
+class ExecutionStatus(StrEnum):
+    """Where an execution stands."""
+
+    #: Runnable now, or at ``due_at`` (a countdown, a retry). A worker's claim moves it on. A crash leaves nothing behind.
+    QUEUED = "queued"
+    #: A worker holds its lease. A crash leaves a lease that lapses; the sweeper then queues it again.
+    RUNNING = "running"
+    #: Suspended on a child, a sleep or an event. No worker is held; settling the awaited step moves it on.
+    WAITING = "waiting"
+    #: Final: the body returned, its result is stored.
+    SUCCEEDED = "succeeded"
+    #: Final: all attempts used, or an error that no retry can mend. A ``FailedExecution`` says why.
+    FAILED = "failed"
+    #: Final: cancelled by a person, by a parent, by a timeout, or expired before it started.
+    CANCELLED = "cancelled"
+
+
+class StepStatus(StrEnum):
+    """What an execution knows of one of its steps."""
+
+    #: Not decided: a child runs, a sleep lasts.
+    PENDING = "pending"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    TIMED_OUT = "timed_out"
+    CANCELLED = "cancelled"
+
+
+class StepKind(StrEnum):
+    """What stands behind a step."""
+
+    STEP = "step"
+    INVOKE = "invoke"
+    SLEEP = "sleep"
+    EVENT = "event"
+
+
+class OnTimeout(StrEnum):
+    """What happens to a child whose parent's timeout ended."""
+
+    CANCEL = "cancel"
+    ABANDON = "abandon"
+
+
+OPEN_STATUSES = frozenset({ExecutionStatus.QUEUED, ExecutionStatus.RUNNING, ExecutionStatus.WAITING})
+FINAL_STATUSES = frozenset({ExecutionStatus.SUCCEEDED, ExecutionStatus.FAILED, ExecutionStatus.CANCELLED})
+
+#: Every move that ``transitions.py`` makes. The audit in the tests holds real histories against it.
+ALLOWED_MOVES: MappingProxyType[ExecutionStatus, frozenset[ExecutionStatus]] = MappingProxyType(
+    {
+        ExecutionStatus.QUEUED: frozenset(
+            {ExecutionStatus.RUNNING, ExecutionStatus.CANCELLED},
+        ),
+        ExecutionStatus.RUNNING: frozenset(
+            {
+                ExecutionStatus.QUEUED,
+                ExecutionStatus.WAITING,
+                ExecutionStatus.SUCCEEDED,
+                ExecutionStatus.FAILED,
+                ExecutionStatus.CANCELLED,
+            }
+        ),
+        ExecutionStatus.WAITING: frozenset({ExecutionStatus.QUEUED, ExecutionStatus.CANCELLED}),
+        ExecutionStatus.SUCCEEDED: frozenset(),
+        # An operator's retry reopens these two, and nothing else does.
+        ExecutionStatus.FAILED: frozenset({ExecutionStatus.QUEUED, ExecutionStatus.WAITING}),
+        ExecutionStatus.CANCELLED: frozenset({ExecutionStatus.QUEUED, ExecutionStatus.WAITING}),
+    }
+)
+
+#: The state that Celery's ``AsyncResult`` shows for each status.
+CELERY_STATES: MappingProxyType[ExecutionStatus, str] = MappingProxyType(
+    {
+        ExecutionStatus.QUEUED: "PENDING",
+        ExecutionStatus.RUNNING: "STARTED",
+        ExecutionStatus.WAITING: "SUSPENDED",
+        ExecutionStatus.SUCCEEDED: "SUCCESS",
+        ExecutionStatus.FAILED: "FAILURE",
+        ExecutionStatus.CANCELLED: "REVOKED",
+    }
+)

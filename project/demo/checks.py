@@ -1,0 +1,124 @@
+"""What must hold after the run, with the figures that show it. Everything is read from the database."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from django.db.models import F, Sum
+
+from conductor_app.models import FailedExecution
+from conductor_app.states import FINAL_STATUSES, ExecutionStatus
+from project.demo.batch import Batch
+from project.demo.crash import Crash
+from project.shop.bank import DECLINED_TOKEN
+from project.shop.models import BankCall, Order
+from project.shop.tasks import charge
+
+
+@dataclass(frozen=True)
+class Check:
+    """One promise, whether it was kept, and the figures."""
+
+    promise: str
+    holds: bool
+    figures: str
+
+
+def check_all(batch: Batch, crash: Crash | None) -> Iterator[Check]:
+    """Check every promise."""
+    good = [order for order in batch.orders.values() if not order.card.startswith(DECLINED_TOKEN)]
+    yield check_orders(batch, len(good))
+    yield check_executions(batch)
+    yield check_cards(batch, good)
+    yield check_receipts(batch, good)
+    yield check_failures(batch, len(batch.orders) - len(good))
+    yield check_attempts(batch, crash)
+    yield check_recovery(batch, crash)
+
+
+def check_orders(batch: Batch, good: int) -> Check:
+    """Each order ended, as it should, and one execution ended it."""
+    declined = len(batch.orders) - good
+    statuses = Counter(Order.objects.filter(number__in=batch.numbers).values_list("status", flat=True))
+    parents = batch.parents.filter(status=ExecutionStatus.SUCCEEDED).count()
+    expected = Counter({Order.Status.SHIPPED.value: good, Order.Status.DECLINED.value: declined})
+    return Check(
+        "every order finished once",
+        statuses == expected and parents == len(batch.orders),
+        f"{_counts(statuses)}; {parents} of {len(batch.orders)} parents succeeded",
+    )
+
+
+def check_executions(batch: Batch) -> Check:
+    """Nothing hangs."""
+    statuses = Counter(batch.executions.values_list("status", flat=True))
+    is_final = set(statuses) <= FINAL_STATUSES
+    return Check("every execution is final", is_final, f"{statuses.total()} executions: {_counts(statuses)}")
+
+
+def check_cards(batch: Batch, good: list[Order]) -> Check:
+    """The bank moved money once for each order that it did not decline, and the right amount."""
+    payments = Counter(batch.payments.values_list("order_number", "amount"))
+    answers = Counter(batch.bank_calls.values_list("answer", flat=True))
+    repeated = answers[BankCall.Answer.REPEATED]
+    return Check(
+        "every card was charged once",
+        payments == Counter((order.number, order.total) for order in good),
+        f"{payments.total()} payments for {len(good)} good cards; {repeated} of {answers.total()} calls repeated"
+        " with the same idempotency key",
+    )
+
+
+def check_receipts(batch: Batch, good: list[Order]) -> Check:
+    """One receipt for each payment."""
+    receipts = Counter(batch.receipts.values_list("order__number", "bank_reference", "amount"))
+    payments = Counter(batch.payments.values_list("order_number", "reference", "amount"))
+    total = batch.receipts.aggregate(total=Sum("amount"))["total"]
+    return Check(
+        "every receipt was written once",
+        receipts == payments and receipts.total() == len(good),
+        f"{receipts.total()} receipts over {total}, as in the bank's books",
+    )
+
+
+def check_failures(batch: Batch, declined: int) -> Check:
+    """Only what the bank declined has failed, and each parent got to know."""
+    failures = FailedExecution.objects.filter(execution__in=batch.executions)
+    of_cards = failures.filter(task=charge.name, error_class__endswith=".CardDeclined").count()
+    notes = Order.objects.filter(
+        number__in=batch.numbers, note__startswith="Child execution failed: card declined: "
+    ).count()
+    return Check(
+        "failed executions are declined cards",
+        failures.count() == of_cards == notes == declined,
+        f"{failures.count()} failed, {of_cards} of them CardDeclined; {notes} parents caught ChildFailed",
+    )
+
+
+def check_attempts(batch: Batch, crash: Crash | None) -> Check:
+    """Waiting for a child costs a parent no attempt; only the crash cost one."""
+    runs, attempts = batch.parents.aggregate(runs=Sum("fence"), attempts=Sum("attempt")).values()
+    crashed = int(crash is not None and crash.execution_id in batch.orders)
+    return Check(
+        "parents waited without using up attempts",
+        attempts == len(batch.orders) + crashed,
+        f"{len(batch.orders)} parents, {runs} runs, {attempts} attempts",
+    )
+
+
+def check_recovery(batch: Batch, crash: Crash | None) -> Check:
+    """What the killed process ran was run again, and nothing else was."""
+    again = batch.executions.filter(attempt__gt=1)
+    recovered = again.filter(status__in=FINAL_STATUSES, finished_at__isnull=False).count()
+    lost = again.aggregate(lost=Sum(F("attempt") - 1))["lost"] or 0
+    return Check(
+        "what the killed process ran was recovered",
+        crash is not None and recovered == lost == 1 and again.filter(pk=crash.execution_id).exists(),
+        f"{int(crash is not None)} process killed, {lost} attempts lost, {recovered} executions recovered",
+    )
+
+
+def _counts(counter: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counter.most_common())

@@ -1,0 +1,170 @@
+"""Durable tasks for everything that can go wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+from conductor_app import ChildCancelled, ChildFailed, ChildTimedOut, ExecutionContext, durable_task
+from tests.app.ledger import note
+
+
+@durable_task
+def echo(ctx: ExecutionContext, value: Any = None) -> Any:
+    note(ctx, "body")
+    return value
+
+
+@durable_task
+def pass_through(ctx: ExecutionContext, value: Any = None) -> Any:
+    """Invoke ``echo`` and return what it returned."""
+    note(ctx, "body")
+    return ctx.invoke("echo", echo, {"value": value})
+
+
+@durable_task(max_retries=0)
+def boom(ctx: ExecutionContext, message: str = "card declined") -> None:
+    note(ctx, "body")
+    raise ValueError(message)
+
+
+@durable_task(max_retries=0)
+def parent_of_boom(ctx: ExecutionContext, message: str = "card declined") -> None:
+    note(ctx, "body")
+    ctx.invoke("charge", boom, {"message": message})
+
+
+@durable_task(max_retries=0)
+def grandparent_of_boom(ctx: ExecutionContext, message: str = "card declined") -> None:
+    note(ctx, "body")
+    ctx.invoke("sub", parent_of_boom, {"message": message})
+
+
+@durable_task(max_retries=0)
+def compensates(ctx: ExecutionContext) -> dict[str, str]:
+    """Catch the child's failure, and go on."""
+    note(ctx, "body")
+    try:
+        ctx.invoke("charge", boom)
+    except ChildFailed as error:
+        ctx.step("compensate", note, None, "compensate")
+        ctx.invoke("after", echo, {"value": 1})
+        return {"caught": str(error)}
+    return {"caught": ""}
+
+
+@durable_task(max_retries=2, retry_backoff=0.1, retry_jitter=False)
+def flaky(ctx: ExecutionContext, failures: int) -> int:
+    """Fail that often, then return the attempt."""
+    note(ctx, "body")
+    if ctx.attempt <= failures:
+        raise ConnectionError(f"attempt {ctx.attempt} failed")
+    return ctx.attempt
+
+
+@durable_task
+def slow(ctx: ExecutionContext, seconds: float, checkpoints: bool = False) -> str:
+    """Take that long."""
+    note(ctx, "body")
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        time.sleep(0.02)
+        if checkpoints:
+            ctx.checkpoint()
+    note(ctx, "slow-end")
+    return "done"
+
+
+@durable_task(max_retries=0)
+def waits_for_slow(
+    ctx: ExecutionContext, seconds: float, timeout: float | None = None, on_timeout: str = "cancel"
+) -> dict[str, str]:
+    note(ctx, "body")
+    return {"slow": ctx.invoke("slow", slow, {"seconds": seconds}, timeout=timeout, on_timeout=on_timeout)}
+
+
+@durable_task(max_retries=0)
+def catches_timeout(ctx: ExecutionContext, seconds: float, timeout: float) -> dict[str, str]:
+    note(ctx, "body")
+    try:
+        ctx.invoke("slow", slow, {"seconds": seconds}, timeout=timeout)
+    except ChildTimedOut as error:
+        return {"caught": str(error)}
+    return {"caught": ""}
+
+
+@durable_task(max_retries=0)
+def catches_cancel(ctx: ExecutionContext, seconds: float) -> dict[str, str]:
+    try:
+        ctx.invoke("slow", slow, {"seconds": seconds})
+    except ChildCancelled as error:
+        return {"caught": str(error)}
+    return {"caught": ""}
+
+
+@durable_task
+def naps(ctx: ExecutionContext, seconds: float) -> str:
+    note(ctx, "body")
+    ctx.sleep("nap", seconds)
+    return "rested"
+
+
+@durable_task(max_retries=2)
+def kills_its_process(ctx: ExecutionContext, times: int) -> int:
+    """Die like a process that the kernel kills, on the first attempts."""
+    note(ctx, "body")
+    if ctx.attempt <= times:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return ctx.attempt
+
+
+@durable_task(max_retries=0)
+def parent_of_killer(ctx: ExecutionContext, times: int) -> dict[str, int]:
+    note(ctx, "body")
+    return {"attempt": ctx.invoke("killer", kills_its_process, {"times": times})}
+
+
+@durable_task
+def steps_then_child(ctx: ExecutionContext) -> list[Any]:
+    """Two steps, a child, and a step after it."""
+    first = ctx.step("first", _noted, None, "first", 1)
+    second = ctx.atomic_step("second", _noted, None, "second", 2)
+    child = ctx.invoke("child", echo, {"value": 3})
+    last = ctx.step("last", _noted, None, "last", 4)
+    return [first, second, child, last]
+
+
+def _noted(execution_id: Any, key: str, value: Any) -> Any:
+    note(execution_id, key)
+    return value
+
+
+@durable_task
+def descend(ctx: ExecutionContext, levels: int) -> int:
+    """Invoke itself ``levels`` times, and count."""
+    if levels == 0:
+        return 0
+    return 1 + int(ctx.invoke("down", "tests.app.scenarios.descend", {"levels": levels - 1}))
+
+
+@durable_task(time_limit=1, max_retries=1, retry_backoff=0.1)
+def over_the_hard_limit(ctx: ExecutionContext) -> int:
+    note(ctx, "body")
+    if ctx.attempt == 1:
+        time.sleep(30)
+    return ctx.attempt
+
+
+@durable_task
+def add(ctx: ExecutionContext, x: int, y: int) -> int:
+    """Add by way of a child, so that it suspends."""
+    note(ctx, "body")
+    return int(ctx.invoke("echo", echo, {"value": x + y}))
+
+
+@durable_task
+def total(ctx: ExecutionContext, numbers: list[int]) -> int:
+    note(ctx, "body")
+    return sum(numbers)

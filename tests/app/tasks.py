@@ -1,0 +1,20 @@
+"""The tasks that the tests run."""
+
+import os
+
+from celery import shared_task
+
+from tests.app import origin, scenarios  # noqa: F401 - registers their tasks
+from tests.app.models import Ledger
+
+
+@shared_task
+def add(x, y):
+    """A plain Celery task: ``x + y``."""
+    return x + y
+
+
+@shared_task
+def record(key, value=""):
+    """A plain Celery task with a side effect: one ``Ledger`` row. Returns the id of the process that ran it."""
+    return Ledger.objects.create(key=key, value=value, pid=os.getpid()).pid

@@ -1,0 +1,63 @@
+"""Fixtures for every test: real workers, and what they leave behind."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from django.db import connection
+
+from tests.support.broker import purge
+from tests.support.databases import end_other_sessions
+from tests.support.worker import Worker
+
+WORKERS = pytest.StashKey[list[Worker]]()
+#: Queues that workers of this session have consumed, besides the default one.
+QUEUES: set[str] = set()
+
+
+@pytest.fixture
+def worker(request: pytest.FixtureRequest, transactional_db: None, tmp_path: Path) -> Iterator[Callable[..., Worker]]:
+    """A function that starts a worker and returns it when it is ready; it takes the arguments of ``Worker``.
+
+    Workers are killed when the test ends, and before the database is flushed.
+    """
+    workers = request.node.stash.setdefault(WORKERS, [])
+    purge(QUEUES)
+
+    def start(**options: Any) -> Worker:
+        started = Worker(tmp_path / f"worker-{len(workers) + 1}.log", **options)
+        workers.append(started)
+        QUEUES.update(started.queues)
+        return started.__enter__()
+
+    yield start
+    for started in workers:
+        started.__exit__(None, None, None)
+    end_other_sessions()
+
+
+@pytest.fixture(scope="session")
+def django_db_setup(django_db_setup: None, django_db_blocker: Any) -> Iterator[None]:
+    """As pytest-django's; but no session of a killed worker keeps the database from being dropped."""
+    yield
+    with django_db_blocker.unblock():
+        end_other_sessions()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "worker" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.worker)
+        if item.get_closest_marker("races") and connection.vendor != "postgresql":
+            item.add_marker(pytest.mark.skip(reason="needs two connections to PostgreSQL"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Any:
+    """Show the end of each worker's log with a failure."""
+    report = yield
+    if report.failed:
+        for worker in item.stash.get(WORKERS, []):
+            report.sections.append((f"Log of worker {worker.name} ({worker.pool})", worker.log_tail()))
+    return report

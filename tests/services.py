@@ -1,0 +1,277 @@
+"""Run the test suite once for each combination of database and broker server.
+
+    python -m tests.services [--only postgres-redis ...] [-- pytest arguments]
+
+The servers' addresses come from ``CONDUCTOR_TEST_{POSTGRES,MARIADB,REDIS,RABBITMQ}_URL``; by default all are on the
+loopback interface. A local server that is installed but does not answer is started. A combination whose server cannot
+be reached is skipped, or, with ``CI=true``, fails.
+
+Exit code: 0 if every combination passed, 1 if one failed, 3 if none failed but some were skipped.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import kombu
+import psycopg
+import pymysql
+import redis
+from rich.console import Console
+from rich.table import Table
+
+ANSWER_SECONDS = 5
+START_SECONDS = 60
+LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+EXIT_FAILED = 1
+EXIT_SKIPPED = 3
+
+console = Console(soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Server:
+    """One server: where it is, how to tell that it answers, and how to start it on this machine."""
+
+    name: str
+    url: str
+    ping: Callable[[str], object]
+    start_command: Callable[[int], list[str] | None]
+    default_port: int
+
+    def start(self) -> bool:
+        """Start the server if its address is this machine's and it is installed; tell whether it was tried."""
+        address = urlsplit(self.url)
+        command = self.start_command(address.port or self.default_port)
+        if address.hostname not in LOOPBACK or command is None or not (program := _which(command[0])):
+            return False
+        console.print(f"{self.name} does not answer, starting {command[0]} ...")
+        # In a session of its own: it goes on when the tests have ended.
+        subprocess.Popen(
+            [program, *command[1:]],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        return True
+
+
+@cache
+def unreachable(server: Server) -> str | None:
+    """Start the server if need be, and return why it cannot be used, or None if it answers."""
+    if not (reason := _no_answer(server)) or not server.start():
+        return reason
+    deadline = time.monotonic() + START_SECONDS
+    while reason and time.monotonic() < deadline:
+        time.sleep(0.5)
+        reason = _no_answer(server)
+    return reason
+
+
+def _no_answer(server: Server) -> str | None:
+    try:
+        server.ping(server.url)
+    except Exception as error:  # noqa: BLE001 - each driver has its own errors, and any of them is the answer
+        return f"{server.name} does not answer: {(str(error).splitlines() or [type(error).__name__])[0]}"
+    return None
+
+
+def _which(program: str) -> str | None:
+    # Servers often live where an ordinary user's PATH does not look.
+    return shutil.which(program, path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin"]))
+
+
+# Servers
+
+
+def ping_postgres(url: str) -> None:
+    psycopg.connect(url, connect_timeout=ANSWER_SECONDS).close()
+
+
+def start_postgres(port: int) -> list[str] | None:
+    """Debian's cluster on that port."""
+    if not (lister := _which("pg_lsclusters")):
+        return None
+    clusters = subprocess.run([lister, "--no-header"], capture_output=True, text=True, check=False).stdout
+    for cluster in clusters.splitlines():
+        version, name, cluster_port, *_ = cluster.split()
+        if int(cluster_port) == port:
+            return ["pg_ctlcluster", "--skip-systemctl-redirect", version, name, "start"]
+    return None
+
+
+def ping_mariadb(url: str) -> None:
+    address = urlsplit(url)
+    pymysql.connect(
+        host=address.hostname,
+        port=address.port or 3306,
+        user=unquote(address.username or ""),
+        password=unquote(address.password or ""),
+        connect_timeout=ANSWER_SECONDS,
+    ).close()
+
+
+def ping_redis(url: str) -> None:
+    with redis.from_url(url, socket_connect_timeout=ANSWER_SECONDS, socket_timeout=ANSWER_SECONDS) as client:
+        client.ping()
+
+
+def start_redis(port: int) -> list[str]:
+    """A server that keeps nothing on disk."""
+    address = ["--bind", "127.0.0.1", "-::1", "--port", str(port)]
+    return ["redis-server", *address, "--save", "", "--appendonly", "no", "--dir", tempfile.gettempdir()]
+
+
+def ping_rabbitmq(url: str) -> None:
+    with kombu.Connection(url, connect_timeout=ANSWER_SECONDS) as connection:
+        connection.connect()
+
+
+POSTGRES = Server(
+    name="PostgreSQL",
+    url=os.environ.get("CONDUCTOR_TEST_POSTGRES_URL", "postgres://postgres@127.0.0.1:5432/postgres"),
+    ping=ping_postgres,
+    start_command=start_postgres,
+    default_port=5432,
+)
+MARIADB = Server(
+    name="MariaDB",
+    url=os.environ.get("CONDUCTOR_TEST_MARIADB_URL", "mysql://root@127.0.0.1:3306/test"),
+    ping=ping_mariadb,
+    start_command=lambda port: ["mariadbd"] if port == 3306 else None,
+    default_port=3306,
+)
+REDIS = Server(
+    name="Redis",
+    url=os.environ.get("CONDUCTOR_TEST_REDIS_URL", "redis://127.0.0.1:6379/0"),
+    ping=ping_redis,
+    start_command=start_redis,
+    default_port=6379,
+)
+RABBITMQ = Server(
+    name="RabbitMQ",
+    url=os.environ.get("CONDUCTOR_TEST_RABBITMQ_URL", "amqp://guest:guest@127.0.0.1:5672//"),
+    ping=ping_rabbitmq,
+    start_command=lambda port: ["rabbitmq-server", "-detached"] if port == 5672 else None,
+    default_port=5672,
+)
+
+
+# Combinations
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A database and a broker; without a broker server, workers feed themselves from the database."""
+
+    name: str
+    database: Server
+    broker: Server | None
+
+    @property
+    def servers(self) -> list[Server]:
+        return [self.database, *([self.broker] if self.broker else [])]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "DATABASE_URL": self.database.url,
+            "CELERY_BROKER_URL": self.broker.url if self.broker else "memory://",
+        }
+
+
+COMBINATIONS = [
+    Combination("postgres-rabbitmq", POSTGRES, RABBITMQ),
+    Combination("postgres-redis", POSTGRES, REDIS),
+    Combination("postgres-memory", POSTGRES, None),
+    Combination("mariadb-redis", MARIADB, REDIS),
+]
+
+
+@dataclass
+class Outcome:
+    """What one combination came to."""
+
+    combination: Combination
+    verdict: str
+    reason: str = ""
+    counts: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0
+
+
+def run(combination: Combination, pytest_args: list[str]) -> Outcome:
+    """Run the suite on one combination, with pytest's output passed through."""
+    console.rule(combination.name)
+    reasons = [reason for server in combination.servers if (reason := unreachable(server))]
+    if reasons:
+        verdict = "failed" if os.environ.get("CI", "").lower() == "true" else "skipped"
+        console.print(f"{combination.name} {verdict}: {'; '.join(reasons)}", markup=False)
+        return Outcome(combination, verdict, "; ".join(reasons))
+    with tempfile.TemporaryDirectory(prefix="conductor-test-") as directory:
+        report = Path(directory, "report.xml")
+        start = time.monotonic()
+        exit_code = subprocess.run(
+            [sys.executable, "-m", "pytest", f"--junit-xml={report}", *pytest_args],
+            env={**os.environ, **combination.environment},
+            check=False,
+        ).returncode
+        seconds = time.monotonic() - start
+        reason = f"pytest ended with {exit_code}" if exit_code else ""
+        return Outcome(combination, "failed" if exit_code else "passed", reason, _counts(report), seconds)
+
+
+def _counts(report: Path) -> dict[str, int]:
+    try:
+        suites = list(ET.parse(report).getroot().iter("testsuite"))
+    except (OSError, ET.ParseError):  # pytest did not get as far as writing it
+        return {}
+    total = {key: sum(int(suite.get(key, 0)) for suite in suites) for key in ("tests", "failures", "errors", "skipped")}
+    failed = total["failures"] + total["errors"]
+    return {"passed": total["tests"] - failed - total["skipped"], "failed": failed, "skipped": total["skipped"]}
+
+
+def summary(outcomes: list[Outcome]) -> Table:
+    table = Table(title="Services", title_justify="left")
+    table.add_column("combination", no_wrap=True)
+    for column in ("passed", "failed", "skipped", "seconds"):
+        table.add_column(column, justify="right")
+    table.add_column("verdict")
+    colours = {"passed": "green", "failed": "red", "skipped": "yellow"}
+    for outcome in outcomes:
+        counts = [str(outcome.counts.get(key, "–")) for key in ("passed", "failed", "skipped")]
+        colour = colours[outcome.verdict]
+        verdict = f"[{colour}]{outcome.verdict}[/{colour}]"
+        table.add_row(outcome.combination.name, *counts, f"{outcome.seconds:.1f}", verdict)
+    return table
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.services", description=__doc__.splitlines()[0])
+    parser.add_argument("--only", action="append", choices=[c.name for c in COMBINATIONS], help="may be repeated")
+    parser.add_argument("pytest_args", nargs="*", metavar="pytest arguments", help="after --")
+    options = parser.parse_args()
+
+    chosen = [c for c in COMBINATIONS if not options.only or c.name in options.only]
+    outcomes = [run(combination, options.pytest_args) for combination in chosen]
+    console.print()
+    console.print(summary(outcomes))
+    for outcome in outcomes:
+        if outcome.reason:
+            console.print(f"{outcome.combination.name} {outcome.verdict}: {outcome.reason}", markup=False)
+    verdicts = {outcome.verdict for outcome in outcomes}
+    return EXIT_FAILED if "failed" in verdicts else EXIT_SKIPPED if "skipped" in verdicts else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""The project's settings, for the test suite and for the worker processes that it starts.
+
+``DATABASE_URL`` and ``CELERY_BROKER_URL`` choose the servers, as everywhere in the project. A worker process also gets,
+in its environment, the name of the test database and the test's own ``CONDUCTOR`` keys: see ``tests.support.worker``.
+"""
+
+import atexit
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from project import settings as project
+from project.settings import *  # noqa: F403
+
+INSTALLED_APPS = [*project.INSTALLED_APPS, "tests.app"]
+
+_database = project.DATABASES["default"]
+if _test_database := os.environ.get("CONDUCTOR_TEST_DATABASE_NAME"):
+    # A worker process: the database that the test process has already created.
+    _database["NAME"] = _test_database
+elif _database["ENGINE"].endswith(".sqlite3"):
+    # A file: worker processes have to open the same database, and cannot share an in-memory one.
+    _directory = tempfile.mkdtemp(prefix="conductor-test-")
+    atexit.register(shutil.rmtree, _directory, ignore_errors=True)
+    _database["TEST"] = {**_database.get("TEST", {}), "NAME": str(Path(_directory) / "test.sqlite3")}
+
+CONDUCTOR = {
+    **getattr(project, "CONDUCTOR", {}),
+    "LEASE_SECONDS": 3,
+    "HEARTBEAT_SECONDS": 0.5,
+    "SWEEP_SECONDS": 0.3,
+    "REDISPATCH_SECONDS": 1.5,
+    "AUDIT_SECONDS": 5,
+    **json.loads(os.environ.get("CONDUCTOR_TEST_OVERRIDES", "{}")),
+}
+
+# A queue and keys of its own, so that the suite takes nothing from a broker that others use too.
+CELERY_TASK_DEFAULT_QUEUE = "celery-test"
+if project.CELERY_BROKER_URL.startswith("redis"):
+    CELERY_BROKER_TRANSPORT_OPTIONS = {
+        **getattr(project, "CELERY_BROKER_TRANSPORT_OPTIONS", {}),
+        "unacked_key": "celery-test.unacked",
+        "unacked_index_key": "celery-test.unacked_index",
+        "unacked_mutex_key": "celery-test.unacked_mutex",
+    }
+
+PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
