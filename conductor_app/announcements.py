@@ -46,7 +46,7 @@ def deliver(execution: Execution) -> None:
         ignore_result=bool(options.get("ignore_result", True)),
         called_directly=False,
     )
-    backend = current_app.backend
+    backend: Any = current_app.backend
     store = not request.ignore_result
     if execution.status == ExecutionStatus.SUCCEEDED:
         result = execution.get_result()
@@ -57,10 +57,10 @@ def deliver(execution: Execution) -> None:
         error = ExecutionFailed(execution.error_message)
         backend.mark_as_failure(request.id, error, next(iter(trace), ""), request=request, store_result=store)
     elif execution.status == ExecutionStatus.CANCELLED:
-        error = ExecutionCancelled(execution.error_message)
-        backend.mark_as_revoked(request.id, str(error), request=request, store_result=store)
+        cancelled = ExecutionCancelled(execution.error_message)
+        backend.mark_as_revoked(request.id, str(cancelled), request=request, store_result=store)
         if request.errbacks:
-            backend._call_task_errbacks(request, error, None)
+            backend._call_task_errbacks(request, cancelled, None)
     else:
         return  # reopened meanwhile
     transitions.announced(execution.pk)
@@ -70,10 +70,11 @@ def _send_callbacks(request: Context, result: Any) -> None:
     """Send what Celery's tracer sends after a success (``celery.app.trace``, ``_dispatch_callbacks_and_chain``)."""
     shared = {"parent_id": request.id, "root_id": request.root_id}
     for callback in request.callbacks or ():
-        maybe_signature(callback, app=current_app).apply_async((result,), **shared)
+        _signature(callback).apply_async((result,), **shared)
     if request.chain:
-        chain = list(request.chain)
-        following = maybe_signature(chain.pop(), app=current_app)
-        following.apply_async((result,), chain=chain, **shared)
+        chain: list[Any] = list(request.chain)
+        _signature(chain.pop()).apply_async((result,), chain=chain, **shared)
 
 
+def _signature(stored: Any) -> Any:
+    return maybe_signature(stored, app=current_app)

@@ -58,7 +58,7 @@ def read(using: str) -> dt.datetime:
     """Return the database's clock, and what ``shift`` added to it; aware if ``USE_TZ`` is on."""
     connection = connections[using]
     expression = DatabaseNow()
-    compile_for_vendor = getattr(expression, f"as_{connection.vendor}", expression.as_sql)
+    compile_for_vendor: Any = getattr(expression, f"as_{connection.vendor}", expression.as_sql)
     sql, params = compile_for_vendor(None, connection)
     with connection.cursor() as cursor:
         cursor.execute(f"SELECT {sql}", params)

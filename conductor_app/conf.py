@@ -77,12 +77,12 @@ class ConductorSettings:
         return result
 
     @staticmethod
-    def _check(key: str, value: Any, expected: type) -> Any:
+    def _check(key: str, value: Any, expected: type[Any]) -> Any:
         if expected is bool:
             if not isinstance(value, bool):
                 raise ImproperlyConfigured(f'CONDUCTOR["{key}"] must be True or False, got {value!r}.')
             return value
-        allowed: tuple[type, ...] = (int,) if expected is int else (int, float)
+        allowed = int if expected is int else (int, float)
         if isinstance(value, bool) or not isinstance(value, allowed):
             kind = "an integer" if expected is int else "a number of seconds"
             raise ImproperlyConfigured(f'CONDUCTOR["{key}"] must be {kind}, got {value!r}.')

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Protocol, TypeVar, overload, runtime_checkable
+from typing import Any, NoReturn, ParamSpec, Protocol, TypeVar, overload, runtime_checkable
 
 from celery import Task, current_app
 from celery.canvas import Signature
@@ -30,15 +30,12 @@ from conductor_app.exceptions import (
     ChildFailed,
     ChildTimedOut,
     ContextClosed,
-    Failure,
     InvalidArgument,
     InvalidArgumentType,
     InvokeInsideTransaction,
     LeaseLost,
     MaxDepthExceeded,
     NestedDurableCall,
-    NotSerializable,
-    PayloadTooLarge,
     ReleaseExecution,
     RetryExecution,
     StepMismatch,
@@ -51,12 +48,9 @@ from conductor_app.exceptions import (
 from conductor_app.ids import derive_child_id
 from conductor_app.leases import Lease
 from conductor_app.models import Execution, database
-from conductor_app.serialization import describe, digest, round_trip, revive
+from conductor_app.serialization import describe, digest, revive, round_trip
 from conductor_app.sql import is_outage
 from conductor_app.states import OnTimeout, StepKind, StepStatus
-
-if TYPE_CHECKING:
-    from conductor_app.durable import DurableTask
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -105,7 +99,7 @@ class ExecutionContext:
         execution: Execution,
         memory: dict[str, steps.Memory],
         lease: Lease,
-        task: DurableTask[Any, Any] | None = None,
+        task: Task[Any, Any] | None = None,
         *,
         draining: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -149,7 +143,7 @@ class ExecutionContext:
         return self._execution.attempt
 
     @property
-    def task(self) -> DurableTask[Any, Any] | None:
+    def task(self) -> Task[Any, Any] | None:
         """The Celery task whose body this is."""
         return self._task
 
@@ -342,8 +336,11 @@ class ExecutionContext:
                     self._unrecorded = (step, error)
                 raise
         self._memory.update(
-            {step: steps.Memory(step, StepKind.STEP, StepStatus.SUCCEEDED, "", "", None, None, text, None,
-                                self._execution.fence)}
+            {
+                step: steps.Memory(
+                    step, StepKind.STEP, StepStatus.SUCCEEDED, "", "", None, None, text, None, self._execution.fence
+                )
+            }
         )
         self._replayed += 1
         if cancelled:
@@ -353,7 +350,9 @@ class ExecutionContext:
     def _begin_step(self, step: str, fn: object, call: str) -> tuple[bool, Any]:
         self._enter(step, call)
         if not callable(fn):
-            raise InvalidArgumentType(f"{call} needs a callable, got {type(fn).__name__}. Pass the function, not its result.")
+            raise InvalidArgumentType(
+                f"{call} needs a callable, got {type(fn).__name__}. Pass the function, not its result."
+            )
         remembered = self._recall(step, StepKind.STEP)
         if remembered is None:
             return False, None
@@ -408,7 +407,9 @@ class ExecutionContext:
             self._checked_at = time.monotonic()
             transitions.check_held(self._execution)
 
-    def retry(self, *, exc: BaseException | None = None, countdown: float | dt.timedelta | None = None) -> RetryExecution:
+    def retry(
+        self, *, exc: BaseException | None = None, countdown: float | dt.timedelta | None = None
+    ) -> RetryExecution:
         """Return an exception to raise: ``raise ctx.retry(countdown=10)`` ends this attempt and asks for another.
 
         Args:
@@ -467,7 +468,9 @@ class ExecutionContext:
 
     def _usable(self, call: str) -> None:
         if self._closed:
-            raise ContextClosed(f"{call} was called after the run had ended. A context is good for one run of the body.")
+            raise ContextClosed(
+                f"{call} was called after the run had ended. A context is good for one run of the body."
+            )
         if threading.get_ident() != self._thread:
             raise WrongThread(f"{call} was called in another thread than the one that runs the body.")
         if self._inside is not None:
@@ -481,21 +484,20 @@ class ExecutionContext:
     def _lease_must_hold(self) -> None:
         if self._lease.lost:
             raise LeaseLost(
-                f"The lease of execution {self._execution.pk} is lost: another run took over. This run can write no more."
+                f"The lease of execution {self._execution.pk} is lost: another run took over. "
+                "This run can write no more."
             )
         if self._lease.cancel_requested:
             raise CancelExecution
 
-    def _recall(
-        self, step: str, kind: StepKind, *, task: str = "", payload_digest: str = ""
-    ) -> Any:
+    def _recall(self, step: str, kind: StepKind, *, task: str = "", payload_digest: str = "") -> Any:
         remembered = self._memory.get(step)
         if remembered is None:
             limit = conductor_settings().MAX_STEPS
             if len(self._memory) >= limit:
                 raise TooManySteps(
-                    f'"{step}" would be step number {limit + 1} of execution {self._execution.pk}; the limit is {limit}. '
-                    'Split the work into children, or raise CONDUCTOR["MAX_STEPS"].'
+                    f'"{step}" would be step number {limit + 1} of execution {self._execution.pk}; '
+                    f'the limit is {limit}. Split the work into children, or raise CONDUCTOR["MAX_STEPS"].'
                 )
             return None
         self._replayed += 1
@@ -511,7 +513,8 @@ class ExecutionContext:
             )
         if remembered.payload_digest != payload_digest:
             message = (
-                f'Step "{step}" was recorded with another payload than the code now passes; the recorded outcome counts. '
+                f'Step "{step}" was recorded with another payload than the code now passes; '
+                "the recorded outcome counts. "
                 "Payloads should follow from the execution's own payload and earlier steps."
             )
             if conductor_settings().STRICT_REPLAY:
@@ -580,9 +583,7 @@ def _check_step_name(step: object) -> None:
     if not step:
         raise InvalidArgument(f"step name must be 1–{_STEP_NAME_LENGTH} characters")
     if len(step) > _STEP_NAME_LENGTH:
-        raise InvalidArgument(
-            f"step name must be 1–{_STEP_NAME_LENGTH} characters: {len(step)} > {_STEP_NAME_LENGTH}"
-        )
+        raise InvalidArgument(f"step name must be 1–{_STEP_NAME_LENGTH} characters: {len(step)} > {_STEP_NAME_LENGTH}")
     if not _STEP_NAME.match(step):
         raise InvalidArgument(f"step name {step!r} must match {_STEP_NAME_PATTERN}: ASCII letters, digits and _ . : -")
 
@@ -611,7 +612,9 @@ def _looks_like_milliseconds(seconds: float) -> bool:
     return seconds > LONG_TIMEOUT_SECONDS or (seconds >= 10_000 and seconds % 1_000 == 0)
 
 
-def _resolve_child(child: object, payload: object, call: str) -> tuple[Invocable, list[Any], dict[str, Any], dict[str, Any]]:
+def _resolve_child(
+    child: object, payload: object, call: str
+) -> tuple[Invocable, list[Any], dict[str, Any], dict[str, Any]]:
     """Return the child's task, its arguments and its own Celery options."""
     options: dict[str, Any] = {}
     args: list[Any] = []
@@ -623,7 +626,7 @@ def _resolve_child(child: object, payload: object, call: str) -> tuple[Invocable
             )
         if payload is not None:
             raise InvalidArgumentType(f"{call} got a signature and a payload. Put the arguments into the signature.")
-        name, args, kwargs, options = child.task, list(child.args), dict(child.kwargs), dict(child.options)
+        name, args, kwargs, options = str(child.task), list(child.args), dict(child.kwargs), dict(child.options)
     else:
         if isinstance(child, str):
             name = child
@@ -688,5 +691,3 @@ def _caller() -> str:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         frame = frame.f_back
     return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
-
-

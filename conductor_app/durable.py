@@ -8,7 +8,7 @@ import inspect
 import math
 import uuid
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
+from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar, cast, overload
 
 from celery import current_app, shared_task
 from celery.app.task import Context, Task
@@ -51,7 +51,7 @@ _KEPT_ROUTING = ("exchange", "routing_key")
 _defined_at: dict[str, tuple[str, str]] = {}
 
 
-class DurableResult(AsyncResult):
+class DurableResult(AsyncResult[R]):
     """An ``AsyncResult`` that refuses to be waited for inside a durable body."""
 
     def get(self, *args: Any, **kwargs: Any) -> Any:
@@ -68,7 +68,7 @@ class DurableResult(AsyncResult):
         return super().get(*args, **kwargs)
 
 
-class DurableTask(DjangoTask, Generic[P, R]):  # type: ignore[misc]
+class DurableTask(DjangoTask[P, R]):
     """The Celery task behind ``@durable_task``; its ``run`` is the decorated function."""
 
     abstract = True
@@ -102,7 +102,7 @@ class DurableTask(DjangoTask, Generic[P, R]):  # type: ignore[misc]
             )
         return executor.run(self, self._adopt(request, args, kwargs))
 
-    def apply_async(  # type: ignore[override]  # noqa: PLR0913 - Celery's signature
+    def apply_async(
         self,
         args: Any = None,
         kwargs: Any = None,
@@ -130,7 +130,7 @@ class DurableTask(DjangoTask, Generic[P, R]):  # type: ignore[misc]
         """
         del producer
         options = {
-            **{key: value for key, value in self._get_exec_options().items() if value is not None},
+            **{key: value for key, value in cast(Any, self)._get_exec_options().items() if value is not None},
             **options,
             "link": link,
             "link_error": link_error,
@@ -174,7 +174,7 @@ class DurableTask(DjangoTask, Generic[P, R]):  # type: ignore[misc]
         execution, _created = transitions.create(new)
         return cast("EagerResult[R]", inline.run_eagerly(execution, self.app))
 
-    def AsyncResult(self, task_id: str, **kwargs: Any) -> AsyncResult[R]:  # type: ignore[override]  # noqa: N802
+    def AsyncResult(self, task_id: str, **kwargs: Any) -> AsyncResult[R]:  # noqa: N802
         """Return the result object of an execution's id."""
         return DurableResult(task_id, app=self.app, task_name=self.name, **kwargs)
 
@@ -250,13 +250,14 @@ class DurableTask(DjangoTask, Generic[P, R]):  # type: ignore[misc]
             raise InvalidArgumentType(f"{what} does not fit {self.name}{signature}: {error}") from None
 
     def _queue_name(self, options: Mapping[str, Any], args: list[Any], kwargs: Mapping[str, Any]) -> str:
-        queue = options.get("queue")
+        queue: Any = options.get("queue")
         if isinstance(queue, str) and queue:
             return queue
         if queue is not None and hasattr(queue, "name"):
             return str(queue.name)
         routing = {name: options[name] for name in ("exchange", "routing_key") if name in options}
-        route = self.app.amqp.router.route(routing, self.name, args, dict(kwargs), self)
+        router: Any = self.app.amqp.router
+        route = router.route(routing, self.name, args, dict(kwargs), self)
         found = route.get("queue")
         return str(getattr(found, "name", found) or self.app.conf.task_default_queue)
 
@@ -376,7 +377,8 @@ def _register(options: Mapping[str, Any], fn: Callable[..., Any]) -> Any:
     celery_options.setdefault("base", DurableTask)
     if not issubclass(celery_options["base"], DurableTask):
         raise TypeError(f"base must derive from conductor_app.DurableTask, got {celery_options['base'].__name__}.")
-    return shared_task(fn, retry_policy=policy, **celery_options)
+    register: Any = shared_task  # its stubs know no custom options
+    return register(fn, retry_policy=policy, **celery_options)
 
 
 def _check_body(fn: Any, options: Mapping[str, Any]) -> None:
@@ -389,7 +391,9 @@ def _check_body(fn: Any, options: Mapping[str, Any]) -> None:
     if not inspect.isfunction(fn):
         raise TypeError(f"@durable_task needs a function, got {type(fn).__name__} {name}.")
     if inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn):
-        raise TypeError(f"{name} is async. A durable body is an ordinary function; use asgiref.sync.async_to_sync inside.")
+        raise TypeError(
+            f"{name} is async. A durable body is an ordinary function; use asgiref.sync.async_to_sync inside."
+        )
     if inspect.isgeneratorfunction(fn):
         raise TypeError(f"{name} is a generator. A durable body is an ordinary function that returns its result.")
     if options.get("bind"):
@@ -418,7 +422,8 @@ def _check_name(fn: Callable[..., Any], options: Mapping[str, Any]) -> None:
     before = _defined_at.setdefault(name, here)
     if before != here:
         raise ImproperlyConfigured(
-            f'Two durable tasks are called "{name}": {".".join(before)} and {".".join(here)}. Give one of them name="…".'
+            f'Two durable tasks are called "{name}": {".".join(before)} and {".".join(here)}. '
+            'Give one of them name="…".'
         )
 
 

@@ -205,7 +205,7 @@ class AbandonRun(ControlFlow):
     """The database cannot be reached; the lease will lapse and another worker take over."""
 
 
-class RetryExecution(Exception):  # noqa: N818 - the name says what it asks for, as celery.exceptions.Retry does
+class RetryExecution(Exception):
     """What ``ctx.retry`` returns for the body to raise.
 
     Args:

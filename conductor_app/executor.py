@@ -12,8 +12,10 @@ import os
 import socket
 import uuid
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from celery import Task
+from celery.app.task import Context
 from celery.exceptions import Ignore
 from django.db import DatabaseError, connections
 
@@ -34,12 +36,8 @@ from conductor_app.exceptions import (
 )
 from conductor_app.leases import Lease, keeper
 from conductor_app.models import Execution, database
+from conductor_app.retries import RetryPolicy
 from conductor_app.serialization import describe, dumps, loads
-
-if TYPE_CHECKING:
-    from celery.app.task import Context
-
-    from conductor_app.durable import DurableTask
 
 logger = logging.getLogger("conductor_app.execution")
 
@@ -83,7 +81,7 @@ def lease_owner(request: Context) -> str:
     return f"{request.hostname or socket.gethostname()}/{os.getpid()}"
 
 
-def run(task: DurableTask[Any, Any], execution_id: uuid.UUID) -> Any:
+def run(task: Task[Any, Any], execution_id: uuid.UUID) -> Any:
     """Claim one execution and run its body until it ends or waits.
 
     Returns:
@@ -95,7 +93,7 @@ def run(task: DurableTask[Any, Any], execution_id: uuid.UUID) -> Any:
     """
     request = task.request
     try:
-        execution = transitions.claim(execution_id, lease_owner(request))
+        execution = _claim(execution_id, lease_owner(request))
     except DatabaseError as error:
         # Nothing was claimed, the row is queued: the sweeper rings again.
         logger.warning("Execution %s was not claimed, the database is away: %s", execution_id, error)
@@ -113,13 +111,22 @@ def run(task: DurableTask[Any, Any], execution_id: uuid.UUID) -> Any:
             raise RunEnded("dropped", "its lease is lost") from None
 
 
-def _run_claimed(task: DurableTask[Any, Any], execution: Execution, lease: Lease) -> Any:
+def _claim(execution_id: uuid.UUID, owner: str) -> Execution | None:
+    try:
+        return transitions.claim(execution_id, owner)
+    except DatabaseError:
+        # With CELERY_DB_REUSE_MAX nobody has looked whether the connection outlived the pause between two runs.
+        _close_broken_connections()
+        return transitions.claim(execution_id, owner)
+
+
+def _run_claimed(task: Task[Any, Any], execution: Execution, lease: Lease) -> Any:
     # A first run has nothing to remember, so it does not ask.
     fresh = execution.fence == 1
     while True:
         memory = {} if fresh else _recall(execution)
         fresh = False
-        context = ExecutionContext(execution, memory, lease, task, draining=lambda: is_draining())
+        context = ExecutionContext(execution, memory, lease, task, draining=is_draining)
         try:
             result = _call_body(task, execution, context)
         except _GoOn:
@@ -127,7 +134,7 @@ def _run_claimed(task: DurableTask[Any, Any], execution: Execution, lease: Lease
         return result
 
 
-class _GoOn(Exception):  # noqa: N818 - it is no error
+class _GoOn(Exception):
     """The body can be run again at once."""
 
 
@@ -135,7 +142,7 @@ def _recall(execution: Execution) -> dict[str, steps.Memory]:
     return transitions.patiently(lambda: steps.recall(execution.pk))
 
 
-def _call_body(task: DurableTask[Any, Any], execution: Execution, context: ExecutionContext) -> Any:
+def _call_body(task: Task[Any, Any], execution: Execution, context: ExecutionContext) -> Any:
     """Run the body once and carry out what it asks for."""
     try:
         with context.entered():
@@ -161,7 +168,7 @@ def _call_body(task: DurableTask[Any, Any], execution: Execution, context: Execu
     return _succeed(task, execution, value)
 
 
-def _succeed(task: DurableTask[Any, Any], execution: Execution, value: Any) -> Any:
+def _succeed(task: Task[Any, Any], execution: Execution, value: Any) -> Any:
     try:
         text = dumps(value, f"result of {execution.task}", conductor_settings().MAX_RESULT_BYTES)
     except (NotSerializable, PayloadTooLarge) as error:
@@ -172,8 +179,8 @@ def _succeed(task: DurableTask[Any, Any], execution: Execution, value: Any) -> A
     return loads(text)
 
 
-def _suspend(task: DurableTask[Any, Any], execution: Execution, context: ExecutionContext) -> None:
-    assert context.suspension is not None  # noqa: S101 - set wherever SuspendExecution is raised
+def _suspend(task: Task[Any, Any], execution: Execution, context: ExecutionContext) -> None:
+    assert context.suspension is not None
     wait, _place = context.suspension
     _close_broken_connections()
     try:
@@ -195,10 +202,10 @@ def _cancel(execution: Execution) -> None:
     raise RunEnded("cancelled", execution.cancel_reason, 0.0) from None
 
 
-def _end_attempt(task: DurableTask[Any, Any], execution: Execution, error: Exception) -> None:
+def _end_attempt(task: Task[Any, Any], execution: Execution, error: Exception) -> None:
     """Retry later if the policy allows and attempts are left; else fail for good and raise the error."""
     limit = conductor_settings().MAX_ERROR_BYTES
-    policy = task.retry_policy
+    policy: RetryPolicy = task.retry_policy  # type: ignore[attr-defined]  # DurableTask has it
     delay: float | None = policy.delay(execution.attempt) if policy.allows(error) else None
     if isinstance(error, RetryExecution):
         delay = policy.delay(execution.attempt) if error.countdown is None else error.countdown
@@ -213,8 +220,10 @@ def _end_attempt(task: DurableTask[Any, Any], execution: Execution, error: Excep
         except CancelExecution:
             _cancel(execution)
         raise RunEnded(
-            "retrying", f"attempt {execution.attempt} failed ({failure.message.splitlines()[0]}), "
-            f"the next one is due in {delay:.3g}s", delay
+            "retrying",
+            f"attempt {execution.attempt} failed ({failure.message.splitlines()[0]}), "
+            f"the next one is due in {delay:.3g}s",
+            delay,
         ) from None
     step, child_id = (error.step, error.child_id) if isinstance(error, ChildError) else ("", None)
     transitions.fail(execution, failure, step=step, child_id=child_id)
@@ -235,7 +244,7 @@ def _report_swallowed(context: ExecutionContext, execution: Execution, how: str)
     )
 
 
-def _attach_canvas(task: DurableTask[Any, Any], execution: Execution) -> None:
+def _attach_canvas(task: Task[Any, Any], execution: Execution) -> None:
     """Give Celery's tracer what it needs to tell the world: callbacks, chain, chord, group.
 
     Only now, when the execution has really ended: the tracer acts on them as soon as the run returns or raises.
@@ -243,7 +252,7 @@ def _attach_canvas(task: DurableTask[Any, Any], execution: Execution) -> None:
     options = execution.get_options()
     if not options.get("announce"):
         return
-    request = task.request
+    request: Any = task.request
     request.callbacks = options.get("link")
     request.errbacks = options.get("link_error")
     request.chain = options.get("chain")
@@ -254,9 +263,7 @@ def _attach_canvas(task: DurableTask[Any, Any], execution: Execution) -> None:
     request.conductor_announces = str(execution.pk)
 
 
-def _state_writer(
-    task: DurableTask[Any, Any], execution: Execution, wait: transitions.Wait
-) -> Callable[[], None] | None:
+def _state_writer(task: Task[Any, Any], execution: Execution, wait: transitions.Wait) -> Callable[[], None] | None:
     """Return what shows SUSPENDED in the result backend, for executions whose result goes there.
 
     It runs while the execution's row is locked, so no later run can have written its result before.
@@ -288,5 +295,3 @@ def _close_broken_connections() -> None:
     for connection in connections.all(initialized_only=True):
         if not connection.in_atomic_block:
             connection.close_if_unusable_or_obsolete()
-
-

@@ -43,7 +43,7 @@ def run_once(execution: Execution, app: Celery) -> None:
         "retries": execution.attempt - 1,
     }
     tracer = build_tracer(task.name, task, app=app, eager=True, propagate=False)
-    tracer(str(execution.pk), (), {}, request)
+    tracer(str(execution.pk), [], {}, request)
 
 
 def run_until_idle(app: Celery, root_id: uuid.UUID | None = None) -> int:
@@ -100,7 +100,10 @@ def _next_instant(root_id: uuid.UUID) -> Any:
         .filter(execution__root_id=root_id, status="pending", deadline_at__isnull=False)
         .order_by("deadline_at")
     )
-    instants = [*due.values_list("due_at", flat=True)[:1], *overdue.values_list("deadline_at", flat=True)[:1]]
+    instants: list[Any] = [
+        *due.values_list("due_at", flat=True)[:1],
+        *overdue.values_list("deadline_at", flat=True)[:1],
+    ]
     return min(instants) if instants else None
 
 
@@ -113,4 +116,3 @@ def _eager_result(execution: Execution) -> EagerResult[Any]:
     trace = FailedExecution.objects.using(database()).filter(pk=execution.pk).values_list("traceback", flat=True)
     error = revive(load_failure(execution.error))
     return EagerResult(task_id, error, states.FAILURE, traceback=next(iter(trace), None))
-

@@ -7,20 +7,25 @@ allowed to change, as in all of JSON: a tuple comes back as a list, and an integ
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime as dt
 import decimal
 import enum
+import fractions
 import hashlib
+import io
 import json
 import math
 import sys
 import traceback as traceback_module
+import types
 import uuid
-from collections.abc import Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 from typing import Any
 
 from django.db.models import Model, QuerySet
+from django.utils.functional import Promise
 from kombu.utils.json import JSONEncoder
 from kombu.utils.json import loads as kombu_loads
 
@@ -29,6 +34,10 @@ from conductor_app.exceptions import Failure, NotSerializable, PayloadTooLarge, 
 MAX_NESTING = 100
 #: Python refuses to parse longer integers (``sys.int_info.default_max_str_digits``).
 MAX_INT_BITS = 14_000
+#: Values larger than this are refused even without a limit of their own, in bytes.
+_UNLIMITED = 64 * 1_048_576
+#: Longest argument or attribute of an exception that is remembered, encoded.
+_MAX_PART_BYTES = 4_096
 _ENVELOPE = {"__type__", "__value__"}
 _encode_json = JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
@@ -45,15 +54,39 @@ def dumps(value: Any, what: str, limit: int | None = None) -> str:
         NotSerializable: Some part would not come back as it went in; the message has the path to it.
         PayloadTooLarge: The text is longer than ``limit``.
     """
-    _validate(value, what, 0)
-    text = _encode_json(value)
+    _validate(value, what, limit)
+    return _encode(value, what, limit)
+
+
+def dump_call(args: list[Any], kwargs: Mapping[str, Any], limit: int | None = None) -> str:
+    """Return a task's arguments as stored text, ``[args, kwargs]``; errors name the part that the caller wrote.
+
+    Raises:
+        NotSerializable, PayloadTooLarge: As for ``dumps``.
+    """
+    kwargs = dict(kwargs)
+    _validate(kwargs, "payload", limit)
+    if args:
+        _validate(args[0] if len(args) == 1 else args, "payload", limit)
+    return _encode([args, kwargs], "payload", limit)
+
+
+def _encode(value: Any, what: str, limit: int | None) -> str:
+    try:
+        text = _encode_json(value)
+    except Exception as error:  # a subclass or a tzinfo of the user's takes part, and may raise anything
+        raise NotSerializable(f"{what} cannot be encoded: {type(error).__name__}: {error}") from error
     # JSON is ASCII here (``ensure_ascii``), so characters are bytes.
     if limit is not None and len(text) > limit:
-        raise PayloadTooLarge(
-            f"The encoded {what} is too large: {len(text)} > {limit} bytes. "
-            f"Store the data elsewhere and pass a reference to it, or raise the limit in CONDUCTOR."
-        )
+        raise PayloadTooLarge(_too_large(what, str(len(text)), limit))
     return text
+
+
+def _too_large(what: str, size: str, limit: int) -> str:
+    return (
+        f"The encoded {what} is too large: {size} > {limit} bytes. "
+        "Store the data elsewhere and pass a reference to it, or raise the limit in CONDUCTOR."
+    )
 
 
 def loads(text: str | None) -> Any:
@@ -84,73 +117,173 @@ def clean_text(text: str, limit: int) -> str:
 # --------------------------------------------------------------------------------------------------------- validation
 
 
-def _validate(value: Any, path: str, depth: int) -> None:
-    kind = type(value)
-    if value is None or kind is bool or kind is float and math.isfinite(value):
-        return
-    if depth > MAX_NESTING:
-        raise NotSerializable(f"{_shorten(path)} is nested deeper than {MAX_NESTING} levels. Flatten it.")
+class _Refused(Exception):
+    """Some part of a value is refused; each level that it passes adds its part of the path."""
+
+    def __init__(self, before: str, after: str) -> None:
+        super().__init__(before, after)
+        self.before = before
+        self.after = after
+        self.path: list[str] = []
+
+
+class _OverBudget(Exception):
+    """A value is so large that looking at all of it is no use."""
+
+
+def _validate(value: Any, what: str, limit: int | None) -> None:
+    # Encoded text is at least as long as what _check counts, so a value that it gives up on is too large: a string of
+    # gigabytes, or a list that holds itself twice at each of 100 levels.
+    budget = _UNLIMITED if limit is None else 4 * limit
+    try:
+        _check(value, 0, budget)
+    except _Refused as refused:
+        path = what + "".join(reversed(refused.path))
+        raise NotSerializable(f"{refused.before}{_shorten(path)}{refused.after}") from None
+    except _OverBudget:
+        raise PayloadTooLarge(_too_large(what, f"more than {budget}", budget if limit is None else limit)) from None
+
+
+def _check(value: Any, depth: int, left: int) -> int:
+    """Refuse what would not come back as it went in, and return how many bytes are left."""
+    if value is None or value is True or value is False:
+        return left
     if isinstance(value, str):
-        _validate_str(value, path)
+        _check_str(value)
+        left -= len(value)
     elif isinstance(value, int):
-        if value.bit_length() > MAX_INT_BITS:
-            raise NotSerializable(f"{path} is an integer of more than 4,000 digits. Pass it as a string.")
+        _check_int(value)
     elif isinstance(value, float):
-        _refuse_unless_finite(value, path)
+        if not math.isfinite(value):
+            raise _not_finite(nan=math.isnan(value))
     elif isinstance(value, dict):
-        _validate_dict(value, path, depth)
+        return _check_dict(value, depth, left)
     elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            _validate(item, f"{path}[{index}]", depth + 1)
+        return _check_list(value, depth, left)
     elif isinstance(value, decimal.Decimal):
-        _refuse_unless_finite(value, path)
-    elif not isinstance(value, (dt.datetime, dt.date, dt.time, uuid.UUID, bytes)):
-        raise NotSerializable(f"{path} is {_article(value)}. {_advice(value)}")
+        if not value.is_finite():
+            raise _not_finite(nan=value.is_nan())
+    elif isinstance(value, bytes):
+        left -= len(value)
+    elif not isinstance(value, (dt.datetime, dt.date, dt.time, uuid.UUID)):
+        raise _Refused("", f" is {_article(value)}. {_advice(value)}")
+    if left < 0:
+        raise _OverBudget
+    return left
 
 
-def _validate_str(value: str, path: str) -> None:
+def _check_str(value: str) -> None:
     if "\x00" in value:
-        raise NotSerializable(f"{path} contains a NUL character, which PostgreSQL cannot store. Pass bytes, or strip it.")
+        raise _Refused("", " contains a NUL character, which PostgreSQL cannot store. Pass bytes, or strip it.")
     if not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise NotSerializable(
-                f"{path} contains a lone surrogate, which is not valid Unicode. Pass bytes, or decode it properly."
+            raise _Refused(
+                "", " contains a lone surrogate, which is not valid Unicode. Pass bytes, or decode it properly."
             ) from None
 
 
-def _refuse_unless_finite(value: float | decimal.Decimal, path: str) -> None:
-    if not math.isfinite(value):
-        name = "NaN" if math.isnan(value) else "Infinity"
-        raise NotSerializable(f"{name} at {path} is not JSON. Pass None or a string.")
+def _check_int(value: int) -> None:
+    if value.bit_length() > MAX_INT_BITS:
+        raise _Refused("", " is an integer of more than 4,000 digits. Pass it as a string.")
 
 
-def _validate_dict(value: dict[Any, Any], path: str, depth: int) -> None:
+def _not_finite(*, nan: bool) -> _Refused:
+    return _Refused(f"{'NaN' if nan else 'Infinity'} at ", " is not JSON. Pass None or a string.")
+
+
+def _check_list(value: list[Any] | tuple[Any, ...], depth: int, left: int) -> int:
+    left = _enter(depth, left - 2 * len(value))
+    index = 0
+    try:
+        for item in value:
+            left = _check(item, depth + 1, left)
+            index += 1
+    except _Refused as refused:
+        refused.path.append(f"[{index}]")
+        raise
+    return left
+
+
+def _check_dict(value: dict[Any, Any], depth: int, left: int) -> int:
+    left = _enter(depth, left - 2 * len(value))
     if value.keys() == _ENVELOPE:
-        raise NotSerializable(
-            f'{path} is a dict with exactly the keys "__type__" and "__value__", which is how typed values are stored. '
-            "Rename one of them."
+        raise _Refused(
+            "",
+            ' is a dict with exactly the keys "__type__" and "__value__", which is how typed values are stored. '
+            "Rename one of them.",
         )
-    keys: set[str] = set()
-    for key, item in value.items():
+    key: Any = None
+    try:
+        for key, item in value.items():
+            left = _check(item, depth + 1, left)
+    except _Refused as refused:
+        refused.path.append(f'["{_shorten(_key_text(key), 40)}"]')
+        raise
+    return _check_keys(value, left)
+
+
+def _check_keys(value: dict[Any, Any], left: int) -> int:
+    integers = False
+    for key in value:
         if isinstance(key, str):
-            _validate_str(key, f"{path} key {key!r}")
+            try:
+                _check_str(key)
+            except _Refused as refused:
+                refused.before = f"The key {_shorten(repr(key), 40)} of "
+                raise
+            left -= len(key)
         elif isinstance(key, bool) or not isinstance(key, int):
-            raise NotSerializable(f"{path} has the key {key!r} of type {type(key).__name__}. Keys must be strings.")
-        if str(key) in keys:
-            raise NotSerializable(f"{path} has the key {str(key)!r} both as a string and as an integer. Use one of them.")
-        keys.add(str(key))
-        _validate(item, f'{path}["{key}"]', depth + 1)
+            raise _Refused(
+                "", f" has the key {_shorten(_safe_repr(key), 40)} of type {type(key).__name__}. Keys must be strings."
+            )
+        else:
+            if key.bit_length() > MAX_INT_BITS:
+                raise _Refused("", " has an integer of more than 4,000 digits as a key. Pass it as a string.")
+            integers = True
+    if integers:
+        for key in value:
+            if not isinstance(key, str) and int.__repr__(key) in value:
+                raise _Refused(
+                    "", f" has the key '{int.__repr__(key)}' both as a string and as an integer. Use one of them."
+                )
+    if left < 0:
+        raise _OverBudget
+    return left
 
 
-def _shorten(path: str) -> str:
-    return path if len(path) <= 80 else f"{path[:60]}…"
+def _key_text(key: Any) -> str:
+    """Return a key as JSON will have it; an Enum's own text is another one."""
+    if isinstance(key, str):
+        return str.__str__(key)
+    return int.__repr__(key) if isinstance(key, int) and key.bit_length() <= MAX_INT_BITS else "…"
+
+
+def _enter(depth: int, left: int) -> int:
+    if depth >= MAX_NESTING:
+        raise _Refused("", f" is nested deeper than {MAX_NESTING} levels. Flatten it.")
+    if left < 0:
+        raise _OverBudget
+    return left
+
+
+def _shorten(text: str, limit: int = 120) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 20]}…{text[-16:]}"
+
+
+def _safe_repr(value: Any) -> str:
+    try:
+        return repr(value)
+    except Exception:  # noqa: BLE001 - the message matters more than this part of it
+        return "?"
 
 
 def _article(value: Any) -> str:
     if isinstance(value, Model):
-        return f"an instance of the model {type(value).__name__}"
+        return f"an instance of the model {value.__class__.__name__}"
+    if isinstance(value, Promise):
+        return "a lazy text"
     if isinstance(value, type):
         return f"the class {value.__name__}"
     name = type(value).__name__
@@ -158,23 +291,32 @@ def _article(value: Any) -> str:
 
 
 def _advice(value: Any) -> str:
-    if isinstance(value, Model):
-        return "Pass its primary key."
-    if isinstance(value, QuerySet):
-        return "Pass a list of primary keys."
-    if isinstance(value, (set, frozenset)):
-        return "Pass a sorted list."
-    if isinstance(value, enum.Enum):
-        return "Pass its .value."
-    if isinstance(value, dt.timedelta):
-        return "Pass .total_seconds()."
+    for kinds, advice in _ADVICE:
+        if isinstance(value, kinds):
+            return advice
+    if isinstance(value, type):
+        return "Pass its name."
     if dataclasses.is_dataclass(value):
         return "Pass dataclasses.asdict(…)."
-    if isinstance(value, Mapping):
-        return "Pass a dict."
-    if callable(getattr(value, "__next__", None)):
+    if isinstance(value, Iterable):
         return "Pass a list."
     return "Pass values that JSON knows, or convert it first."
+
+
+#: What to do about values that are often passed by mistake; the first match counts.
+_ADVICE: tuple[tuple[Any, str], ...] = (
+    (Model, "Pass its primary key."),
+    (QuerySet, "Pass a list of primary keys."),
+    (Promise, "Pass str(…) of it: a translation has to be chosen now, not in the worker."),
+    ((set, frozenset), "Pass a sorted list."),
+    (enum.Enum, "Pass its .value."),
+    (dt.timedelta, "Pass .total_seconds()."),
+    ((bytearray, memoryview), "Pass bytes(…)."),
+    ((BaseException, complex, fractions.Fraction), "Pass str(…)."),
+    (Awaitable, "Pass what it returns: asgiref.sync.async_to_sync calls an async function."),
+    (io.IOBase, "Pass what you read from it, or its name."),
+    (Mapping, "Pass a dict."),
+)
 
 
 # ----------------------------------------------------------------------------------------------------------- failures
@@ -183,7 +325,10 @@ def _advice(value: Any) -> str:
 def describe(exc: BaseException, limit: int) -> Failure:
     """Return ``exc`` as storable text: class, message, traceback without the values of local variables."""
     cls = type(exc)
-    message = str(exc) or cls.__name__
+    try:
+        message = str(exc) or cls.__name__
+    except Exception:  # noqa: BLE001 - the class is the user's, and the failure must be stored all the same
+        message = f"{cls.__name__} (its own text cannot be shown: str() of it fails)"
     trace = "".join(traceback_module.format_exception(cls, exc, _user_traceback(exc)))
     args, attributes = _storable_parts(exc)
     return Failure(
@@ -209,15 +354,21 @@ def _user_traceback(exc: BaseException) -> Any:
 def _storable_parts(exc: BaseException) -> tuple[tuple[Any, ...] | None, dict[str, Any]]:
     def storable(value: Any) -> bool:
         try:
-            return len(dumps(value, "value")) <= 4_096
-        except NotSerializable:
+            dumps(value, "value", _MAX_PART_BYTES)
+        except (NotSerializable, PayloadTooLarge):
             return False
+        return True
 
-    args = tuple(exc.args) if storable(list(exc.args)) else None
-    attributes = {
-        name: value for name, value in vars(exc).items() if not name.startswith("_") and storable(value)
+    # Beside the ordinary attributes those that live in slots: OSError.errno, UnicodeDecodeError.reason, __slots__.
+    slots = {
+        name: getattr(exc, name)
+        for cls in type(exc).__mro__
+        for name, member in vars(cls).items()
+        if isinstance(member, types.MemberDescriptorType) and hasattr(exc, name)
     }
-    return args, attributes
+    found = {**slots, **vars(exc)}
+    attributes = {name: value for name, value in found.items() if not name.startswith("_") and storable(value)}
+    return (tuple(exc.args) if storable(list(exc.args)) else None), attributes
 
 
 def dump_failure(failure: Failure) -> str:
@@ -255,20 +406,26 @@ def revive(failure: Failure) -> Exception:
     cls = _find_exception_class(failure.type)
     if cls is None:
         return StepFailed(failure.message)
-    exc: Exception = cls.__new__(cls)
+    builtin = next(base for base in cls.__mro__ if base.__module__ == "builtins")
+    try:
+        # Not cls.__new__, which may be the user's and may want arguments.
+        exc: Exception = builtin.__new__(cls)
+    except TypeError:  # ExceptionGroup alone insists on them
+        return StepFailed(failure.message)
     exc.args = failure.args if failure.args is not None else (failure.message,)
     for name, value in (failure.attributes or {}).items():
-        try:
+        with contextlib.suppress(Exception):  # a property of the user's, or one without a setter
             setattr(exc, name, value)
-        except AttributeError:
-            continue
     return exc
 
 
 def _find_exception_class(name: str) -> type[Exception] | None:
-    module_name, _, qualname = name.rpartition(".")
-    found: Any = sys.modules.get(module_name)
-    found = getattr(found, qualname, None)
+    module_name, found = name, None
+    while found is None and "." in module_name:  # a class may stand in another one: Order.DoesNotExist
+        module_name = module_name.rpartition(".")[0]
+        found = sys.modules.get(module_name)
+    for part in name[len(module_name) + 1 :].split("."):
+        found = getattr(found, "__dict__", {}).get(part)  # not getattr(), which a module may answer with an import
     if isinstance(found, type) and issubclass(found, Exception) and found.__module__ == module_name:
         return found
     return None
@@ -276,4 +433,11 @@ def _find_exception_class(name: str) -> type[Exception] | None:
 
 def dump_options(options: Mapping[str, Any]) -> str:
     """Return Celery's own options (signatures, headers) as text; empty options are an empty text."""
-    return json.dumps(dict(options), cls=JSONEncoder, separators=(",", ":")) if options else ""
+    if not options:
+        return ""
+    try:
+        return json.dumps(dict(options), cls=JSONEncoder, separators=(",", ":"))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise NotSerializable(
+            f"Celery's options of the execution ({', '.join(options)}) have to be JSON, since they are stored: {error}"
+        ) from None

@@ -37,7 +37,7 @@ class Literal(Expression):
             raise ValueError(f"not a plain word: {value!r}")
         self.value = value
 
-    def as_sql(self, compiler: Any, connection: Any) -> tuple[str, list[Any]]:
+    def as_sql(self, compiler: Any, connection: Any) -> Any:
         del compiler, connection
         return f"'{self.value}'", []
 
@@ -49,14 +49,15 @@ def update_returning(queryset: QuerySet[M], returning: Iterable[str], **values: 
     decide; call it inside a transaction there.
     """
     connection = connections[queryset.db]
-    names = [queryset.model._meta.pk.attname, *returning]  # type: ignore[union-attr]
-    fields = [queryset.model._meta.get_field(name) for name in dict.fromkeys(names)]
+    concrete = {field.attname: field for field in queryset.model._meta.concrete_fields}
+    primary_key = next(field for field in concrete.values() if field.primary_key)
+    fields = [primary_key, *(concrete[name] for name in dict.fromkeys(returning) if name != primary_key.attname)]
     if connection.vendor in ("postgresql", "sqlite"):
-        query = queryset.query.chain(UpdateQuery)
+        query: UpdateQuery = queryset.query.chain(UpdateQuery)  # type: ignore[assignment]
         query.add_update_values(values)
         sql, params = query.get_compiler(queryset.db).as_sql()
         quote = connection.ops.quote_name
-        columns = ", ".join(quote(field.column) for field in fields)
+        columns = ", ".join(quote(str(field.column)) for field in fields)
         return list(queryset.model._base_manager.using(queryset.db).raw(f"{sql} RETURNING {columns}", params))
     with transaction.atomic(using=queryset.db, savepoint=False):
         keys = list(queryset.select_for_update().values_list("pk", flat=True))

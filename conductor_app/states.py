@@ -12,7 +12,7 @@ from types import MappingProxyType
 class ExecutionStatus(StrEnum):
     """Where an execution stands."""
 
-    #: Runnable now, or at ``due_at`` (a countdown, a retry). A worker's claim moves it on. A crash leaves nothing behind.
+    #: Runnable now, or at ``due_at`` (a countdown, a retry). A worker's claim moves it on. A crash changes nothing.
     QUEUED = "queued"
     #: A worker holds its lease. A crash leaves a lease that lapses; the sweeper then queues it again.
     RUNNING = "running"

@@ -45,7 +45,7 @@ class Memory:
 
 
 def recall(execution_id: uuid.UUID, name: str | None = None) -> dict[str, Memory]:
-    """Return all that an execution remembers (or one step of it), in one query, invocations with the child's outcome."""
+    """Return all that an execution remembers (or one step of it) in one query, with the outcomes of its children."""
     rows = Step.objects.using(database()).filter(execution_id=execution_id)
     if name is not None:
         rows = rows.filter(name=name)
@@ -79,9 +79,7 @@ def recall(execution_id: uuid.UUID, name: str | None = None) -> dict[str, Memory
     }
 
 
-def record(
-    execution: Execution, name: str, *, result: str | None = None, failure: Failure | None = None
-) -> None:
+def record(execution: Execution, name: str, *, result: str | None = None, failure: Failure | None = None) -> None:
     """Insert the outcome of a function that ``ctx.step`` ran; call it while the execution's row is locked."""
     Step.objects.using(database()).create(
         execution_id=execution.pk,
@@ -149,9 +147,9 @@ def settle(execution_id: uuid.UUID, name: str, status: StepStatus, *, error: str
 
 def is_pending(execution_id: uuid.UUID, name: str) -> bool:
     """Tell whether a step is still undecided, as of now."""
-    return Step.objects.using(database()).filter(
-        execution_id=execution_id, name=name, status=StepStatus.PENDING
-    ).exists()
+    return (
+        Step.objects.using(database()).filter(execution_id=execution_id, name=name, status=StepStatus.PENDING).exists()
+    )
 
 
 def reopen(step: Step) -> None:
@@ -177,4 +175,3 @@ def overdue(limit: int) -> list[Step]:
         .order_by("deadline_at")
         .only("id", "execution_id", "name", "kind", "child_id", "on_timeout", "timeout_seconds")[:limit]
     )
-

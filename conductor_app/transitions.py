@@ -1,8 +1,8 @@
 """Every move of an execution from one status to the next. The only writer of ``Execution`` and ``FailedExecution``.
 
-Each move is a guarded compare-and-set: it names the status (and, for a run, the fence) that it expects, and the loser of
-a race changes nothing. What belongs together is one transaction: a final status and the parent's wake-up, a failure and
-its ``FailedExecution``, a suspension and the child that is waited for. Messages and signals follow the commit.
+Each move is a guarded compare-and-set: it names the status (and, for a run, the fence) that it expects, and the loser
+of a race changes nothing. What belongs together is one transaction: a final status and the parent's wake-up, a failure
+and its ``FailedExecution``, a suspension and the child that is waited for. Messages and signals follow the commit.
 
 Locks are taken child before parent, everywhere, so two moves cannot wait for each other.
 """
@@ -84,7 +84,7 @@ class NewExecution:
     idempotency_key: str | None = None
 
 
-# ------------------------------------------------------------------------------------------------------------- create
+# --------------------------------------------------------------------------------------------------------------- create
 
 
 def create(new: NewExecution) -> tuple[Execution, bool]:
@@ -146,7 +146,7 @@ def _queued_row(new: NewExecution, parent: Execution | None = None, step: str = 
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- claim
+# ---------------------------------------------------------------------------------------------------------------- claim
 
 
 def claim(execution_id: uuid.UUID, owner: str) -> Execution | None:
@@ -181,7 +181,7 @@ def release(execution: Execution) -> None:
     _persist(work)
 
 
-# ----------------------------------------------------------------------------------------------- while a body is running
+# ---------------------------------------------------------------------------------------------- while a body is running
 
 
 def record_step(
@@ -256,7 +256,7 @@ def check_held(execution: Execution) -> None:
         raise CancelExecution
 
 
-# ------------------------------------------------------------------------------------------------------------- suspend
+# -------------------------------------------------------------------------------------------------------------- suspend
 
 
 @dataclass(frozen=True)
@@ -373,7 +373,7 @@ def _if_waiting(value: Combinable, column: str) -> Case:
     return Case(When(status=ExecutionStatus.WAITING, then=value), default=F(column))
 
 
-# ---------------------------------------------------------------------------------------------------------- end of a run
+# --------------------------------------------------------------------------------------------------------- end of a run
 
 
 def succeed(execution: Execution, result: str) -> None:
@@ -426,9 +426,7 @@ def retry_later(execution: Execution, failure: Failure, delay: float) -> None:
     _persist(work)
 
 
-def fail(
-    execution: Execution, failure: Failure, *, step: str = "", child_id: uuid.UUID | None = None
-) -> None:
+def fail(execution: Execution, failure: Failure, *, step: str = "", child_id: uuid.UUID | None = None) -> None:
     """running → failed, with its ``FailedExecution``; wakes the parent.
 
     Args:
@@ -583,7 +581,7 @@ def wake_stranded(execution_id: uuid.UUID) -> bool:
     return _persist(work)
 
 
-# -------------------------------------------------------------------------------------------------------------- cancel
+# --------------------------------------------------------------------------------------------------------------- cancel
 
 
 def request_cancel(execution_id: uuid.UUID, reason: str) -> bool:
@@ -672,7 +670,7 @@ def _after_cancel(execution: Execution) -> None:
     _announce(signals.execution_finished, execution, status=ExecutionStatus.CANCELLED)
 
 
-# ------------------------------------------------------------------------------------------------- an operator's retry
+# -------------------------------------------------------------------------------------------------- an operator's retry
 
 
 def reopen(execution_id: uuid.UUID) -> None:
@@ -817,9 +815,7 @@ def _persist(work: Callable[[], T], unless_already: Callable[[], bool] | None = 
 
 
 def _is_mine(execution: Execution, status: ExecutionStatus) -> bool:
-    return (
-        Execution.objects.using(database()).filter(pk=execution.pk, fence=execution.fence, status=status).exists()
-    )
+    return Execution.objects.using(database()).filter(pk=execution.pk, fence=execution.fence, status=status).exists()
 
 
 def _leave_running(execution: Execution, *, cancel_requested: bool = True, **values: Any) -> None:
@@ -889,4 +885,3 @@ def _announce(signal: Signal, execution: Execution, **details: Any) -> None:
         transaction.on_commit(
             lambda: signal.send_robust(sender=execution.task, execution=execution, **details), using=database()
         )
-

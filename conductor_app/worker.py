@@ -24,14 +24,13 @@ from celery.exceptions import Ignore
 from celery.worker import state as worker_state
 from celery.worker.control import Panel
 from celery.worker.request import Request
-from celery.worker.request import task_ready as celery_task_ready
 from django.db import DatabaseError, connections
 
 from conductor_app import api, dispatch, executor, transitions
 from conductor_app.conf import conductor_settings
 from conductor_app.executor import RunEnded
 from conductor_app.maintenance import sweeper
-from conductor_app.models import database
+from conductor_app.models import Execution, database
 
 logger = logging.getLogger("conductor_app.worker")
 
@@ -62,7 +61,7 @@ class DurableRequest(Request):
         if isinstance(error, Ignore):
             return super().on_failure(exc_info, send_failed_event, return_ok)
         if isinstance(error, (WorkerLostError, Terminated, SystemExit, KeyboardInterrupt)):
-            celery_task_ready(self)
+            worker_state.task_ready(self)
             self._acknowledge_once()
             logger.error("Process %s died while running %s[%s].", self.worker_pid, self.name, self.id)
             self._report_death()
@@ -84,7 +83,7 @@ class DurableRequest(Request):
         if soft:
             super().on_timeout(soft, timeout)
             return
-        celery_task_ready(self)
+        worker_state.task_ready(self)
         self._acknowledge_once()
         error = TimeLimitExceeded(timeout)
         logger.error("Hard time limit (%ss) exceeded for %s[%s].", timeout, self.name, self.id)
@@ -92,7 +91,7 @@ class DurableRequest(Request):
         self._report_death()
 
     def _on_run_ended(self, ended: RunEnded) -> None:
-        celery_task_ready(self)
+        worker_state.task_ready(self)
         if ended.what == "suspended":
             self.send_event("task-suspended", step=ended.step)
         news.run_ended(ended.due_in)
@@ -210,7 +209,7 @@ class SweeperThread(threading.Thread):
                 self._sweep()
             if self._embedded and not self._shutdown.is_requested():
                 self._feed()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the thread must outlive any outage
             self._report(error)
             self._next_sweep = max(self._next_sweep, time.monotonic() + min(self._settings.SWEEP_SECONDS, 1.0))
             self._stop_requested.wait(0.2)
@@ -274,7 +273,7 @@ class SweeperThread(threading.Thread):
         if isinstance(error, DatabaseError):
             logger.error("Sweeping failed, the database says: %s. Trying again until it succeeds.", problem)
         else:
-            logger.exception("Sweeping failed; trying again until it succeeds.")
+            logger.error("Sweeping failed; trying again until it succeeds.", exc_info=error)
 
     def _close(self) -> None:
         try:
@@ -347,7 +346,9 @@ class ConductorStep(bootsteps.StartStopStep):
         if self.thread is not None:
             self.thread.stop()
 
-    terminate = stop
+    def terminate(self, worker: Any) -> None:
+        """Stop sweeping, on a cold shutdown."""
+        self.stop(worker)
 
     def _on_shutting_down(self, **_kwargs: Any) -> None:
         self.shutdown.request()
@@ -408,7 +409,5 @@ def _watch_revokes() -> None:
 def _cancel_revoked(execution_id: str) -> None:
     try:
         api.cancel(uuid.UUID(execution_id), reason="revoked through Celery")
-    except (ValueError, api.Execution.DoesNotExist):
+    except (ValueError, Execution.DoesNotExist):
         return  # another task's id
-
-

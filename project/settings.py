@@ -110,7 +110,7 @@ _database: Any = DATABASES["default"]
 _database["OPTIONS"] = {**DATABASE_OPTIONS.get(_database["ENGINE"], {}), **_database.get("OPTIONS", {})}
 
 if _database["ENGINE"] == "django.db.backends.mysql" and importlib.util.find_spec("MySQLdb") is None:
-    import pymysql  # type: ignore[import-untyped]
+    import pymysql
 
     pymysql.install_as_MySQLdb()
 
@@ -127,6 +127,9 @@ CELERY_ACCEPT_CONTENT = ["json"]
 
 # One message per pool process at a time. The default, 4, parks short executions behind a long one.
 CELERY_WORKER_PREFETCH_MULTIPLIER = 1
+
+# Seconds after which a pool process that died is missed, and what it ran is queued again. Celery's default is 10.
+CELERY_WORKER_LOST_WAIT = 1
 
 # Wait for a broker that is away, for ever. By default a worker gives up and exits after some 46 minutes.
 CELERY_BROKER_CONNECTION_RETRY_ON_STARTUP = True

@@ -7,6 +7,7 @@ finding is taken by a guarded statement, so it is acted on once.
 from __future__ import annotations
 
 import logging
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -14,6 +15,7 @@ from typing import TypeVar
 from conductor_app import announcements, dispatch, steps, transitions
 from conductor_app.conf import conductor_settings
 from conductor_app.models import Execution, database
+from conductor_app.models.querysets import ExecutionQuerySet
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +69,8 @@ def cancel_flagged() -> int:
     return done
 
 
-def _ids(executions: object) -> list[object]:
-    return list(executions.values_list("pk", flat=True)[: conductor_settings().SWEEP_BATCH])  # type: ignore[attr-defined]
+def _ids(executions: ExecutionQuerySet) -> list[uuid.UUID]:
+    return list(executions.values_list("pk", flat=True)[: conductor_settings().SWEEP_BATCH])
 
 
 def _each(items: Iterable[T], act: Callable[[T], object]) -> int:
@@ -82,8 +84,8 @@ def _each(items: Iterable[T], act: Callable[[T], object]) -> int:
     return done
 
 
-def _wake_stranded(execution_id: object) -> bool:
-    healed = transitions.wake_stranded(execution_id)  # type: ignore[arg-type]
+def _wake_stranded(execution_id: uuid.UUID) -> bool:
+    healed = transitions.wake_stranded(execution_id)
     if healed:
         logger.error("Execution %s was waiting for nothing: a lost wake-up is healed. Please report it.", execution_id)
     return healed

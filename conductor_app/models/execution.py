@@ -49,9 +49,7 @@ class Execution(models.Model):
         "self", models.CASCADE, verbose_name=_("parent"), null=True, blank=True, related_name="children"
     )
     #: The top of the tree; a root names itself.
-    root = models.ForeignKey(
-        "self", models.CASCADE, verbose_name=_("root"), related_name="tree", db_constraint=False
-    )
+    root = models.ForeignKey("self", models.CASCADE, verbose_name=_("root"), related_name="tree", db_constraint=False)
     depth = models.PositiveIntegerField(_("depth"), default=0)
     #: Name of the step in the parent that this child stands for.
     step = ExactCharField(_("step in parent"), max_length=128, blank=True, default="")
@@ -92,9 +90,7 @@ class Execution(models.Model):
             # The embedded feed and the sweeper: what is to be published.
             PartialIndex(fields=["status", "dispatch_at"], where=Q(status="queued"), name="conductor_ex_dispatch"),
             # The sweeper: whose worker died.
-            PartialIndex(
-                fields=["status", "lease_expires_at"], where=Q(status="running"), name="conductor_ex_lease"
-            ),
+            PartialIndex(fields=["status", "lease_expires_at"], where=Q(status="running"), name="conductor_ex_lease"),
             # The sweeper: what is to be cancelled.
             PartialIndex(
                 fields=["cancel_requested_at"], where=Q(cancel_requested_at__isnull=False), name="conductor_ex_cancel"
@@ -121,12 +117,8 @@ class Execution(models.Model):
                 name="conductor_ex_running_has_lease",
             ),
             models.CheckConstraint(
-                condition=Q(
-                    status__in=sorted(status.value for status in FINAL_STATUSES), finished_at__isnull=False
-                )
-                | (
-                    ~Q(status__in=sorted(status.value for status in FINAL_STATUSES)) & Q(finished_at__isnull=True)
-                ),
+                condition=Q(status__in=sorted(status.value for status in FINAL_STATUSES), finished_at__isnull=False)
+                | (~Q(status__in=sorted(status.value for status in FINAL_STATUSES)) & Q(finished_at__isnull=True)),
                 name="conductor_ex_final_is_finished",
             ),
             models.CheckConstraint(
@@ -171,4 +163,3 @@ class Execution(models.Model):
     def get_options(self) -> dict[str, Any]:
         """Return Celery's options that were carried over."""
         return dict(loads(self.options) or {})
-

@@ -86,7 +86,7 @@ class Step(models.Model):
         ]
 
     def __str__(self) -> str:
-        return self.name
+        return str(self.name)
 
     def get_result(self) -> Any:
         """Return the decoded result of a step of kind ``step`` or ``event``; ``None`` if there is none."""

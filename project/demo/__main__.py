@@ -17,6 +17,8 @@ from rich.console import Console
 
 ROOT = Path(__file__).resolve().parents[2]
 DATABASE = ROOT / "var" / "demo.sqlite3"
+#: Enough for some 15 seconds on two cores.
+ORDERS = 60
 
 
 def main() -> int:
@@ -33,24 +35,33 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
     where = database.partition("://")[0] if options.database_url else f"SQLite {DATABASE.relative_to(ROOT)}"
-    console.print(f"[bold]conductor_app demo[/]: {where}, no broker server, one worker with 2 processes")
+    console.print(
+        f"[bold]conductor_app demo[/]: {where}, no broker server, one worker with 2 processes", soft_wrap=True
+    )
 
     import django  # noqa: PLC0415 - reads the environment set above
 
     django.setup()
     from project.demo.story import Demo  # noqa: PLC0415 - imports models
 
+    demo = Demo(console, orders=options.orders, deadline=options.deadline, owns_database=options.database_url is None)
     try:
-        return Demo(console, orders=options.orders, deadline=options.deadline, as_json=options.json).run()
+        demo.run()
     except KeyboardInterrupt:
-        console.print("\ninterrupted")
-        return 130
+        console.print("interrupted")
+        return 128 + signal.SIGINT
+    demo.tell()
+    if options.json:
+        sys.stdout.write(demo.as_json() + "\n")
+    return 0 if demo.holds else 1
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m project.demo", description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--orders", type=positive, default=300, metavar="N", help="how many orders (default: 300)")
+    parser.add_argument(
+        "--orders", type=positive, default=ORDERS, metavar="N", help=f"how many orders (default: {ORDERS})"
+    )
     parser.add_argument("--json", action="store_true", help="print the outcome as one JSON document")
     parser.add_argument(
         "--keep-database", action="store_true", help=f"keep the orders of earlier runs in var/{DATABASE.name}"

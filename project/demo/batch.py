@@ -15,6 +15,7 @@ from django.db.models import Count, Max, Q, QuerySet
 
 from conductor_app.models import Execution
 from conductor_app.states import FINAL_STATUSES
+from project.shop.bank import DECLINED_TOKEN
 from project.shop.models import BankCall, Order, Payment, Receipt
 from project.shop.tasks import fulfil
 
@@ -26,6 +27,7 @@ class Progress:
     """How far the orders are, at one moment."""
 
     orders_done: int
+    executions_done: int
     #: Executions by status.
     executions: dict[str, int]
 
@@ -59,6 +61,16 @@ class Batch:
         return Execution.objects.filter(pk__in=self.orders)
 
     @property
+    def good_orders(self) -> list[Order]:
+        """The orders whose cards the bank does not decline."""
+        return [order for order in self.orders.values() if not order.card.startswith(DECLINED_TOKEN)]
+
+    @property
+    def expected_executions(self) -> int:
+        """How many executions there will be: five for an order, three if the card is declined."""
+        return 3 * len(self.orders) + 2 * len(self.good_orders)
+
+    @property
     def numbers(self) -> list[int]:
         """The orders' numbers."""
         return [order.number for order in self.orders.values()]
@@ -82,7 +94,9 @@ class Batch:
         """Look how far the orders are."""
         counts = self.executions.values("status").order_by("status")
         rows = list(counts.annotate(all=Count("pk"), parents=Count("pk", filter=Q(parent=None))))
+        final = [row for row in rows if row["status"] in FINAL_STATUSES]
         return Progress(
-            orders_done=sum(row["parents"] for row in rows if row["status"] in FINAL_STATUSES),
+            orders_done=sum(row["parents"] for row in final),
+            executions_done=sum(row["all"] for row in final),
             executions={row["status"]: row["all"] for row in rows},
         )

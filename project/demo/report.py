@@ -16,7 +16,6 @@ from conductor_app.states import ExecutionStatus, StepKind
 from project.demo.crash import Crash
 from project.shop.models import BankCall
 
-BAR_WIDTH = 56
 WAITING, WORKING, KILLED = "░", "▓", "☠"
 LEGEND = f"{WORKING} on a worker   {WAITING} queued or waiting, no worker held   {KILLED} killed"
 
@@ -34,7 +33,7 @@ class Span(NamedTuple):
 def draw_tree(root_id: UUID, crash: Crash | None) -> Tree:
     """Draw an execution and its children, with what each remembers."""
     root = Execution.objects.get(pk=root_id)
-    tree = Tree(f"[bold]{_label(root)}[/]  {root.pk}")
+    tree = Tree(_label(root))
     _add_children(tree, root, crash)
     return tree
 
@@ -54,19 +53,21 @@ def _label(execution: Execution) -> str:
     runs = f"{execution.fence} run{'s' if execution.fence > 1 else ''}"
     attempts = f", {execution.attempt} attempts" if execution.attempt > 1 else ""
     outcome = execution.error_message or repr(execution.get_result())
-    return f"{mark} {escape(short_name(execution))} [dim]({runs}{attempts})[/] {escape(outcome)}"
+    return f"{mark} {escape(short_name(execution.task))} [dim]({runs}{attempts})[/] {escape(outcome)}"
 
 
-def draw_time_line(root_id: UUID, crash: Crash | None) -> Table:
-    """Draw when each execution of a tree was on a worker, and when it held none."""
+def draw_time_line(root_id: UUID, crash: Crash | None, width: int) -> Table:
+    """Draw when each execution of a tree was on a worker, and when it held none; ``width`` is in characters."""
     root = Execution.objects.get(pk=root_id)
     begin, end = root.created_at, root.finished_at or root.created_at
-    table = Table.grid(padding=(0, 2))
-    for execution in [root, *root.tree.exclude(pk=root.pk).order_by("created_at")]:
-        bar = _draw_bar(_spans(execution, crash), begin, end)
-        done = execution.finished_at or end
-        seconds = (done - execution.created_at).total_seconds()
-        table.add_row(f"{'  ' * execution.depth}{short_name(execution)}", bar, f"{seconds:6.2f} s")
+    executions = [root, *root.tree.exclude(pk=root.pk).order_by("created_at")]
+    names = [f"{'  ' * execution.depth}{short_name(execution.task)}" for execution in executions]
+    bar_width = max(width - max(map(len, names)) - 12, 20)
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for name, execution in zip(names, executions, strict=True):
+        seconds = ((execution.finished_at or end) - execution.created_at).total_seconds()
+        bar = _draw_bar(_spans(execution, crash), begin, end, bar_width)
+        table.add_row(name, bar, f"{seconds:6.2f} s")
     return table
 
 
@@ -98,20 +99,15 @@ def _first_trace_after(crash: Crash, execution: Execution) -> datetime:
     return min(traces, default=execution.finished_at or crash.at)
 
 
-def _draw_bar(spans: Iterable[Span], begin: datetime, end: datetime) -> str:
-    cell = (end - begin) / BAR_WIDTH
-    cells = [" "] * BAR_WIDTH
+def _draw_bar(spans: Iterable[Span], begin: datetime, end: datetime, width: int) -> str:
+    cells = [" "] * width
+    scale = width / ((end - begin).total_seconds() or 1)
     for span in spans:
-        first, last = ((instant - begin) / cell if cell else 0.0 for instant in span[:2])
-        for index in range(_index(first), _index(last) + 1):
-            cells[index] = span.mark
+        first, last = (min(int((moment - begin).total_seconds() * scale), width - 1) for moment in span[:2])
+        cells[first : last + 1] = span.mark * (last + 1 - first)
     return "".join(cells)
 
 
-def _index(position: float) -> int:
-    return min(max(int(position), 0), BAR_WIDTH - 1)
-
-
-def short_name(execution: Execution) -> str:
-    """Return the last part of the task's name."""
-    return execution.task.rpartition(".")[2]
+def short_name(task: str) -> str:
+    """Return the last part of a task's name."""
+    return task.rpartition(".")[2]

@@ -7,34 +7,35 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as ProgressBar
 
-from conductor_app.states import ExecutionStatus
-from project.demo.batch import Progress as BatchProgress
+from conductor_app.states import OPEN_STATUSES, ExecutionStatus
+from project.demo.batch import Progress
 
 #: Without a terminal: seconds between two lines.
 LINE_SECONDS = 2.0
 
 
 class Screen:
-    """A context manager around the time in which things happen."""
+    """Lines of text with the time, and below them the progress, as long as the context lasts."""
 
     def __init__(self, console: Console, orders: int) -> None:
         self.console = console
         self._orders = orders
-        self._bar = Progress(
-            TextColumn("orders"),
+        self._begin = time.monotonic()
+        self._shown_at = 0.0
+        self._line_at = self._begin + LINE_SECONDS
+        self._bar = ProgressBar(
+            TextColumn("executions"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
             TextColumn("[dim]{task.description}[/]"),
             console=console,
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("", total=orders)
-        self._shown_at = 0.0
-        self._line_at = time.monotonic() + LINE_SECONDS
+        self._task = self._bar.add_task("")
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -45,20 +46,25 @@ class Screen:
     ) -> None:
         self._bar.stop()
 
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._begin
+
+    def say(self, text: str) -> None:
+        """Print a line, above the bar if there is one."""
+        self.console.print(f"{text} [dim]+{self.seconds:.1f} s[/]", soft_wrap=True)
+
     def is_due(self, interval: float) -> bool:
         """Whether the last look is at least ``interval`` seconds ago."""
         return time.monotonic() >= self._shown_at + interval
 
-    def show(self, progress: BatchProgress) -> None:
-        """Show how far the orders are."""
+    def show(self, progress: Progress, expected: int) -> None:
+        """Show how far the executions are, of ``expected`` ones."""
         self._shown_at = time.monotonic()
-        counts = [f"{progress.executions[s]} {s}" for s in ExecutionStatus if progress.executions.get(s)]
-        description = "executions: " + ", ".join(counts)
-        self._bar.update(self._task, completed=progress.orders_done, description=description)
+        moving = ", ".join(f"{progress.executions.get(s, 0)} {s}" for s in ExecutionStatus if s in OPEN_STATUSES)
+        text = f"{moving}; {progress.orders_done} of {self._orders} orders done"
+        self._bar.update(self._task, completed=progress.executions_done, total=expected, description=text)
         if not self.console.is_terminal and self._shown_at >= self._line_at:
             self._line_at = self._shown_at + LINE_SECONDS
-            self.console.print(f"  {progress.orders_done} of {self._orders} orders done; {description}")
-
-    def say(self, *texts: str) -> None:
-        """Print a line above the bar."""
-        self.console.print(*texts)
+            self.console.print(f"  {progress.executions_done} of {expected} executions, {text}", soft_wrap=True)

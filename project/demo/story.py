@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from uuid import UUID
 
 from django.conf import settings
 from django.contrib.auth import get_user_model
@@ -24,10 +25,13 @@ from project.demo.crash import Crash, kill_a_process
 from project.demo.report import LEGEND, draw_time_line, draw_tree, short_name
 from project.demo.screen import Screen
 from project.demo.worker import Worker
+from project.shop.models import BankCall
 
-#: The process is killed when so many of the cards are charged.
+#: The process is killed when this share of the cards is charged.
 KILL_AT = 0.4
+#: How often to look into the database.
 POLL_SECONDS = 0.1
+#: The user for the admin, if the database is the demo's own.
 ADMIN = "demo"
 
 
@@ -41,162 +45,162 @@ class Demo:
     Args:
         orders: How many orders to place.
         deadline: Seconds after which the demo gives up.
-        as_json: Whether the outcome is printed as one JSON document, on stdout.
+        owns_database: Whether a user for the admin may be made.
     """
 
-    def __init__(self, console: Console, *, orders: int, deadline: float, as_json: bool) -> None:
+    def __init__(self, console: Console, *, orders: int, deadline: float, owns_database: bool) -> None:
         self.console = console
         self.order_count = orders
         self.deadline = deadline
-        self.as_json = as_json
+        self.owns_database = owns_database
         self.batch = Batch()
+        self.screen = Screen(console, orders)
         self.worker = Worker(Path(settings.VAR_DIR) / "demo-worker.log")
         self.crash: Crash | None = None
-        #: When the killed execution was first seen again, and when it was final; seconds since the start.
-        self.noticed_after: float | None = None
+        #: When the process was killed, when its execution was queued again, when that was final: seconds.
+        self.killed_after: float | None = None
+        self.missed_after: float | None = None
         self.recovered_after: float | None = None
-        self._begin = time.monotonic()
+        self.done_after: float | None = None
+        #: Why the demo could not go on; empty if it could.
+        self.failure = ""
+        self.checks: list[Check] = []
 
     @property
-    def seconds(self) -> float:
-        """Seconds since the start."""
-        return time.monotonic() - self._begin
+    def holds(self) -> bool:
+        """Whether everything is as it should be."""
+        return not self.failure and all(check.holds for check in self.checks)
 
-    def run(self) -> int:
-        """Run it all and return the exit status: 0 if every check holds."""
+    def run(self) -> None:
+        """Run the demo and check what the database says afterwards."""
         call_command("migrate", verbosity=0)
-        self.console.print(f"migrated; the worker logs to {_relative(self.worker.log_path)}", self._clock())
-        failure = ""
-        with self.worker, Screen(self.console, self.order_count) as screen:
+        self.screen.say(f"tables created; the worker logs to {_relative(self.worker.log_path)}")
+        with self.worker, self.screen:
             try:
-                self._place_orders(screen)
-                self._watch(screen)
+                self._place_orders()
+                while not self._look():
+                    time.sleep(POLL_SECONDS)
             except DemoFailed as error:
-                failure = str(error)
-        done_after = self.seconds
-        checks = list(check_all(self.batch, self.crash))
-        holds = not failure and all(check.holds for check in checks)
-
-        if not failure:
-            self.console.print(f"[green]✓[/] {self.order_count} orders done", self._clock())
-            self._draw_one_order()
-        self._print_checks(checks)
-        if not holds:
-            self._print_failure(failure)
-        self._print_next_commands()
-        if self.as_json:
-            self._print_json(holds, failure, checks, done_after)
-        return 0 if holds else 1
+                self.failure = str(error)
+        self.done_after = self.screen.seconds
+        self.checks = list(check_all(self.batch, self.crash))
 
     # What happens
 
-    def _place_orders(self, screen: Screen) -> None:
+    def _place_orders(self) -> None:
         for _order in self.batch.place(self.order_count):
-            self._look(screen)
-        screen.say(
-            f"{self.order_count} orders placed, each with an execution of project.shop.tasks.fulfil", self._clock()
-        )
+            if self.screen.is_due(POLL_SECONDS):
+                self._look()
+        self.screen.say(f"orders placed: {self.order_count}, each with an execution of project.shop.tasks.fulfil")
 
-    def _watch(self, screen: Screen) -> None:
-        while not self._look(screen):
-            time.sleep(POLL_SECONDS)
-
-    def _look(self, screen: Screen) -> bool:
-        """Look how far it is, act on it, and return whether everything is done."""
+    def _look(self) -> bool:
+        """Look how far it is, act on that, and return whether all is done."""
         if self.worker.has_ended:
             raise DemoFailed("the worker has ended by itself")
-        if self.seconds > self.deadline:
+        if self.screen.seconds > self.deadline:
             raise DemoFailed(f"not done after {self.deadline:g} s")
-        if not screen.is_due(POLL_SECONDS):
-            return False
         progress = self.batch.progress()
-        screen.show(progress)
-        if self.crash is None:
-            self._kill_if_it_is_time(screen)
-        else:
-            self._watch_recovery(screen, self.crash)
+        self.screen.show(progress, self.batch.expected_executions)
+        if self.crash is not None:
+            self._watch_recovery(self.crash)
+        elif self.batch.payments.count() >= int(KILL_AT * self.order_count):
+            self._kill_a_process()
         return progress.orders_done == self.order_count
 
-    def _kill_if_it_is_time(self, screen: Screen) -> None:
-        if self.batch.payments.count() < KILL_AT * self.order_count:
-            return
+    def _kill_a_process(self) -> None:
         self.crash = crash = kill_a_process(self.batch, self.worker)
-        if crash is not None:
-            moment = "the bank has charged, nobody has noted it" if crash.bank_had_charged else "in the middle"
-            name = crash.task.rpartition(".")[2]
-            screen.say(f"[red]☠ kill -9 {crash.pid}[/] during {name} of {crash.order}: {moment}", self._clock())
+        if crash is None:
+            return
+        self.killed_after = self.screen.seconds
+        moment = "the bank has charged, the worker has not noted it" if crash.bank_had_charged else "in the middle"
+        self.screen.say(
+            f"[bold red]☠ kill -9 {crash.pid}[/] during {short_name(crash.task)} of {crash.order}: {moment}"
+        )
 
-    def _watch_recovery(self, screen: Screen, crash: Crash) -> None:
+    def _watch_recovery(self, crash: Crash) -> None:
         if self.recovered_after is not None:
             return
         execution = Execution.objects.get(pk=crash.execution_id)
-        name = f"{short_name(execution)} of {crash.order}"
-        if self.noticed_after is None and execution.attempt > 1:
-            self.noticed_after = self.seconds
-            screen.say(f"[yellow]↻ the worker misses {crash.pid}[/]: {name} is queued again", self._clock())
-        if self.noticed_after is not None and execution.is_final:
-            self.recovered_after = self.seconds
-            screen.say(f"[green]✓ {name} {execution.status}[/] at attempt {execution.attempt}", self._clock())
+        name = f"{short_name(crash.task)} of {crash.order}"
+        if self.missed_after is None and execution.attempt > 1:
+            self.missed_after = self.screen.seconds
+            self.screen.say(f"[bold yellow]↻ {crash.pid} is missed[/]: {name} is queued again, as attempt 2")
+        if self.missed_after is not None and execution.is_final:
+            self.recovered_after = self.screen.seconds
+            is_repeated = self.batch.bank_calls.filter(
+                order_number=crash.order.number, answer=BankCall.Answer.REPEATED
+            ).exists()
+            hint = "; the bank knew the idempotency key and charged nothing" if is_repeated else ""
+            self.screen.say(f"[bold green]✓ recovered[/]: {name} {execution.status}{hint}")
 
     # What is told afterwards
 
-    def _draw_one_order(self) -> None:
-        root_id = self.crash.root_id if self.crash is not None else next(iter(self.batch.orders))
-        order = self.batch.orders[root_id]
-        self.console.print(f"\n[bold]{order}[/] of {escape(order.customer)}, {order.total}, as the database tells it:")
-        self.console.print(Padding(draw_tree(root_id, self.crash), (0, 2)), soft_wrap=True)
-        self.console.print()
-        self.console.print(Padding(draw_time_line(root_id, self.crash), (0, 2)))
-        self.console.print(f"  [dim]{LEGEND}[/]")
-
-    def _print_checks(self, checks: list[Check]) -> None:
+    def tell(self) -> None:
+        """Print what the database says."""
+        if not self.failure:
+            executions = self.batch.executions.count()
+            self.screen.say(f"[bold green]✓ all done[/]: {len(self.batch.orders)} orders, {executions} executions")
+            self._draw_one_order()
         self.console.print("\n[bold]What holds, counted in the database:[/]")
-        for check in checks:
-            mark = "[green]✓[/]" if check.holds else "[red]✗[/]"
+        for check in self.checks:
+            mark = "[green]✓[/]" if check.holds else "[bold red]✗[/]"
             self.console.print(f"{mark} {check.promise}: [dim]{escape(check.figures)}[/]", soft_wrap=True)
+        if not self.holds:
+            self.console.print(f"\n[bold red]The demo failed: {escape(self.failure or 'not every check holds')}.[/]")
+            self.console.print(f"The end of {_relative(self.worker.log_path)}:")
+            self.console.print(self.worker.log_tail(), markup=False, soft_wrap=True)
+        if self.batch.orders:
+            self._tell_what_is_next()
 
-    def _print_failure(self, failure: str) -> None:
-        self.console.print(f"\n[red bold]The demo failed: {escape(failure or 'not every check holds')}.[/]")
-        self.console.print(f"The end of {_relative(self.worker.log_path)}:")
-        self.console.print(self.worker.log_tail(), markup=False, soft_wrap=True)
+    def _draw_one_order(self) -> None:
+        root_id = self._order_to_show()
+        order = self.batch.orders[root_id]
+        self.console.print(f"\n[bold]{order}[/] over {order.total}, as the database tells it:")
+        self.console.print(Padding(draw_tree(root_id, self.crash), (0, 2), expand=False))
+        self.console.print()
+        width = min(self.console.width, 100) - 4
+        self.console.print(Padding(draw_time_line(root_id, self.crash, width), (0, 2), expand=False))
+        self.console.print(f"  [dim]{LEGEND}[/]", soft_wrap=True)
 
-    def _print_next_commands(self) -> None:
-        root_id = self.crash.root_id if self.crash is not None else next(iter(self.batch.orders), "")
-        manage = f"DATABASE_URL={os.environ['DATABASE_URL']} {_relative(Path(sys.executable))} manage.py"
-        password = secrets.token_urlsafe(9)
-        user, _ = get_user_model().objects.get_or_create(username=ADMIN, is_staff=True, is_superuser=True)
-        user.set_password(password)
-        user.save()
+    def _order_to_show(self) -> UUID:
+        return self.crash.root_id if self.crash is not None else next(iter(self.batch.orders))
+
+    def _tell_what_is_next(self) -> None:
+        url = os.environ["DATABASE_URL"] if self.owns_database else "…"  # which may hold a password
+        manage = f"DATABASE_URL={url} {_relative(Path(sys.executable))} manage.py"
         self.console.print("\n[bold]Next:[/]")
-        self.console.print(f"  {manage} conductor show {root_id}", soft_wrap=True)
+        self.console.print(f"  {manage} conductor show {self._order_to_show()}", soft_wrap=True)
         self.console.print(f"  {manage} runserver", soft_wrap=True)
-        self.console.print(f"  [dim]http://127.0.0.1:8000/admin/, user {ADMIN}, password {password}[/]")
+        if self.owns_database:
+            password = secrets.token_urlsafe(9)
+            user, _ = get_user_model().objects.get_or_create(username=ADMIN, is_staff=True, is_superuser=True)
+            user.set_password(password)
+            user.save()
+            self.console.print(f"  [dim]then http://127.0.0.1:8000/admin/, user {ADMIN}, password {password}[/]")
 
-    def _print_json(self, holds: bool, failure: str, checks: list[Check], done_after: float) -> None:
+    def as_json(self) -> str:
+        """Return the outcome as a JSON document."""
         crash = self.crash
         document = {
-            "ok": holds,
-            "failure": failure,
+            "ok": self.holds,
+            "failure": self.failure,
             "orders": self.order_count,
-            "seconds": round(done_after, 3),
             "executions": self.batch.progress().executions,
+            "seconds": self.done_after,
             "crash": crash
             and {
                 "pid": crash.pid,
-                "execution": str(crash.execution_id),
-                "root": str(crash.root_id),
+                "execution": crash.execution_id,
+                "root": crash.root_id,
                 "task": crash.task,
                 "bank_had_charged": crash.bank_had_charged,
-                "noticed_after_seconds": self.noticed_after,
+                "killed_after_seconds": self.killed_after,
+                "missed_after_seconds": self.missed_after,
                 "recovered_after_seconds": self.recovered_after,
             },
-            "checks": [asdict(check) for check in checks],
+            "checks": [asdict(check) for check in self.checks],
         }
-        json.dump(document, sys.stdout, indent=2)
-        sys.stdout.write("\n")
-
-    def _clock(self) -> str:
-        return f"[dim]+{self.seconds:.1f} s[/]"
+        return json.dumps(document, indent=2, default=str)
 
 
 def _relative(path: Path) -> str:

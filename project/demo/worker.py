@@ -49,7 +49,7 @@ class Worker:
     @property
     def pid(self) -> int | None:
         """The main process, which is not to be killed."""
-        return self._process and self._process.pid
+        return None if self._process is None else self._process.pid
 
     @property
     def has_ended(self) -> bool:
