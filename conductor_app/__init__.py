@@ -5,6 +5,7 @@ Public names are imported when they are first used, so ``import conductor_app`` 
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,26 @@ __all__ = [*sorted(_EXPORTS), "__version__"]  # noqa: PLE0604 - names, each a st
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_EXPORTS[name]), name)
+    try:
+        module = import_module(_EXPORTS[name])
+    except RuntimeError as error:
+        if "INSTALLED_APPS" not in str(error):
+            raise
+        raise _not_installed(name) from None
+    return getattr(module, name)
+
+
+def _not_installed(name: str) -> Exception:
+    """Return what Django's own words for a model without an app mean here. (No system check could: it is not there.)"""
+    from django.core.exceptions import ImproperlyConfigured  # noqa: PLC0415
+
+    frame = sys._getframe(2)  # the module that wants the name, behind the machinery of its import
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("importlib"):
+        frame = frame.f_back
+    return ImproperlyConfigured(
+        f'{frame.f_globals.get("__name__")} uses conductor_app.{name}, but "conductor_app" is not in INSTALLED_APPS. '
+        "Add it, then run: python manage.py migrate conductor_app (conductor.E002)"
+    )
 
 
 def __dir__() -> list[str]:

@@ -1,80 +1,368 @@
 """Tell Celery of a final status: result backend, callbacks, chain, chord.
 
-A run that ends does this itself, through Celery's tracer. This module does it for executions that end without a run
-(cancelled while waiting, lost with their worker) and for runs that died between their commit and Celery's bookkeeping.
-So callbacks are sent at least once; exactly once if they are durable tasks, since their ids are fixed when they are
-stored.
+The run that ends an execution does this after its commit. The sweeper does it for executions that end without a run
+(cancelled while waiting, lost with their worker) and for runs that died between their commit and this. Celery's tracer
+has no part in it: when the broker or the result backend is away, it would turn a success into a failure.
+
+An announcement that is interrupted is repeated, so messages to plain tasks are sent at least once. Durable tasks are
+called exactly once, since their ids are fixed when they are stored as callbacks. A chord's counter in
+django-celery-results is no such thing: it is counted down in the transaction that notes that Celery was told.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
 
-from celery import current_app
+from celery import current_app, states
 from celery.app.task import Context
 from celery.canvas import maybe_signature
+from celery.exceptions import ChordError, TaskRevokedError
+from django.db import IntegrityError, connections, router, transaction
+from kombu.exceptions import EncodeError
 
 from conductor_app import transitions
-from conductor_app.exceptions import ExecutionCancelled, ExecutionFailed
+from conductor_app.exceptions import ExecutionFailed, ProgrammingError, StepFailed
 from conductor_app.models import Execution, FailedExecution, database
+from conductor_app.serialization import load_failure, revive
 from conductor_app.states import ExecutionStatus
 
 logger = logging.getLogger(__name__)
 
+#: A result backend or broker that took so many seconds to fail is left alone for so many: Celery's Redis backend tries
+#: for 20 seconds before it gives up, and the sweeper has other things to do.
+SLOW_SECONDS, REST_SECONDS = 1.0, 30.0
+_rests_until = 0.0
+
+#: What no repetition mends: the callback does not take these arguments.
+_PERMANENT_ERRORS = (ProgrammingError, TypeError, EncodeError)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an execution ended, in the form in which Celery is told."""
+
+    status: ExecutionStatus
+    result: Any = None
+    error: Exception | None = None
+    traceback: str = ""
+
 
 def deliver(execution: Execution) -> None:
-    """Tell Celery how ``execution`` ended, and note that it was told.
+    """Tell Celery how ``execution``, a final row, ended; for the sweeper.
 
     Raises:
         Exception: Whatever the broker or the result backend raises; the sweeper then tries again.
     """
+    if execution.status == ExecutionStatus.SUCCEEDED:
+        tell(execution, Outcome(ExecutionStatus.SUCCEEDED, execution.get_result()))
+    elif execution.status == ExecutionStatus.FAILED:
+        trace = FailedExecution.objects.using(database()).filter(pk=execution.pk).values_list("traceback", flat=True)
+        error = revive(load_failure(execution.error))
+        if isinstance(error, StepFailed):  # its class is not known here
+            error = ExecutionFailed(str(error))
+        tell(execution, Outcome(ExecutionStatus.FAILED, error=error, traceback=next(iter(trace), "")))
+    elif execution.status == ExecutionStatus.CANCELLED:
+        tell(execution, cancelled(execution.error_message))
+
+
+def cancelled(message: str) -> Outcome:
+    """Return the outcome of a cancelled execution."""
+    return Outcome(ExecutionStatus.CANCELLED, error=TaskRevokedError(message))
+
+
+def tell(execution: Execution, outcome: Outcome, hostname: str | None = None) -> None:
+    """Tell Celery how ``execution`` ended, and note that it was told.
+
+    Raises:
+        Exception: Whatever the broker or the result backend raises; it is to be told again.
+    """
+    with _watched():
+        _tell(_Announcement(execution, outcome, hostname), execution)
+
+
+def show(execution: Execution, state: str, info: Any = None, hostname: str | None = None) -> None:
+    """Write a state that is not final to the result backend, as far as it takes it.
+
+    Call it in the transaction that has locked the execution's row: nobody can then store a later state before.
+    """
+    if execution.get_options().get("ignore_result", True) or is_resting():
+        return
+    connection = connections[database()]
+    mark = connection.savepoint() if connection.in_atomic_block else None
+    request = request_of(execution, hostname)
+    try:
+        with _watched():
+            _backend_of(execution.task).store_result(celery_id(execution), info, state, request=request)
+    except Exception as error:  # noqa: BLE001 - a result backend that is away must not stop the execution
+        if mark is not None:
+            connection.savepoint_rollback(mark)
+        logger.warning("%s of execution %s was not written to the result backend: %s", state, execution.pk, error)
+    else:
+        if mark is not None:
+            connection.savepoint_commit(mark)
+
+
+def is_resting() -> bool:
+    """Tell whether the result backend or the broker has just been slow to fail, so that nothing is to be told now."""
+    return time.monotonic() < _rests_until
+
+
+@contextmanager
+def _watched() -> Iterator[None]:
+    global _rests_until  # noqa: PLW0603
+    started = time.monotonic()
+    try:
+        yield
+    except Exception:
+        if time.monotonic() - started >= SLOW_SECONDS:
+            _rests_until = time.monotonic() + REST_SECONDS
+        raise
+
+
+def _tell(announcement: _Announcement, execution: Execution) -> None:
+    announcement.send_messages()
+    if not announcement.shares_database:
+        announcement.write()
+        transitions.announced(execution.pk)
+        return
+    with transaction.atomic(using=database()):
+        # First, since it takes the row's lock: of two that tell at the same time, one counts the chord down.
+        if transitions.announced(execution.pk):
+            announcement.write()
+
+
+def celery_id(execution: Execution) -> str:
+    """Return the task id under which Celery's results, chains and chords know an execution.
+
+    That is the execution's own, unless a message of somebody else's brought one that is no UUID.
+    """
+    return str(execution.get_options().get("celery_id") or execution.pk)
+
+
+def request_of(execution: Execution, hostname: str | None = None) -> Context:
+    """Return the request under which Celery knows an execution; without callbacks, chain and chord."""
     options = execution.get_options()
-    request = Context(
-        id=str(execution.pk),
+    shown: dict[str, Any] = {"args": (), "kwargs": {}}
+    if current_app.conf.result_extended:
+        shown = {"args": execution.args, "kwargs": execution.kwargs}
+    return Context(
+        options.get("headers") or {},
+        id=celery_id(execution),
         task=execution.task,
-        args=(),
-        kwargs={},
-        callbacks=options.get("link"),
-        errbacks=options.get("link_error"),
-        chain=options.get("chain"),
-        chord=options.get("chord"),
+        hostname=hostname,
         group=options.get("group_id"),
         group_index=options.get("group_index"),
         root_id=options.get("root_id") or str(execution.root_id),
-        parent_id=None,
+        parent_id=options.get("parent_id"),
         ignore_result=bool(options.get("ignore_result", True)),
         called_directly=False,
+        delivery_info={},
+        **shown,
     )
-    backend: Any = current_app.backend
-    store = not request.ignore_result
-    if execution.status == ExecutionStatus.SUCCEEDED:
-        result = execution.get_result()
-        _send_callbacks(request, result)
-        backend.mark_as_done(request.id, result, request=request, store_result=store)
-    elif execution.status == ExecutionStatus.FAILED:
-        trace = FailedExecution.objects.using(database()).filter(pk=execution.pk).values_list("traceback", flat=True)
-        error = ExecutionFailed(execution.error_message)
-        backend.mark_as_failure(request.id, error, next(iter(trace), ""), request=request, store_result=store)
-    elif execution.status == ExecutionStatus.CANCELLED:
-        cancelled = ExecutionCancelled(execution.error_message)
-        backend.mark_as_revoked(request.id, str(cancelled), request=request, store_result=store)
-        if request.errbacks:
-            backend._call_task_errbacks(request, cancelled, None)
-    else:
-        return  # reopened meanwhile
-    transitions.announced(execution.pk)
 
 
-def _send_callbacks(request: Context, result: Any) -> None:
-    """Send what Celery's tracer sends after a success (``celery.app.trace``, ``_dispatch_callbacks_and_chain``)."""
-    shared = {"parent_id": request.id, "root_id": request.root_id}
-    for callback in request.callbacks or ():
-        _signature(callback).apply_async((result,), **shared)
-    if request.chain:
-        chain: list[Any] = list(request.chain)
-        _signature(chain.pop()).apply_async((result,), chain=chain, **shared)
+class _Announcement:
+    """One execution's end, and whom it concerns."""
+
+    def __init__(self, execution: Execution, outcome: Outcome, hostname: str | None) -> None:
+        options = execution.get_options()
+        self._execution = execution
+        self._outcome = outcome
+        self._backend = _backend_of(execution.task)
+        self._request = cast(Any, request_of(execution, hostname))
+        self._request.errbacks = options.get("link_error")
+        self._request.chord = options.get("chord")
+        self._store_error = bool(options.get("store_error"))
+        self._priority = execution.priority if current_app.conf.task_inherit_parent_priority else None
+        chain: list[Any] = options.get("chain") or []
+        if outcome.status == ExecutionStatus.SUCCEEDED:
+            self._callbacks: list[tuple[Any, list[Any] | None]] = [
+                *((_signature(callback), None) for callback in options.get("link") or ()),
+                *((_signature(following), chain[:-1]) for following in chain[-1:]),
+            ]
+        else:
+            self._callbacks = []
+            self._request.chain = chain
+
+    @property
+    def shares_database(self) -> bool:
+        """Whether results are written to the executions' own database, by django-celery-results."""
+        model = getattr(self._backend, "TaskModel", None)
+        return model is not None and router.db_for_write(model) == database()
+
+    def send_messages(self) -> None:
+        """Send what goes to the broker, outside of any transaction: a message must not overtake a commit."""
+        for callback, chain in self._callbacks:
+            if not self._belongs_to_transaction(callback):
+                self._send(callback, chain)
+        if self._request.errbacks and self._outcome.error is not None:
+            self._call_errbacks()
+
+    def write(self) -> None:
+        """Send what only writes to the database, store the result, and count down the chord."""
+        for callback, chain in self._callbacks:
+            if self._belongs_to_transaction(callback):
+                self._send(callback, chain)
+        with _ChordBody(self._request, together=self.shares_database):
+            self._store()
+
+    def _store(self) -> None:
+        request, outcome = self._request, self._outcome
+        store = not request.ignore_result
+        if outcome.status == ExecutionStatus.SUCCEEDED:
+            self._backend.mark_as_done(request.id, outcome.result, request=request, store_result=store)
+            return
+        self._backend.mark_as_failure(
+            request.id,
+            outcome.error,
+            outcome.traceback,
+            request=request,
+            store_result=store or self._store_error,
+            call_errbacks=False,
+            state=states.FAILURE if outcome.status == ExecutionStatus.FAILED else states.REVOKED,
+        )
+
+    def _belongs_to_transaction(self, callback: Any) -> bool:
+        # A canvas of durable tasks alone is stored as a whole or not at all: starting a chord cannot be repeated.
+        return self.shares_database and _is_canvas(callback) and _is_durable(callback) and not _is_eager()
+
+    def _send(self, callback: Any, chain: list[Any] | None) -> None:
+        """Send what Celery's tracer sends after a success (``_dispatch_callbacks_and_chain`` in its source)."""
+        options: dict[str, Any] = {
+            "parent_id": self._request.id,
+            "root_id": self._request.root_id,
+            "priority": self._priority,
+        }
+        if chain is not None:
+            options["chain"] = chain
+        try:
+            sent = callback.apply_async((self._outcome.result,), **options)
+        except _PERMANENT_ERRORS as error:
+            logger.error(
+                "Execution %s succeeded, but its callback %s cannot be called: %s",
+                self._execution.pk,
+                callback.get("task"),
+                error,
+                extra={"execution_id": str(self._execution.pk)},
+            )
+            self._fail_callback(callback, chain, error)
+        except IntegrityError:
+            if not (self._outcome.status == ExecutionStatus.SUCCEEDED and _is_canvas(callback)):
+                raise
+            # Its chord is counted already: an earlier announcement began to send it and was interrupted.
+            logger.warning("Execution %s: its callback had been sent before.", self._execution.pk)
+        else:
+            if sent is not None:
+                self._request.children.append(sent)
+
+    def _fail_callback(self, callback: Any, chain: list[Any] | None, error: Exception) -> None:
+        """Fail the callback in the execution's place, so that nobody waits for it."""
+        options = callback.options
+        if _is_canvas(callback) or not options.get("task_id"):
+            return
+        request = Context(
+            id=options["task_id"],
+            task=callback.task,
+            errbacks=options.get("link_error"),
+            chain=chain,
+            chord=options.get("chord"),
+            group=options.get("group_id"),
+            group_index=options.get("group_index"),
+            root_id=self._request.root_id,
+            delivery_info={},
+        )
+        self._backend.mark_as_failure(request.id, error, request=request)
+
+    def _call_errbacks(self) -> None:
+        try:
+            self._backend._call_task_errbacks(self._request, self._outcome.error, self._outcome.traceback)
+        except _PERMANENT_ERRORS as error:
+            logger.error(
+                "Execution %s failed, and its error callbacks cannot be called: %s",
+                self._execution.pk,
+                error,
+                extra={"execution_id": str(self._execution.pk)},
+            )
+
+
+class _ChordBody:
+    """Takes care that the body of a chord is sent once, when the last part of the header has returned.
+
+    django-celery-results counts down and sends the body; here both happen inside the announcement's transaction. A body
+    of durable tasks is stored in it. A plain task's message is sent before the commit, and a refusal undoes the count,
+    so that it is tried again. A body that starts a chord with plain tasks goes after the commit: its parts would return
+    before their counter can be seen.
+    """
+
+    def __init__(self, request: Any, *, together: bool) -> None:
+        self._refused: Exception | None = None
+        if together and request.chord:
+            body = _signature(request.chord)
+            send = body.delay
+            body.delay = lambda *args: self._send(body, send, args)
+            request.chord = body
+
+    def _send(self, body: Any, send: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        if _is_canvas(body) and not _is_durable(body):
+            transaction.on_commit(lambda: _send_late(body, send, args), using=database())
+            return
+        try:
+            send(*args)
+        except _PERMANENT_ERRORS:
+            raise  # the backend fails the chord
+        except Exception as error:  # noqa: BLE001 - whatever the broker's client raises
+            self._refused = error
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_exc: object) -> None:
+        if self._refused is not None:
+            raise self._refused
+
+
+def _send_late(body: Any, send: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    try:
+        send(*args)
+    except Exception as error:
+        logger.exception("The body of a chord was not sent.")
+        current_app.backend.chord_error_from_stack(body, ChordError(f"Callback error: {error!r}"))
+
+
+def _backend_of(task_name: str) -> Any:
+    task = current_app.tasks.get(task_name)
+    return current_app.backend if task is None else task.backend
 
 
 def _signature(stored: Any) -> Any:
     return maybe_signature(stored, app=current_app)
+
+
+def _is_eager() -> bool:
+    return bool(current_app.conf.task_always_eager)
+
+
+def _is_canvas(signature: Any) -> bool:
+    return bool(signature.get("subtask_type"))
+
+
+def _is_durable(signature: Any) -> bool:
+    """Tell whether all tasks of a signature are durable, so that calling it only writes to the database."""
+    if not _is_canvas(signature):
+        return hasattr(current_app.tasks.get(signature.get("task")), "new_execution")
+    return all(_is_durable(_signature(member)) for member in _members(signature))
+
+
+def _members(signature: Any) -> Iterable[Any]:
+    kwargs = signature.get("kwargs") or {}
+    if signature.get("subtask_type") == "chord":
+        header = kwargs.get("header") or ()
+        yield from [header] if hasattr(header, "get") else header
+        yield kwargs["body"]
+    else:
+        yield from kwargs.get("tasks") or ()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import time
 import uuid
-from typing import Any
+from typing import Any, Union
 
+from celery import states
 from celery.result import AsyncResult
 
-from conductor_app import transitions
-from conductor_app.context import current_context
+from conductor_app import announcements, transitions
+from conductor_app.context import check_duration, current_context
 from conductor_app.exceptions import (
     BlockingCallInTask,
     ExecutionCancelled,
@@ -18,10 +20,11 @@ from conductor_app.exceptions import (
     InvalidArgumentType,
 )
 from conductor_app.models import Execution, database
+from conductor_app.serialization import shown
 from conductor_app.states import ExecutionStatus
 
 #: How an execution may be named: itself, its id, or the ``AsyncResult`` that ``.delay()`` returned.
-ExecutionRef = Execution | AsyncResult[Any] | uuid.UUID | str
+ExecutionRef = Union[Execution, "AsyncResult[Any]", uuid.UUID, str]
 
 #: ``get_result`` asks the database after these pauses, in seconds; the last one repeats.
 _POLL_PAUSES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
@@ -71,15 +74,15 @@ def retry(execution: ExecutionRef) -> None:
         Execution.DoesNotExist: There is none.
         RetryRefused: It is not failed or cancelled, or it is a child whose parent has seen the outcome.
     """
-    transitions.reopen(_find(execution).pk)
+    transitions.reopen(_find(execution).pk, before_commit=lambda row: announcements.show(row, states.PENDING))
 
 
-def get_result(execution: ExecutionRef, timeout: float | None = None) -> Any:
+def get_result(execution: ExecutionRef, timeout: float | dt.timedelta | None = None) -> Any:
     """Wait for an execution and return its result; needs no result backend.
 
     Args:
         execution: The execution, its id, or its ``AsyncResult``.
-        timeout: Seconds to wait; ``None`` waits without limit, 0 only looks.
+        timeout: Seconds, or a ``timedelta``, to wait; ``None`` waits without limit, 0 only looks.
 
     Raises:
         Execution.DoesNotExist: There is none.
@@ -92,6 +95,8 @@ def get_result(execution: ExecutionRef, timeout: float | None = None) -> Any:
         raise BlockingCallInTask(
             "api.get_result inside a durable body would hold the worker. Use ctx.invoke to wait for a child."
         )
+    if timeout is not None:
+        timeout = check_duration(timeout, "timeout")
     started = time.monotonic()
     pauses = iter(_POLL_PAUSES)
     pause = _POLL_PAUSES[0]
@@ -105,7 +110,9 @@ def get_result(execution: ExecutionRef, timeout: float | None = None) -> Any:
             raise ExecutionCancelled(found.error_message)
         pause = next(pauses, pause)
         if timeout is not None and time.monotonic() + pause - started > timeout:
-            raise TimeoutError(f"Execution {found.pk} is still {found.status} after {timeout:g}s.")
+            raise TimeoutError(
+                f"Execution {found.pk} is still {found.status} after {timeout:g}s. It goes on; wait again."
+            )
         time.sleep(pause)
 
 
@@ -120,5 +127,10 @@ def _find(execution: ExecutionRef) -> Execution:
         try:
             key = uuid.UUID(str(key))
         except ValueError:
-            raise InvalidArgument(f"an execution is named by a UUID, got {key!r}") from None
-    return Execution.objects.using(database()).get(pk=key)
+            raise InvalidArgument(f"an execution is named by a UUID, got {shown(key)}") from None
+    found = Execution.objects.using(database()).filter(pk=key).first()
+    if found is None:
+        raise Execution.DoesNotExist(
+            f"There is no execution {key}. Was its transaction rolled back, or has it been pruned?"
+        )
+    return found

@@ -86,8 +86,8 @@ class ConductorSettings:
         if isinstance(value, bool) or not isinstance(value, allowed):
             kind = "an integer" if expected is int else "a number of seconds"
             raise ImproperlyConfigured(f'CONDUCTOR["{key}"] must be {kind}, got {value!r}.')
-        if not math.isfinite(value) or value <= 0:
-            raise ImproperlyConfigured(f'CONDUCTOR["{key}"] must be greater than 0, got {value!r}.')
+        if not 0 < value < math.inf:
+            raise ImproperlyConfigured(f'CONDUCTOR["{key}"] must be greater than 0 and finite, got {value!r}.')
         return expected(value)
 
 

@@ -48,7 +48,7 @@ from conductor_app.exceptions import (
 from conductor_app.ids import derive_child_id
 from conductor_app.leases import Lease
 from conductor_app.models import Execution, database
-from conductor_app.serialization import describe, digest, revive, round_trip
+from conductor_app.serialization import describe, digest, revive, round_trip, shown
 from conductor_app.sql import is_outage
 from conductor_app.states import OnTimeout, StepKind, StepStatus
 
@@ -154,8 +154,7 @@ class ExecutionContext:
 
     def idempotency_key(self, step: str) -> str:
         """Return a key for the outside world, the same on every attempt of this execution's ``step``."""
-        _check_step_name(step)
-        return f"{self._execution.pk}:{step}"
+        return f"{self._execution.pk}:{_step_name(step)}"
 
     # -------------------------------------------------------------------------------------------------------- invoke
 
@@ -225,11 +224,12 @@ class ExecutionContext:
             NotSerializable: A part of ``payload`` would not come back from JSON as it went in.
             InvokeInsideTransaction: The call stands inside ``transaction.atomic()``.
         """
+        step = _step_name(step)
         call = f'ctx.invoke("{step}")'
         self._enter(step, call)
-        seconds = _check_duration(timeout, "timeout")
+        seconds = None if timeout is None else check_duration(timeout, "timeout", allow_zero=False)
         if on_timeout not in list(OnTimeout):
-            raise InvalidArgument(f'on_timeout must be "cancel" or "abandon", got {on_timeout!r}.')
+            raise InvalidArgument(f'on_timeout must be "cancel" or "abandon", got {shown(on_timeout)}.')
         invocable, args, kwargs, options = _resolve_child(child, payload, call)
         if queue is not None:
             options["queue"] = _check_type(queue, str, "queue")
@@ -251,9 +251,9 @@ class ExecutionContext:
                     f"{call} would be execution number {limit + 1} in a chain of parents and children; the limit is "
                     f'{limit}. Does {new.task} invoke itself without an end? The limit is CONDUCTOR["MAX_DEPTH"].'
                 )
-            if seconds is not None and _looks_like_milliseconds(seconds):
+            if seconds is not None and not isinstance(timeout, dt.timedelta) and _looks_like_milliseconds(seconds):
                 self.logger.warning(
-                    "timeout=%g of step %s means %s (timeouts are seconds). Did you mean %g?",
+                    "timeout=%.15g of step %s means %s (timeouts are seconds). Did you mean %.15g?",
                     seconds,
                     step,
                     dt.timedelta(seconds=seconds),
@@ -294,6 +294,7 @@ class ExecutionContext:
             PayloadTooLarge: The encoded result exceeds ``CONDUCTOR["MAX_RESULT_BYTES"]``.
             LeaseLost: Another run has taken over; the result is not recorded.
         """
+        step = _step_name(step)
         call = f'ctx.step("{step}")'
         found, value = self._begin_step(step, fn, call)
         if found:
@@ -318,6 +319,7 @@ class ExecutionContext:
 
         Args and errors: as for ``step``.
         """
+        step = _step_name(step)
         call = f'ctx.atomic_step("{step}")'
         found, value = self._begin_step(step, fn, call)
         if found:
@@ -364,20 +366,18 @@ class ExecutionContext:
 
     def sleep(self, step: str, seconds: float | dt.timedelta) -> None:
         """Release the worker and go on after ``seconds`` (or a ``timedelta``), by the database's clock."""
+        step = _step_name(step)
         call = f'ctx.sleep("{step}")'
         self._enter(step, call)
-        duration = _check_duration(seconds, "seconds", allow_zero=True)
-        if duration is None:
-            raise InvalidArgumentType(f"{call} needs a number of seconds, got None.")
+        duration = check_duration(seconds, f"seconds of {call}")
         self._sleep(step, transitions.Sleep(step, seconds=duration))
 
     def sleep_until(self, step: str, when: dt.datetime) -> None:
         """Release the worker and go on at the instant ``when``."""
+        step = _step_name(step)
         call = f'ctx.sleep_until("{step}")'
         self._enter(step, call)
-        if not isinstance(when, dt.datetime):
-            raise InvalidArgumentType(f"{call} needs a datetime, got {type(when).__name__}.")
-        self._sleep(step, transitions.Sleep(step, until=clock.aware(when)))
+        self._sleep(step, transitions.Sleep(step, until=check_instant(when, f"when of {call}")))
 
     def _sleep(self, step: str, wait: transitions.Sleep) -> None:
         remembered = self._recall(step, StepKind.SLEEP)
@@ -418,7 +418,9 @@ class ExecutionContext:
                 fails with ``exc``.
         """
         self._usable("ctx.retry()")
-        seconds = _check_duration(countdown, "countdown", allow_zero=True)
+        seconds = None if countdown is None else check_duration(countdown, "countdown")
+        if exc is not None and not isinstance(exc, BaseException):
+            raise InvalidArgumentType(f"exc of ctx.retry() must be an exception, got {type(exc).__name__}")
         return RetryExecution(exc if exc is not None else sys.exception(), seconds)
 
     # ------------------------------------------------------------------------------------------------------ the insides
@@ -449,7 +451,6 @@ class ExecutionContext:
 
     def _enter(self, step: str, call: str) -> None:
         """Check everything that is wrong with any call, whatever is remembered."""
-        _check_step_name(step)
         self._usable(call)
         place = _caller()
         if step in self._used:
@@ -577,7 +578,7 @@ def child_error(remembered: steps.Memory) -> ChildError:
 # ------------------------------------------------------------------------------------------------------------ arguments
 
 
-def _check_step_name(step: object) -> None:
+def _step_name(step: object) -> str:
     if not isinstance(step, str):
         raise InvalidArgumentType(f"step name must be str, got {type(step).__name__}")
     if not step:
@@ -586,20 +587,46 @@ def _check_step_name(step: object) -> None:
         raise InvalidArgument(f"step name must be 1–{_STEP_NAME_LENGTH} characters: {len(step)} > {_STEP_NAME_LENGTH}")
     if not _STEP_NAME.match(step):
         raise InvalidArgument(f"step name {step!r} must match {_STEP_NAME_PATTERN}: ASCII letters, digits and _ . : -")
+    return str.__str__(step)  # a member of an Enum is written by its value
 
 
-def _check_duration(value: object, name: str, *, allow_zero: bool = False) -> float | None:
-    if value is None:
-        return None
+def check_duration(value: object, name: str, *, allow_zero: bool = True, allow_past: bool = False) -> float:
+    """Return a duration in seconds.
+
+    Raises:
+        InvalidArgumentType: It is neither a number nor a ``timedelta``.
+        InvalidArgument: It is NaN, infinite, negative (unless ``allow_past``), or longer than ``MAX_SECONDS``.
+    """
     if isinstance(value, dt.timedelta):
         value = value.total_seconds()
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise InvalidArgumentType(f"{name} must be a number of seconds or a timedelta, got {type(value).__name__}")
-    if not math.isfinite(value) or value < 0 or (value == 0 and not allow_zero):
-        raise InvalidArgument(f"{name} must be {'≥' if allow_zero else '>'} 0 seconds, got {value!r}")
-    if value > MAX_SECONDS:
-        raise InvalidArgument(f"{name} must be at most {MAX_SECONDS} seconds (100 years), got {value!r}")
+    limit = "" if allow_past else "≥ 0 " if allow_zero else "> 0 "
+    if value != value or value in (math.inf, -math.inf):
+        raise InvalidArgument(f"{name} must be {limit or 'a finite number of '}seconds, got {value!r}")
+    if not allow_past and (value < 0 or (value == 0 and not allow_zero)):
+        raise InvalidArgument(f"{name} must be {limit}seconds, got {_shown(value)}")
+    if abs(value) > MAX_SECONDS:
+        raise InvalidArgument(f"{name} must be at most {MAX_SECONDS} seconds (100 years), got {_shown(value)}")
     return float(value)
+
+
+def check_instant(value: object, name: str) -> dt.datetime:
+    """Return an instant in the form that Django stores.
+
+    Raises:
+        InvalidArgumentType: It is no ``datetime``.
+        InvalidArgument: It lies outside of what each database and each time zone can say.
+    """
+    if not isinstance(value, dt.datetime):
+        raise InvalidArgumentType(f"{name} must be a datetime, got {type(value).__name__}")
+    if not 1900 <= value.year <= 9000:
+        raise InvalidArgument(f"{name} must lie between the years 1900 and 9000, got {value}")
+    return clock.aware(value)
+
+
+def _shown(value: float) -> str:
+    return repr(value) if isinstance(value, float) or value.bit_length() < 64 else "a much larger one"
 
 
 def _check_type(value: Any, expected: type[R], name: str) -> R:
@@ -633,7 +660,7 @@ def _resolve_child(
         elif isinstance(child, Task):
             name = child.name
         else:
-            described = getattr(child, "__qualname__", None) or repr(child)
+            described = getattr(child, "__qualname__", None) or shown(child)
             raise UnknownTask(
                 f"{call} needs a durable task, its name or a signature, got {type(child).__name__} {described}. "
                 "Is @durable_task missing above its definition?"
@@ -664,7 +691,7 @@ def _unknown(name: str) -> str:
     nearest = difflib.get_close_matches(name, durable, n=1, cutoff=0.6)
     hint = f' Did you mean "{nearest[0]}"?' if nearest else ""
     return (
-        f'No durable task named "{name}".{hint} Known: {len(durable)}. '
+        f'No durable task named "{shown(name)[1:-1]}".{hint} Known: {len(durable)}. '
         "Is its module imported (tasks.py in an installed app)?"
     )
 

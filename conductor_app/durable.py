@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import datetime as dt
+import difflib
 import functools
 import inspect
-import math
 import uuid
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
 
 from celery import current_app, shared_task
 from celery.app.task import Context, Task
@@ -17,13 +17,13 @@ from celery.canvas import Signature, maybe_signature
 from celery.contrib.django.task import DjangoTask
 from celery.local import Proxy
 from celery.result import AsyncResult, EagerResult
-from celery.utils.functional import maybe_list
+from celery.utils.functional import head_from_fun, maybe_list
 from celery.utils.time import maybe_iso8601
 from django.core.exceptions import ImproperlyConfigured
 
-from conductor_app import clock, executor, inline, transitions
+from conductor_app import executor, inline, transitions
 from conductor_app.conf import conductor_settings
-from conductor_app.context import ExecutionContext, current_context
+from conductor_app.context import ExecutionContext, check_duration, check_instant, current_context
 from conductor_app.dispatch import HEADER
 from conductor_app.exceptions import (
     BlockingCallInTask,
@@ -31,27 +31,42 @@ from conductor_app.exceptions import (
     IdempotencyConflict,
     InvalidArgument,
     InvalidArgumentType,
-    NotSerializable,
     ProgrammingError,
 )
 from conductor_app.ids import new_root_id
-from conductor_app.models import Execution
+from conductor_app.models import Execution, database
 from conductor_app.retries import RetryPolicy
-from conductor_app.serialization import dump_options, dumps
+from conductor_app.serialization import dump_call, dump_options, loads, shown
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_ROUTING_OPTIONS = ("queue", "exchange", "exchange_type", "routing_key", "delivery_mode", "priority")
 _RETRY_OPTIONS = frozenset(RetryPolicy.__dataclass_fields__)
 _CONTEXT_NAMES = ("ctx", "context", "_ctx", "_context", "_")
 #: Options of ``apply_async`` that outlive a suspension, as they are stored.
-_KEPT_OPTIONS = ("chain", "chord", "group_id", "group_index", "root_id", "time_limit", "soft_time_limit", "shadow")
+_KEPT_OPTIONS = (
+    *("celery_id", "chain", "group_id", "group_index", "root_id", "parent_id"),
+    *("time_limit", "soft_time_limit", "shadow"),
+)
 _KEPT_ROUTING = ("exchange", "routing_key")
 #: Where each decorated task was defined, by name: to notice two tasks of one name.
 _defined_at: dict[str, tuple[str, str]] = {}
 
 
-class DurableResult(AsyncResult[R]):
+if TYPE_CHECKING:
+    _AsyncResult = AsyncResult[Any]
+
+    class _Task(DjangoTask[P, R]):
+        """Celery's task for Django, generic."""
+else:  # Celery 5.6 cannot be subscripted at run time.
+    _AsyncResult = AsyncResult
+
+    class _Task(DjangoTask, Generic[P, R]):
+        abstract = True
+
+
+class DurableResult(_AsyncResult):
     """An ``AsyncResult`` that refuses to be waited for inside a durable body."""
 
     def get(self, *args: Any, **kwargs: Any) -> Any:
@@ -68,12 +83,14 @@ class DurableResult(AsyncResult[R]):
         return super().get(*args, **kwargs)
 
 
-class DurableTask(DjangoTask[P, R]):
+class DurableTask(_Task[P, R]):
     """The Celery task behind ``@durable_task``; its ``run`` is the decorated function."""
 
     abstract = True
     #: What the worker wraps around each delivery.
     Request = "conductor_app.worker:DurableRequest"
+    #: What the worker does with each message.
+    Strategy = "conductor_app.worker:strategy"
 
     # A message is a doorbell: acknowledged at once and never brought back by Celery. Leases and the sweeper do that.
     acks_late = False
@@ -83,8 +100,16 @@ class DurableTask(DjangoTask[P, R]):
     serializer = "json"
     #: A child's failure was reported by the child; Celery logs it in one line, Sentry skips it.
     throws = (ChildError,)
+    #: Celery's tracer stores nothing: it does not know a child from a root.
+    store_errors_even_if_ignored = False
 
+    #: What the option ``store_errors_even_if_ignored`` says.
+    stores_ignored_errors: ClassVar[bool] = False
     retry_policy: ClassVar[RetryPolicy] = RetryPolicy()
+    #: The decorator's ``queue``, ``exchange``, ``routing_key`` and ``priority``; they win over ``task_routes``.
+    routing: ClassVar[Mapping[str, Any]] = {}
+    #: Options that were given and mean nothing here; the system check W019 tells of them.
+    ignored_options: ClassVar[tuple[str, ...]] = ()
 
     # ------------------------------------------------------------------------------------------------------- calling
 
@@ -95,10 +120,12 @@ class DurableTask(DjangoTask[P, R]):
             TypeError: The task was called like a function.
         """
         request = self.request
-        if request.called_directly:
+        running = current_context.get()
+        # In its own body the task's request is that of the run, so only the context tells a call of itself.
+        if request.called_directly or (running is not None and str(running.execution_id) == str(request.id)):
             raise TypeError(
                 f"{self.name} is durable and cannot be called like a function. Use {self.name}.delay(…), or "
-                f"conductor_app.testing in a unit test."
+                f"{self.name}.apply(…) in a unit test."
             )
         return executor.run(self, self._adopt(request, args, kwargs))
 
@@ -130,15 +157,19 @@ class DurableTask(DjangoTask[P, R]):
         """
         del producer
         options = {
-            **{key: value for key, value in cast(Any, self)._get_exec_options().items() if value is not None},
             **options,
             "link": link,
             "link_error": link_error,
             "shadow": shadow,
         }
+        caller = self.app.current_worker_task
+        if caller is not None:
+            options.setdefault("root_id", caller.request.root_id or caller.request.id)
+            options.setdefault("parent_id", caller.request.id)
+        if self.app.conf.task_always_eager:
+            options["ignore_result"] = not self.app.conf.task_store_eager_result
         new = self.new_execution(
-            list(args or ()),
-            dict(kwargs or {}),
+            *_arguments(self.name, args, kwargs),
             options,
             what=f"payload of {self.name}",
             execution_id=_parse_id(task_id),
@@ -149,9 +180,8 @@ class DurableTask(DjangoTask[P, R]):
         if not created:
             _check_same(execution, new)
         result: AsyncResult[R] = self.AsyncResult(str(execution.pk))
-        parent = self.app.current_worker_task if options.get("add_to_parent", True) else None
-        if parent is not None and not isinstance(parent, DurableTask):
-            parent.add_trail(result)
+        if caller is not None and options.get("add_to_parent", True) and not isinstance(caller, DurableTask):
+            caller.add_trail(result)
         if self.app.conf.task_always_eager and created:
             return cast("AsyncResult[R]", inline.run_eagerly(execution, self.app))
         return result
@@ -162,10 +192,10 @@ class DurableTask(DjangoTask[P, R]):
         Options that concern the eager call only (``throw``, ``logfile`` …) have no effect.
         """
         kept = {key: value for key, value in options.items() if key in ("task_id", "link", "link_error")}
+        kept["ignore_result"] = not self.app.conf.task_store_eager_result
         task_id = kept.pop("task_id", None)
         new = self.new_execution(
-            list(args or ()),
-            dict(kwargs or {}),
+            *_arguments(self.name, args, kwargs),
             kept,
             what=f"payload of {self.name}",
             execution_id=_parse_id(task_id),
@@ -185,13 +215,6 @@ class DurableTask(DjangoTask[P, R]):
             ProgrammingError: Always.
         """
         raise ProgrammingError(f"{self.name} is durable: use `raise ctx.retry(countdown=…)`.")
-
-    def after_return(self, status: str, retval: Any, task_id: str, *args: Any, **kwargs: Any) -> None:
-        """Note that Celery has been told of a final status."""
-        super().after_return(status, retval, task_id, *args, **kwargs)
-        announced = getattr(self.request, "conductor_announces", None)
-        if announced is not None:
-            transitions.announced(uuid.UUID(announced))
 
     # ------------------------------------------------------------------------------------------------ new executions
 
@@ -221,12 +244,13 @@ class DurableTask(DjangoTask[P, R]):
             NotSerializable, PayloadTooLarge, InvalidArgument, InvalidArgumentType: Nothing is stored.
         """
         self._check_signature(args, kwargs, what)
-        payload = _dump_payload(args, kwargs)
-        if idempotency_key is not None and (
-            not isinstance(idempotency_key, str) or not 1 <= len(idempotency_key) <= 255
-        ):
-            raise InvalidArgument(f"idempotency_key must be a string of 1–255 characters, got {idempotency_key!r}")
-        options = {name: value for name, value in options.items() if value is not None}
+        payload = dump_call(args, kwargs, conductor_settings().MAX_PAYLOAD_BYTES)
+        _check_idempotency_key(idempotency_key)
+        given = {name: value for name, value in options.items() if value is not None}
+        # The decorator's own queue, priority, time limits: of a child as well as of a root.
+        exec_options: Mapping[str, Any] = {**cast(Any, self)._get_exec_options(), **self.routing}
+        own = {name: value for name, value in exec_options.items() if value is not None}
+        options = {**own, **given}
         countdown, eta = _due(options)
         return transitions.NewExecution(
             id=execution_id or new_root_id(),
@@ -243,18 +267,16 @@ class DurableTask(DjangoTask[P, R]):
         )
 
     def _check_signature(self, args: list[Any], kwargs: Mapping[str, Any], what: str) -> None:
-        signature = body_signature(self.run)
         try:
-            signature.bind(*args, **kwargs)
+            _signature(inspect.unwrap(self.run)).bind(None, *args, **kwargs)
         except TypeError as error:
+            signature = body_signature(self.run)
             raise InvalidArgumentType(f"{what} does not fit {self.name}{signature}: {error}") from None
 
     def _queue_name(self, options: Mapping[str, Any], args: list[Any], kwargs: Mapping[str, Any]) -> str:
         queue: Any = options.get("queue")
-        if isinstance(queue, str) and queue:
-            return queue
-        if queue is not None and hasattr(queue, "name"):
-            return str(queue.name)
+        if queue is not None:
+            return _checked_queue(queue if isinstance(queue, str) else getattr(queue, "name", queue))
         routing = {name: options[name] for name in ("exchange", "routing_key") if name in options}
         router: Any = self.app.amqp.router
         route = router.route(routing, self.name, args, dict(kwargs), self)
@@ -263,21 +285,24 @@ class DurableTask(DjangoTask[P, R]):
 
     def _kept_options(self, options: Mapping[str, Any], *, is_root: bool) -> dict[str, Any]:
         kept = {name: options[name] for name in (*_KEPT_OPTIONS, *_KEPT_ROUTING) if name in options}
-        headers = dict(options.get("headers") or {})
-        for stamp in options.get("stamped_headers") or ():
-            headers[stamp] = options.get(stamp)
+        if options.get("headers"):
+            kept["headers"] = dict(options["headers"])
         if options.get("stamped_headers"):
-            headers["stamped_headers"] = list(options["stamped_headers"])
-        if headers:
-            kept["headers"] = headers
+            kept["stamps"] = {stamp: options.get(stamp) for stamp in options["stamped_headers"]}
         for name in ("link", "link_error"):
             if name in options:
-                kept[name] = [_with_id(signature) for signature in maybe_list(options[name])]
-        ignore_result = options.get("ignore_result", self.ignore_result)
-        stores = is_root and not ignore_result and not isinstance(self.app.backend, DisabledBackend)
-        if stores:
-            kept["ignore_result"] = False
-        if stores or any(kept.get(name) for name in ("link", "link_error", "chain", "chord")):
+                kept[name] = _with_ids(options[name])
+        if "chord" in options:
+            kept["chord"] = _with_callback_ids(options["chord"])
+        if is_root and not isinstance(self.app.backend, DisabledBackend):
+            ignores = options.get("ignore_result", self.ignore_result)
+            if not ignores:
+                kept["ignore_result"] = False
+            elif self.stores_ignored_errors or self.app.conf.task_store_errors_even_if_ignored:
+                kept["store_error"] = True
+        if any(kept.get(name) for name in ("store_error", "link", "link_error", "chain", "chord")) or (
+            kept.get("ignore_result") is False
+        ):
             kept["announce"] = True
         return kept
 
@@ -287,7 +312,8 @@ class DurableTask(DjangoTask[P, R]):
         """Return the id of the execution that a delivery is about.
 
         A message that somebody else published by task name (Beat, ``send_task``, another language) becomes an
-        execution here; delivered again, it finds the one that it became.
+        execution here; delivered again, it finds the one that it became. If its arguments do not fit, it becomes none,
+        and Celery records the failure as it does for any task.
         """
         try:
             execution_id = uuid.UUID(str(request.id))
@@ -296,10 +322,18 @@ class DurableTask(DjangoTask[P, R]):
         # Celery puts unknown headers of a message straight onto the request.
         if (getattr(request, HEADER, None) or (request.headers or {}).get(HEADER)) is not None:
             return execution_id
+        known = Execution.objects.using(database()).filter(pk=execution_id)
+        if transitions.patiently(known.exists):
+            # Whatever else the message says: if its arguments did not fit, Celery would record that this one failed.
+            return execution_id
+        delivery = request.delivery_info or {}
+        time_limit, soft_time_limit = (*(request.timelimit or ()), None, None)[:2]
         new = self.new_execution(
-            list(args),
-            kwargs,
+            *_arguments(self.name, args, kwargs),
             {
+                **(request.stamps or {}),
+                # Celery goes on to call it by the name that its publisher gave it.
+                "celery_id": None if request.id == str(execution_id) else request.id,
                 "link": request.callbacks,
                 "link_error": request.errbacks,
                 "chain": request.chain,
@@ -307,9 +341,16 @@ class DurableTask(DjangoTask[P, R]):
                 "group_id": request.group,
                 "group_index": request.group_index,
                 "root_id": request.root_id,
-                "ignore_result": request.ignore_result if "ignore_result" in vars(request) else None,
-                "queue": (request.delivery_info or {}).get("routing_key"),
-                "priority": (request.delivery_info or {}).get("priority"),
+                "parent_id": request.parent_id,
+                "ignore_result": vars(request).get("ignore_result"),
+                "queue": _consumed_queue(self.app, delivery.get("exchange"), delivery.get("routing_key")),
+                "priority": delivery.get("priority"),
+                "expires": request.expires,
+                "time_limit": time_limit,
+                "soft_time_limit": soft_time_limit,
+                "shadow": request.shadow,
+                "headers": _own_headers(request),
+                "stamped_headers": request.stamped_headers,
             },
             what=f"payload of {self.name}",
             execution_id=execution_id,
@@ -321,13 +362,13 @@ class DurableTask(DjangoTask[P, R]):
 
 def body_signature(fn: Callable[..., Any]) -> inspect.Signature:
     """Return the signature of a durable body without its context."""
-    return _body_signature(inspect.unwrap(fn))
+    signature = _signature(inspect.unwrap(fn))
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 @functools.lru_cache(maxsize=4_096)
-def _body_signature(fn: Callable[..., Any]) -> inspect.Signature:
-    signature = inspect.signature(fn)
-    return signature.replace(parameters=list(signature.parameters.values())[1:])
+def _signature(fn: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(fn)
 
 
 # ------------------------------------------------------------------------------------------------------- the decorator
@@ -370,15 +411,30 @@ def durable_task(fn: Any = None, /, **options: Any) -> Any:
 def _register(options: Mapping[str, Any], fn: Callable[..., Any]) -> Any:
     _check_body(fn, options)
     _check_name(fn, options)
+    _check_option_names(options)
     celery_options = {name: value for name, value in options.items() if name not in _RETRY_OPTIONS}
-    for forced in ("acks_late", "reject_on_worker_lost", "retry_on_worker_lost", "track_started", "serializer"):
-        celery_options.pop(forced, None)
+    ignored = tuple(
+        name
+        for name in ("acks_late", "reject_on_worker_lost", "retry_on_worker_lost", "track_started", "serializer")
+        if celery_options.pop(name, getattr(DurableTask, name)) != getattr(DurableTask, name)
+    )
     policy = RetryPolicy(**{name: value for name, value in options.items() if name in _RETRY_OPTIONS})
     celery_options.setdefault("base", DurableTask)
     if not issubclass(celery_options["base"], DurableTask):
         raise TypeError(f"base must derive from conductor_app.DurableTask, got {celery_options['base'].__name__}.")
+    celery_options["stores_ignored_errors"] = bool(celery_options.pop("store_errors_even_if_ignored", False))
+    # Celery 6 will not know these as attributes of a task (it warns today), but they are options of the decorator.
+    routing = {name: celery_options.pop(name) for name in _ROUTING_OPTIONS if name in celery_options}
     register: Any = shared_task  # its stubs know no custom options
-    return register(fn, retry_policy=policy, **celery_options)
+    # Celery reads from the header how to call an error callback: bound, it is sent as a task, with the failed one's id.
+    return register(
+        fn,
+        retry_policy=policy,
+        routing=routing,
+        ignored_options=ignored,
+        __header__=head_from_fun(fn, bound=True),
+        **celery_options,
+    )
 
 
 def _check_body(fn: Any, options: Mapping[str, Any]) -> None:
@@ -402,9 +458,13 @@ def _check_body(fn: Any, options: Mapping[str, Any]) -> None:
     first = parameters[0] if parameters else None
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     if first is None or first.kind not in positional or not _is_context(first):
-        given = ", ".join(parameter.name for parameter in parameters)
-        wanted = ", ".join(["ctx", *(parameter.name for parameter in parameters if parameter.name != "self")])
-        raise TypeError(f"{name}({given}) has no context: write `def {fn.__name__}({wanted}):`.")
+        stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+        given = [stars.get(parameter.kind, "") + parameter.name for parameter in parameters]
+        wanted = ["ctx", *(parameter for parameter in given if parameter not in ("self", "ctx"))]
+        definition = f"give it a name and write `def name({', '.join(wanted)}):`"
+        if fn.__name__.isidentifier():
+            definition = f"write `def {fn.__name__}({', '.join(wanted)}):`"
+        raise TypeError(f"{name}({', '.join(given)}) has no context: {definition}.")
 
 
 def _is_context(parameter: inspect.Parameter) -> bool:
@@ -418,6 +478,8 @@ def _is_context(parameter: inspect.Parameter) -> bool:
 
 def _check_name(fn: Callable[..., Any], options: Mapping[str, Any]) -> None:
     name = options.get("name") or current_app.gen_task_name(fn.__name__, fn.__module__)
+    if not 1 <= len(name) <= 255 or not name.isprintable():
+        raise ImproperlyConfigured(f"A task's name must be 1–255 printable characters, got {shown(name)}.")
     here = (fn.__module__, fn.__qualname__)
     before = _defined_at.setdefault(name, here)
     if before != here:
@@ -425,6 +487,25 @@ def _check_name(fn: Callable[..., Any], options: Mapping[str, Any]) -> None:
             f'Two durable tasks are called "{name}": {".".join(before)} and {".".join(here)}. '
             'Give one of them name="…".'
         )
+    # Celery would go on with the task that it has, without a word.
+    registered = getattr(current_app, "_tasks", {}).get(name)
+    if registered is not None and not isinstance(registered, DurableTask):
+        raise ImproperlyConfigured(
+            f'The durable task {".".join(here)} is called "{name}", and so is a plain Celery task. Give one of them '
+            'name="…".'
+        )
+
+
+def _check_option_names(options: Mapping[str, Any]) -> None:
+    if "retry_kwargs" in options:
+        raise TypeError("retry_kwargs is not taken: pass max_retries=… and default_retry_delay=… themselves.")
+    for name in options:
+        if name in _RETRY_OPTIONS or hasattr(DurableTask, name):
+            continue
+        # Celery keeps any option as an attribute, so that a misspelt one would be lost without a word.
+        nearest = difflib.get_close_matches(name, _RETRY_OPTIONS, n=1, cutoff=0.8)
+        if nearest:
+            raise TypeError(f'durable_task() has no option "{name}". Did you mean "{nearest[0]}"?')
 
 
 # ------------------------------------------------------------------------------------------------------------ arguments
@@ -437,24 +518,47 @@ def _parse_id(task_id: Any) -> uuid.UUID | None:
         return uuid.UUID(str(task_id))
     except ValueError:
         raise InvalidArgument(
-            f"task_id must be a UUID, since it is the execution's id, got {task_id!r}. Use idempotency_key= for a key "
-            "of your own."
+            f"task_id must be a UUID, since it is the execution's id, got {shown(task_id)}. Use idempotency_key= for a "
+            "key of your own."
         ) from None
 
 
-def _dump_payload(args: list[Any], kwargs: Mapping[str, Any]) -> str:
-    """Return ``[args, kwargs]`` as stored text; an error's path is the one that the caller wrote."""
-    kwargs = dict(kwargs)
-    try:
-        return dumps([args, kwargs], "payload", conductor_settings().MAX_PAYLOAD_BYTES)
-    except NotSerializable:
-        dumps(kwargs, "payload")
-        dumps(args[0] if len(args) == 1 else args, "payload")
-        raise
+def _arguments(task: str, args: Any, kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
+    if args is not None and not isinstance(args, (list, tuple)):
+        raise InvalidArgumentType(f"args of {task} must be a list or a tuple, got {type(args).__name__}")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise InvalidArgumentType(f"kwargs of {task} must be a mapping, got {type(kwargs).__name__}")
+    for name in kwargs or ():
+        if not isinstance(name, str):
+            raise InvalidArgumentType(f"kwargs of {task} has the key {name!r} of type {type(name).__name__}, not str")
+    return list(args or ()), dict(kwargs or {})
+
+
+def _check_idempotency_key(key: Any) -> None:
+    if key is None:
+        return
+    if not isinstance(key, str):
+        raise InvalidArgumentType(f"idempotency_key must be str, got {type(key).__name__}")
+    if not 1 <= len(key) <= 255:
+        raise InvalidArgument(f"idempotency_key must have 1–255 characters, got {len(key)}")
+    # MySQL ignores spaces at the end when it compares, so two keys would be one there, and only there.
+    if key != key.strip() or not key.isprintable():
+        raise InvalidArgument(
+            f"idempotency_key must be printable text without spaces at its ends, got {key!r}. Strip it."
+        )
+
+
+def _checked_queue(queue: Any) -> str:
+    if not isinstance(queue, str):
+        raise InvalidArgumentType(f"queue must be str, got {type(queue).__name__}")
+    if not 1 <= len(queue) <= 255 or not queue.isprintable():
+        raise InvalidArgument(f"queue must be 1–255 printable characters, got {shown(queue)}")
+    return str.__str__(queue)
 
 
 def _check_same(execution: Execution, new: transitions.NewExecution) -> None:
-    if execution.task == new.task and execution.payload == new.payload:
+    # Decoded, since the order of a mapping's keys is no difference.
+    if execution.task == new.task and loads(execution.payload) == loads(new.payload):
         return
     what = f"idempotency key {new.idempotency_key!r}" if new.idempotency_key is not None else f"id {new.id}"
     raise IdempotencyConflict(
@@ -465,50 +569,84 @@ def _check_same(execution: Execution, new: transitions.NewExecution) -> None:
 def _due(options: Mapping[str, Any]) -> tuple[float, dt.datetime | None]:
     countdown, eta = options.get("countdown"), options.get("eta")
     if countdown is not None:
-        if isinstance(countdown, dt.timedelta):
-            countdown = countdown.total_seconds()
-        if isinstance(countdown, bool) or not isinstance(countdown, (int, float)):
-            raise InvalidArgumentType(f"countdown must be a number of seconds, got {type(countdown).__name__}")
-        if not math.isfinite(countdown):
-            raise InvalidArgument(f"countdown must be finite, got {countdown!r}")
-        return float(countdown), None
+        return check_duration(countdown, "countdown", allow_past=True), None
     if eta is None:
         return 0.0, None
-    eta = maybe_iso8601(eta)
-    if not isinstance(eta, dt.datetime):
-        raise InvalidArgumentType(f"eta must be a datetime, got {type(eta).__name__}")
-    return 0.0, clock.aware(eta)
+    return 0.0, check_instant(_from_iso8601(eta, "eta"), "eta")
 
 
 def _expires(value: Any) -> float | dt.datetime | None:
-    if isinstance(value, str):
-        value = maybe_iso8601(value)
-    if isinstance(value, dt.timedelta):
-        value = value.total_seconds()
     if value is None:
         return None
-    if isinstance(value, dt.datetime):
-        return clock.aware(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise InvalidArgumentType(f"expires must be a number of seconds or a datetime, got {value!r}")
-    return float(value)
+    if isinstance(value, (str, dt.datetime)):
+        return check_instant(_from_iso8601(value, "expires"), "expires")
+    return check_duration(value, "expires", allow_past=True)
+
+
+def _from_iso8601(value: Any, name: str) -> Any:
+    try:
+        return maybe_iso8601(value) if isinstance(value, str) else value
+    except ValueError:
+        raise InvalidArgument(f"{name} must be a datetime or its ISO 8601 text, got {shown(value)}") from None
 
 
 def _priority(value: Any) -> int | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or not -32_768 <= value <= 32_767:
-        raise InvalidArgument(f"priority must be an int, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidArgumentType(f"priority must be int, got {type(value).__name__}")
+    if not -32_768 <= value <= 32_767:
+        raise InvalidArgument("priority must lie between -32768 and 32767; brokers know 0 to 9 or 0 to 255")
     return value
 
 
+#: What Celery and brokers add to a message's headers. RabbitMQ drops a message that comes back with its x-death.
+_FOREIGN_HEADERS = frozenset({"argsrepr", "compression", "kwargsrepr", "lang", "task"})
+_FOREIGN_HEADER_PREFIXES = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count")
+
+
+def _own_headers(request: Context) -> dict[str, Any] | None:
+    """Return the headers that the publisher of a message has added."""
+    known = {*vars(Context), *_FOREIGN_HEADERS}
+    return {
+        name: value
+        for name, value in (request.headers or {}).items()
+        if name not in known and not name.startswith(_FOREIGN_HEADER_PREFIXES)
+    } or None
+
+
+def _consumed_queue(app: Any, exchange: str | None, routing_key: str | None) -> str | None:
+    """Return the queue that a message came from, as far as its routing tells; the task's own queue otherwise."""
+    queues = app.amqp.queues
+    if not exchange and routing_key in queues:
+        return routing_key
+    for queue in queues.values():
+        if queue.exchange is not None and (queue.exchange.name, queue.routing_key) == (exchange, routing_key):
+            return str(queue.name)
+    return None
+
+
+def _with_ids(signatures: Any) -> list[Any]:
+    """Fix the ids of callbacks when they are stored, so that calling one twice is the same execution."""
+    return [_with_id(maybe_signature(signature, app=current_app)) for signature in maybe_list(signatures) or ()]
+
+
 def _with_id(signature: Any) -> Any:
-    """Fix the id of a callback when it is stored, so that sending it twice is the same execution."""
-    found = maybe_signature(signature, app=current_app)
-    if not isinstance(found, Signature):
-        return found
-    if found.get("subtask_type"):
-        return dict(found)
-    clone = found.clone()
-    clone.options.setdefault("task_id", str(new_root_id()))
-    return dict(clone)
+    if not isinstance(signature, Signature):
+        return signature
+    fixed = signature.clone()
+    if fixed.get("subtask_type"):
+        fixed.freeze()
+    else:
+        fixed.options.setdefault("task_id", str(new_root_id()))
+    return dict(fixed)
+
+
+def _with_callback_ids(body: Any) -> Any:
+    """Fix the ids of the callbacks of a chord's body; the body itself has one."""
+    found: Any = maybe_signature(body, app=current_app)
+    fixed = found.clone()
+    for name in ("link", "link_error"):
+        if fixed.options.get(name):
+            fixed.options[name] = _with_ids(fixed.options[name])
+    return dict(fixed)

@@ -228,3 +228,5 @@ class Failure:
     traceback: str = ""
     args: tuple[Any, ...] | None = None
     attributes: dict[str, Any] | None = None
+    #: Whether ``attributes`` lacks something that JSON cannot hold.
+    is_partial: bool = False

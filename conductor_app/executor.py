@@ -1,8 +1,9 @@
 """One run: from a Celery delivery to a suspension or an outcome.
 
 ``run`` is called by Celery's tracer in the place of the task's body. It returns the result and raises the final error
-as any task does, so Celery's own bookkeeping (result backend, callbacks, signals, Sentry) happens once, at the real
-end. Every other way to end a run raises ``RunEnded``, a ``celery.exceptions.Ignore``.
+as any task does, so signals, hooks, log lines and Sentry see each execution once, at its real end. The result backend
+and callbacks, chain and chord are told here (``announcements``). Every other way to end a run raises ``RunEnded``, a
+``celery.exceptions.Ignore``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from celery.app.task import Context
 from celery.exceptions import Ignore
 from django.db import DatabaseError, connections
 
-from conductor_app import steps, transitions
+from conductor_app import announcements, dispatch, steps, transitions
 from conductor_app.conf import conductor_settings
 from conductor_app.context import ExecutionContext
 from conductor_app.exceptions import (
@@ -35,9 +36,10 @@ from conductor_app.exceptions import (
     SuspendExecution,
 )
 from conductor_app.leases import Lease, keeper
-from conductor_app.models import Execution, database
+from conductor_app.models import Execution
 from conductor_app.retries import RetryPolicy
 from conductor_app.serialization import describe, dumps, loads
+from conductor_app.states import ExecutionStatus
 
 logger = logging.getLogger("conductor_app.execution")
 
@@ -92,8 +94,9 @@ def run(task: Task[Any, Any], execution_id: uuid.UUID) -> Any:
         Exception: What failed the execution for good.
     """
     request = task.request
+    _keep_tracer_out(request)
     try:
-        execution = _claim(execution_id, lease_owner(request))
+        execution = _claim(execution_id, lease_owner(request), task.name)
     except DatabaseError as error:
         # Nothing was claimed, the row is queued: the sweeper rings again.
         logger.warning("Execution %s was not claimed, the database is away: %s", execution_id, error)
@@ -111,13 +114,13 @@ def run(task: Task[Any, Any], execution_id: uuid.UUID) -> Any:
             raise RunEnded("dropped", "its lease is lost") from None
 
 
-def _claim(execution_id: uuid.UUID, owner: str) -> Execution | None:
+def _claim(execution_id: uuid.UUID, owner: str, task: str) -> Execution | None:
     try:
-        return transitions.claim(execution_id, owner)
+        return transitions.claim(execution_id, owner, task)
     except DatabaseError:
         # With CELERY_DB_REUSE_MAX nobody has looked whether the connection outlived the pause between two runs.
         _close_broken_connections()
-        return transitions.claim(execution_id, owner)
+        return transitions.claim(execution_id, owner, task)
 
 
 def _run_claimed(task: Task[Any, Any], execution: Execution, lease: Lease) -> Any:
@@ -154,7 +157,7 @@ def _call_body(task: Task[Any, Any], execution: Execution, context: ExecutionCon
     except SuspendExecution:
         _suspend(task, execution, context)
     except CancelExecution:
-        _cancel(execution)
+        _cancel(task, execution)
     except ReleaseExecution:
         transitions.release(execution)
         raise RunEnded("released", "the worker shuts down") from None
@@ -162,7 +165,7 @@ def _call_body(task: Task[Any, Any], execution: Execution, context: ExecutionCon
         raise
     except Exception as error:  # noqa: BLE001 - the body may raise anything
         if context.suspension is not None:
-            _report_swallowed(context, execution, f"raised {error!r}")
+            _report_swallowed(context, execution, f"raised {type(error).__name__}")
             _suspend(task, execution, context)
         _end_attempt(task, execution, error)
     return _succeed(task, execution, value)
@@ -175,8 +178,9 @@ def _succeed(task: Task[Any, Any], execution: Execution, value: Any) -> Any:
         _end_attempt(task, execution, error)
     _close_broken_connections()
     transitions.succeed(execution, text)
-    _attach_canvas(task, execution)
-    return loads(text)
+    result = loads(text)
+    _tell_celery(task, execution, announcements.Outcome(ExecutionStatus.SUCCEEDED, result))
+    return result
 
 
 def _suspend(task: Task[Any, Any], execution: Execution, context: ExecutionContext) -> None:
@@ -186,7 +190,7 @@ def _suspend(task: Task[Any, Any], execution: Execution, context: ExecutionConte
     try:
         suspended = transitions.suspend(execution, wait, before_commit=_state_writer(task, execution, wait))
     except CancelExecution:
-        _cancel(execution)
+        _cancel(task, execution)
     if not suspended:
         raise _GoOn
     due_in = wait.timeout if isinstance(wait, transitions.Invocation) else getattr(wait, "seconds", None)
@@ -196,9 +200,12 @@ def _suspend(task: Task[Any, Any], execution: Execution, context: ExecutionConte
     raise RunEnded("suspended", detail, due_in, wait.step) from None
 
 
-def _cancel(execution: Execution) -> None:
+def _cancel(task: Task[Any, Any], execution: Execution) -> None:
     _close_broken_connections()
-    transitions.cancel_running(execution)
+    failure = transitions.cancel_running(execution)
+    if failure is None:
+        raise RunEnded("released", "its cancellation was withdrawn") from None
+    _tell_celery(task, execution, announcements.cancelled(failure.message))
     raise RunEnded("cancelled", execution.cancel_reason, 0.0) from None
 
 
@@ -218,16 +225,21 @@ def _end_attempt(task: Task[Any, Any], execution: Execution, error: Exception) -
         try:
             transitions.retry_later(execution, failure, delay)
         except CancelExecution:
-            _cancel(execution)
+            _cancel(task, execution)
         raise RunEnded(
             "retrying",
             f"attempt {execution.attempt} failed ({failure.message.splitlines()[0]}), "
             f"the next one is due in {delay:.3g}s",
             delay,
         ) from None
+    if isinstance(error, RetryExecution):
+        error.args = (f"ctx.retry() asked for another attempt, but attempt {execution.attempt} was the last one.",)
+        failure = describe(error, limit)
     step, child_id = (error.step, error.child_id) if isinstance(error, ChildError) else ("", None)
     transitions.fail(execution, failure, step=step, child_id=child_id)
-    _attach_canvas(task, execution)
+    _tell_celery(
+        task, execution, announcements.Outcome(ExecutionStatus.FAILED, error=error, traceback=failure.traceback)
+    )
     raise error
 
 
@@ -244,54 +256,40 @@ def _report_swallowed(context: ExecutionContext, execution: Execution, how: str)
     )
 
 
-def _attach_canvas(task: Task[Any, Any], execution: Execution) -> None:
-    """Give Celery's tracer what it needs to tell the world: callbacks, chain, chord, group.
+def _keep_tracer_out(request: Any) -> None:
+    """Take from Celery's tracer what it would act on when a run returns or raises; a message of others has it."""
+    request.callbacks = request.errbacks = request.chain = request.chord = None
+    request.ignore_result = True
 
-    Only now, when the execution has really ended: the tracer acts on them as soon as the run returns or raises.
-    """
+
+def _tell_celery(task: Task[Any, Any], execution: Execution, outcome: announcements.Outcome) -> None:
+    """Tell Celery of the outcome, which is committed; what fails here, the sweeper does again."""
     options = execution.get_options()
-    if not options.get("announce"):
+    if not options.get("announce") or dispatch.is_left_to_sweeper(options) or announcements.is_resting():
         return
-    request: Any = task.request
-    request.callbacks = options.get("link")
-    request.errbacks = options.get("link_error")
-    request.chain = options.get("chain")
-    request.chord = options.get("chord")
-    request.group = options.get("group_id")
-    request.group_index = options.get("group_index")
-    request.root_id = options.get("root_id") or str(execution.root_id)
-    request.conductor_announces = str(execution.pk)
+    try:
+        announcements.tell(execution, outcome, task.request.hostname)
+    except (Exception, AbandonRun) as error:  # noqa: BLE001 - whatever broker and result backend raise
+        logger.warning(
+            "Execution %s %s, but Celery could not be told (%s: %s). It will be told again.",
+            execution.pk,
+            outcome.status,
+            type(error).__name__,
+            error,
+            extra={"execution_id": str(execution.pk)},
+        )
 
 
-def _state_writer(task: Task[Any, Any], execution: Execution, wait: transitions.Wait) -> Callable[[], None] | None:
-    """Return what shows SUSPENDED in the result backend, for executions whose result goes there.
-
-    It runs while the execution's row is locked, so no later run can have written its result before.
-    """
-    options = execution.get_options()
-    if execution.parent_id is not None or options.get("ignore_result", True):
-        return None
-
-    def write() -> None:
-        child_id = wait.child.id if isinstance(wait, transitions.Invocation) else None
-        meta = {"waiting_for": wait.step, "child": None if child_id is None else str(child_id)}
-        connection = connections[database()]
-        mark = connection.savepoint() if connection.in_atomic_block else None
-        try:
-            task.backend.store_result(str(execution.pk), meta, "SUSPENDED", request=task.request)
-        except Exception as error:  # noqa: BLE001 - a result backend that is away must not stop the execution
-            if mark is not None:
-                connection.savepoint_rollback(mark)
-            logger.warning("SUSPENDED of execution %s was not written to the result backend: %s", execution.pk, error)
-        else:
-            if mark is not None:
-                connection.savepoint_commit(mark)
-
-    return write
+def _state_writer(task: Task[Any, Any], execution: Execution, wait: transitions.Wait) -> Callable[[], None]:
+    """Return what shows SUSPENDED in the result backend, while the execution's row is locked."""
+    child_id = wait.child.id if isinstance(wait, transitions.Invocation) else None
+    info = {"waiting_for": wait.step, "child": None if child_id is None else str(child_id)}
+    return lambda: announcements.show(execution, "SUSPENDED", info, task.request.hostname)
 
 
 def _close_broken_connections() -> None:
     """Close connections that the body left unusable, so that the outcome is written on a new one."""
     for connection in connections.all(initialized_only=True):
-        if not connection.in_atomic_block:
-            connection.close_if_unusable_or_obsolete()
+        # Not Django's close_if_unusable_or_obsolete(): with CONN_MAX_AGE = 0 every connection is obsolete at once.
+        if connection.errors_occurred and not connection.in_atomic_block and not connection.is_usable():
+            connection.close()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 import uuid
+
+from conductor_app import clock
 
 try:
     from uuid import uuid7  # type: ignore[attr-defined, unused-ignore]  # Python 3.14 and newer
@@ -14,6 +17,12 @@ except ImportError:
 def new_root_id() -> uuid.UUID:
     """Return a new id for a root execution; ids sort by creation time (RFC 9562, section 5.7)."""
     return uuid.UUID(int=uuid7().int)
+
+
+def created_at(root_id: uuid.UUID) -> dt.datetime:
+    """Return the instant in a UUIDv7, by the clock of the machine that made it."""
+    instant = dt.datetime.fromtimestamp((root_id.int >> 80) / 1000, tz=dt.UTC)
+    return clock.aware(instant)
 
 
 def derive_child_id(parent_id: uuid.UUID, step: str, generation: int = 0) -> uuid.UUID:
@@ -31,5 +40,6 @@ def derive_child_id(parent_id: uuid.UUID, step: str, generation: int = 0) -> uui
     digest = hashlib.sha256(parent_id.bytes + generation.to_bytes(4, "big") + step.encode()).digest()
     raw = bytearray(parent_id.bytes[:6] + digest[:10])
     raw[6] = (raw[6] & 0x0F) | 0x80  # version 8: the layout is our own
-    raw[8] = (raw[8] & 0x3F) | 0x80  # RFC 9562 variant
+    # RFC 9562 variant; and never 0x80 itself, which MariaDB 10.11 refuses in a UUID of this version (measured).
+    raw[8] = (raw[8] & 0x3F) | 0x81
     return uuid.UUID(bytes=bytes(raw))

@@ -22,7 +22,7 @@ def prepare_worker(**kwargs: Any) -> None:
     from conductor_app.checks import report_to_worker  # noqa: PLC0415
 
     worker.install(**kwargs)
-    report_to_worker()
+    report_to_worker(**kwargs)
 
 
 def log_finished(execution: Execution, status: str, **_kwargs: Any) -> None:

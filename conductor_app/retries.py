@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,8 @@ from conductor_app.exceptions import ConductorError, InvalidArgument
 
 #: More retries than this are a mistake in the unit; ``None`` is without limit.
 MAX_RETRIES_LIMIT = 1_000_000
+#: Longer delays than this are a mistake in the unit, too.
+MAX_DELAY_SECONDS = 100 * 366 * 86_400
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,19 @@ class RetryPolicy:
         if limit is not None and (
             isinstance(limit, bool) or not isinstance(limit, int) or not 0 <= limit <= MAX_RETRIES_LIMIT
         ):
-            raise InvalidArgument(f"max_retries must be None or an int from 0 to {MAX_RETRIES_LIMIT}, got {limit!r}.")
+            raise InvalidArgument(
+                f"max_retries must be None or an int from 0 to {MAX_RETRIES_LIMIT}, got {limit!r:.100}."
+            )
         for name in ("retry_backoff", "retry_backoff_max", "default_retry_delay"):
             _check_delay(name, getattr(self, name), allow_bool=name == "retry_backoff")
+        if not isinstance(self.retry_jitter, bool):
+            raise InvalidArgument(f"retry_jitter must be True or False, got {self.retry_jitter!r:.100}.")
         for name in ("autoretry_for", "dont_autoretry_for"):
             classes = getattr(self, name)
             if not isinstance(classes, (tuple, list)) or not all(
                 isinstance(cls, type) and issubclass(cls, BaseException) for cls in classes
             ):
-                raise InvalidArgument(f"{name} must be a tuple of exception classes, got {classes!r}.")
+                raise InvalidArgument(f"{name} must be a tuple of exception classes, got {classes!r:.100}.")
             object.__setattr__(self, name, tuple(classes))
 
     @property
@@ -80,7 +85,9 @@ def _check_delay(name: str, value: Any, *, allow_bool: bool) -> None:
     if isinstance(value, bool):
         if allow_bool:
             return
-    elif isinstance(value, (int, float)) and math.isfinite(value) and value >= 0:
+    elif isinstance(value, (int, float)) and 0 <= value <= MAX_DELAY_SECONDS:
         return
-    kind = "a bool or a number of seconds ≥ 0" if allow_bool else "a number of seconds ≥ 0"
-    raise InvalidArgument(f"{name} must be {kind}, got {value!r}.")
+    kind = "a bool or a number" if allow_bool else "a number"
+    raise InvalidArgument(
+        f"{name} must be {kind} of seconds from 0 to {MAX_DELAY_SECONDS} (100 years), got {value!r:.100}."
+    )

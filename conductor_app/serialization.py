@@ -22,7 +22,7 @@ import traceback as traceback_module
 import types
 import uuid
 from collections.abc import Awaitable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from django.db.models import Model, QuerySet
 from django.utils.functional import Promise
@@ -35,7 +35,7 @@ MAX_NESTING = 100
 #: Python refuses to parse longer integers (``sys.int_info.default_max_str_digits``).
 MAX_INT_BITS = 14_000
 #: Values larger than this are refused even without a limit of their own, in bytes.
-_UNLIMITED = 64 * 1_048_576
+_UNLIMITED = 16 * 1_048_576
 #: Longest argument or attribute of an exception that is remembered, encoded.
 _MAX_PART_BYTES = 4_096
 _ENVELOPE = {"__type__", "__value__"}
@@ -83,9 +83,10 @@ def _encode(value: Any, what: str, limit: int | None) -> str:
 
 
 def _too_large(what: str, size: str, limit: int) -> str:
+    verb = "return" if what.startswith("result") else "pass"
     return (
         f"The encoded {what} is too large: {size} > {limit} bytes. "
-        "Store the data elsewhere and pass a reference to it, or raise the limit in CONDUCTOR."
+        f"Store the data elsewhere and {verb} a reference to it, or raise the limit in CONDUCTOR."
     )
 
 
@@ -101,7 +102,9 @@ def round_trip(value: Any, what: str, limit: int | None = None) -> tuple[str, An
 
 
 def digest(text: str) -> str:
-    """Return 32 hexadecimal digits that tell one stored text from another."""
+    """Return 32 hexadecimal digits that tell one stored value from another; the order of keys is no difference."""
+    if text.count('":') > 1:
+        text = json.dumps(json.loads(text), sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -134,12 +137,13 @@ class _OverBudget(Exception):
 def _validate(value: Any, what: str, limit: int | None) -> None:
     # Encoded text is at least as long as what _check counts, so a value that it gives up on is too large: a string of
     # gigabytes, or a list that holds itself twice at each of 100 levels.
-    budget = _UNLIMITED if limit is None else 4 * limit
+    budget = _UNLIMITED if limit is None else 2 * limit
     try:
         _check(value, 0, budget)
     except _Refused as refused:
         path = what + "".join(reversed(refused.path))
-        raise NotSerializable(f"{refused.before}{_shorten(path)}{refused.after}") from None
+        after = refused.after.replace("Pass", "Return", 1) if what.startswith("result") else refused.after
+        raise NotSerializable(f"{refused.before}{_shorten(path)}{after}") from None
     except _OverBudget:
         raise PayloadTooLarge(_too_large(what, f"more than {budget}", budget if limit is None else limit)) from None
 
@@ -149,8 +153,9 @@ def _check(value: Any, depth: int, left: int) -> int:
     if value is None or value is True or value is False:
         return left
     if isinstance(value, str):
-        _check_str(value)
         left -= len(value)
+        if left >= 0:
+            _check_str(value)
     elif isinstance(value, int):
         _check_int(value)
     elif isinstance(value, float):
@@ -216,7 +221,7 @@ def _check_dict(value: dict[Any, Any], depth: int, left: int) -> int:
         )
     key: Any = None
     try:
-        for key, item in value.items():
+        for key, item in value.items():  # noqa: B007 - an error's path needs the key that raised it
             left = _check(item, depth + 1, left)
     except _Refused as refused:
         refused.path.append(f'["{_shorten(_key_text(key), 40)}"]')
@@ -228,15 +233,17 @@ def _check_keys(value: dict[Any, Any], left: int) -> int:
     integers = False
     for key in value:
         if isinstance(key, str):
+            left -= len(key)
+            if left < 0:
+                raise _OverBudget
             try:
                 _check_str(key)
             except _Refused as refused:
-                refused.before = f"The key {_shorten(repr(key), 40)} of "
+                refused.before = f"The key {shown(key, 40)} of "
                 raise
-            left -= len(key)
         elif isinstance(key, bool) or not isinstance(key, int):
             raise _Refused(
-                "", f" has the key {_shorten(_safe_repr(key), 40)} of type {type(key).__name__}. Keys must be strings."
+                "", f" has the key {shown(key, 40)} of type {type(key).__name__}. Keys must be strings."
             )
         else:
             if key.bit_length() > MAX_INT_BITS:
@@ -248,8 +255,6 @@ def _check_keys(value: dict[Any, Any], left: int) -> int:
                 raise _Refused(
                     "", f" has the key '{int.__repr__(key)}' both as a string and as an integer. Use one of them."
                 )
-    if left < 0:
-        raise _OverBudget
     return left
 
 
@@ -272,9 +277,10 @@ def _shorten(text: str, limit: int = 120) -> str:
     return text if len(text) <= limit else f"{text[: limit - 20]}…{text[-16:]}"
 
 
-def _safe_repr(value: Any) -> str:
+def shown(value: Any, limit: int = 120) -> str:
+    """Return ``repr(value)`` for an error's text: short, and whatever the value's own ``__repr__`` does."""
     try:
-        return repr(value)
+        return _shorten(repr(value), limit)
     except Exception:  # noqa: BLE001 - the message matters more than this part of it
         return "?"
 
@@ -330,13 +336,14 @@ def describe(exc: BaseException, limit: int) -> Failure:
     except Exception:  # noqa: BLE001 - the class is the user's, and the failure must be stored all the same
         message = f"{cls.__name__} (its own text cannot be shown: str() of it fails)"
     trace = "".join(traceback_module.format_exception(cls, exc, _user_traceback(exc)))
-    args, attributes = _storable_parts(exc)
+    args, attributes, is_partial = _storable_parts(exc)
     return Failure(
         type=f"{cls.__module__}.{cls.__qualname__}",
         message=clean_text(message, limit),
         traceback=clean_text(trace, limit),
         args=args,
         attributes=attributes,
+        is_partial=is_partial,
     )
 
 
@@ -351,7 +358,7 @@ def _user_traceback(exc: BaseException) -> Any:
     return trace
 
 
-def _storable_parts(exc: BaseException) -> tuple[tuple[Any, ...] | None, dict[str, Any]]:
+def _storable_parts(exc: BaseException) -> tuple[tuple[Any, ...] | None, dict[str, Any], bool]:
     def storable(value: Any) -> bool:
         try:
             dumps(value, "value", _MAX_PART_BYTES)
@@ -365,10 +372,12 @@ def _storable_parts(exc: BaseException) -> tuple[tuple[Any, ...] | None, dict[st
         for cls in type(exc).__mro__
         for name, member in vars(cls).items()
         if isinstance(member, types.MemberDescriptorType) and hasattr(exc, name)
+        # A builtin's unset slot reads as None, and is not the same as one set to None: OSError words itself by it.
+        and not (cls.__module__ == "builtins" and getattr(exc, name) is None)
     }
     found = {**slots, **vars(exc)}
-    attributes = {name: value for name, value in found.items() if not name.startswith("_") and storable(value)}
-    return (tuple(exc.args) if storable(list(exc.args)) else None), attributes
+    attributes = {name: value for name, value in found.items() if storable(value)}
+    return (tuple(exc.args) if storable(list(exc.args)) else None), attributes, len(attributes) < len(found)
 
 
 def dump_failure(failure: Failure) -> str:
@@ -378,6 +387,8 @@ def dump_failure(failure: Failure) -> str:
         stored["args"] = list(failure.args)
     if failure.attributes:
         stored["attributes"] = failure.attributes
+    if failure.is_partial:
+        stored["is_partial"] = True
     return _encode_json(stored)
 
 
@@ -391,6 +402,7 @@ def load_failure(text: str | None) -> Failure:
             message=str(stored["message"]),
             args=None if args is None else tuple(args),
             attributes=dict(stored.get("attributes") or {}),
+            is_partial=bool(stored.get("is_partial")),
         )
     except (ValueError, TypeError, KeyError, AttributeError):
         return Failure(type="Unknown", message=text or "unknown error")
@@ -400,23 +412,32 @@ def revive(failure: Failure) -> Exception:
     """Return the exception that a remembered step failure raises on replay.
 
     It has the class of the first run if that class is already imported and is an ordinary exception, so the body's
-    ``except`` clauses choose the same branch. Nothing is imported and no constructor runs: what the database holds can
-    name a class, not call one (cf. CVE-2021-23727).
+    ``except`` clauses choose the same branch. Nothing is imported, and nothing is called but such a class (cf.
+    CVE-2021-23727).
     """
     cls = _find_exception_class(failure.type)
-    if cls is None:
-        return StepFailed(failure.message)
-    builtin = next(base for base in cls.__mro__ if base.__module__ == "builtins")
-    try:
-        # Not cls.__new__, which may be the user's and may want arguments.
-        exc: Exception = builtin.__new__(cls)
-    except TypeError:  # ExceptionGroup alone insists on them
+    exc = None if cls is None else _bare(cls, failure)
+    if exc is None:
         return StepFailed(failure.message)
     exc.args = failure.args if failure.args is not None else (failure.message,)
     for name, value in (failure.attributes or {}).items():
         with contextlib.suppress(Exception):  # a property of the user's, or one without a setter
             setattr(exc, name, value)
     return exc
+
+
+def _bare(cls: type[Exception], failure: Failure) -> Exception | None:
+    """Return an instance that its stored parts are still to be put into."""
+    if failure.is_partial and failure.args is not None:
+        # What could not be stored, such as the list of itself in a ValidationError, is for the constructor to make.
+        with contextlib.suppress(Exception):
+            return cls(*failure.args)
+    # Not cls.__new__, which may be the user's and may want arguments.
+    builtin: Any = next(base for base in cls.__mro__ if base.__module__ == "builtins")
+    try:
+        return cast(Exception, builtin.__new__(cls))
+    except TypeError:  # ExceptionGroup alone insists on them
+        return None
 
 
 def _find_exception_class(name: str) -> type[Exception] | None:

@@ -23,9 +23,40 @@ M = TypeVar("M", bound=Model)
 T = TypeVar("T")
 
 #: SQLSTATEs and error numbers after which the same transaction may simply be run again: serialization failure,
-#: deadlock, lock not available (PostgreSQL); deadlock, lock wait timeout (MySQL).
-_CONFLICT_CODES = {"40001", "40P01", "55P03", 1213, 1205}
+#: deadlock, lock not available (PostgreSQL); deadlock, lock wait timeout, record changed since it was read (MySQL).
+_CONFLICT_CODES = {"40001", "40P01", "55P03", 1213, 1205, 1020}
 _CONFLICT_TRIES = 8
+#: How long the sweeper, the admin and commands wait for a database that is away: long enough for a new connection.
+_BRIEF_SECONDS = 1.0
+#: Too many connections, server shutdown in progress, killed, read-only, and the client's own codes for a server that is
+#: not there, gone, or lost during a query.
+_MYSQL_OUTAGE_CODES = {
+    0,
+    1040,
+    1053,
+    1077,
+    1078,
+    1079,
+    1080,
+    1152,
+    1158,
+    1159,
+    1160,
+    1161,
+    1184,
+    1205,
+    1290,
+    1836,
+    1927,
+    2002,
+    2003,
+    2006,
+    2013,
+    2014,
+    2055,
+    3159,
+    4031,
+}
 
 
 class Literal(Expression):
@@ -81,7 +112,15 @@ def is_conflict(error: BaseException) -> bool:
 
 def is_outage(error: BaseException) -> bool:
     """Tell whether ``error`` means that the connection is gone or refused, so that a new one may help."""
-    return isinstance(error, (OperationalError, InterfaceError)) and not is_conflict(error)
+    if isinstance(error, InterfaceError):
+        return True
+    if not isinstance(error, OperationalError) or is_conflict(error):
+        return False
+    if str(error).startswith("no such "):
+        return False  # SQLite: a table or column that is not there
+    # MySQL's drivers report much as OperationalError that has nothing to do with the connection.
+    code = (error.__cause__ or error).args[:1]
+    return not (code and isinstance(code[0], int)) or code[0] in _MYSQL_OUTAGE_CODES
 
 
 def persist(using: str, work: Callable[[], T], *, patience: float) -> T:
@@ -105,7 +144,7 @@ def persist(using: str, work: Callable[[], T], *, patience: float) -> T:
         try:
             with uninterrupted():
                 return work()
-        except DatabaseError as error:
+        except (DatabaseError, InterfaceError) as error:
             if connections[using].in_atomic_block:
                 raise  # the caller's transaction is broken; only the caller can start it again
             if is_conflict(error) and conflicts < _CONFLICT_TRIES:
@@ -121,6 +160,19 @@ def persist(using: str, work: Callable[[], T], *, patience: float) -> T:
                 connections[using].close()
             time.sleep(pause)
             pause = min(pause * 2, 5.0)
+
+
+def persist_briefly(using: str, work: Callable[[], T]) -> T:
+    """Run a transaction on which no lease depends, as ``persist`` does; an outage is the caller's to know.
+
+    ``AbandonRun`` ends a run. The sweeper's thread, a command and a web process have none to end: they get the
+    database's error.
+    """
+    try:
+        return persist(using, work, patience=_BRIEF_SECONDS)
+    except AbandonRun as given_up:
+        error = given_up.__cause__ or given_up
+    raise error
 
 
 @contextlib.contextmanager

@@ -136,13 +136,18 @@ def open_sleep(execution: Execution, name: str, until: Any) -> None:
     )
 
 
-def settle(execution_id: uuid.UUID, name: str, status: StepStatus, *, error: str | None = None) -> bool:
-    """Decide a pending step; ``False`` if it is decided already, so one of child, timeout and cancel wins."""
-    return bool(
-        Step.objects.using(database())
-        .filter(execution_id=execution_id, name=name, status=StepStatus.PENDING)
-        .update(status=status, error=error, finished_at=clock.now())
-    )
+def settle(
+    execution_id: uuid.UUID, name: str, status: StepStatus, *, error: str | None = None, only_overdue: bool = False
+) -> bool:
+    """Decide a pending step; ``False`` if it is decided already, so one of child, timeout and cancel wins.
+
+    Args:
+        only_overdue: Decide it only past its deadline, which an operator's retry may have moved.
+    """
+    pending = Step.objects.using(database()).filter(execution_id=execution_id, name=name, status=StepStatus.PENDING)
+    if only_overdue:
+        pending = pending.filter(deadline_at__lte=clock.now())
+    return bool(pending.update(status=status, error=error, finished_at=clock.now()))
 
 
 def is_pending(execution_id: uuid.UUID, name: str) -> bool:

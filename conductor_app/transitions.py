@@ -33,7 +33,7 @@ from conductor_app.exceptions import (
 )
 from conductor_app.models import Execution, FailedExecution, Step, database
 from conductor_app.serialization import clean_text, dump_failure
-from conductor_app.sql import locked, persist, update_returning
+from conductor_app.sql import locked, persist, persist_briefly, update_returning
 from conductor_app.states import FINAL_STATUSES, ExecutionStatus, OnTimeout, StepKind, StepStatus
 
 T = TypeVar("T")
@@ -58,6 +58,9 @@ CLAIM_FIELDS = (
     "created_at",
     "started_at",
 )
+
+#: How often an operator's retry looks again at a tree that changes while it is reopened.
+_REOPEN_TRIES = 5
 
 _NO_LEASE: dict[str, Any] = {"lease_owner": "", "lease_expires_at": None}
 _NOT_QUEUED: dict[str, Any] = {"dispatch_at": None, "dispatches": 0}
@@ -139,7 +142,9 @@ def _queued_row(new: NewExecution, parent: Execution | None = None, step: str = 
         step=step,
         due_at=due,
         deadline_at=expires,
-        dispatch_at=dispatch.first_instant(due, is_due=_is_due(new)),
+        dispatch_at=dispatch.first_instant(
+            due, is_due=_is_due(new), root_id=None if parent is None else parent.root_id
+        ),
         idempotency_key=new.idempotency_key,
         options=new.options,
         created_at=clock.now(),
@@ -149,14 +154,20 @@ def _queued_row(new: NewExecution, parent: Execution | None = None, step: str = 
 # ---------------------------------------------------------------------------------------------------------------- claim
 
 
-def claim(execution_id: uuid.UUID, owner: str) -> Execution | None:
+def claim(execution_id: uuid.UUID, owner: str, task: str | None = None) -> Execution | None:
     """queued → running: take the lease for one run.
+
+    Args:
+        task: The task that a message names; a forged one may name another than the execution's.
 
     Returns:
         The execution with its new fence, or ``None``: it is not there, not due, cancelled, or another run has it.
     """
+    named = Execution.objects.using(database()).filter(pk=execution_id)
+    if task is not None:
+        named = named.filter(task=task)
     rows = update_returning(
-        Execution.objects.using(database()).filter(pk=execution_id).claimable(),
+        named.claimable(),
         CLAIM_FIELDS,
         status=ExecutionStatus.RUNNING,
         fence=F("fence") + 1,
@@ -204,7 +215,7 @@ def record_step(
         cancelled = _persist(work)
     except IntegrityError:
         # Recorded already: by this run, whose COMMIT got no answer. What is stored counts.
-        return steps.recall(execution.pk, name)[name]
+        return patiently(lambda: steps.recall(execution.pk, name))[name]
     if cancelled:
         raise CancelExecution
     return steps.Memory(
@@ -344,10 +355,10 @@ def _open_child(execution: Execution, wait: Invocation) -> None:
 def _settle_parent(child: Execution, status: StepStatus, *, error: str | None = None) -> None:
     """Hand a child's outcome to its parent, in the transaction that decides it."""
     if child.parent_id is not None and steps.settle(child.parent_id, child.step, status, error=error):
-        _wake(child.parent_id)
+        _wake(child.parent_id, child.root_id)
 
 
-def _wake(execution_id: uuid.UUID) -> None:
+def _wake(execution_id: uuid.UUID, root_id: uuid.UUID | None = None) -> None:
     """waiting → queued. Writes the row whatever its status.
 
     The unconditional write takes the row's lock. A parent that is just suspending either commits first, and is found
@@ -359,7 +370,7 @@ def _wake(execution_id: uuid.UUID) -> None:
         Execution.objects.using(database()).filter(pk=execution_id),
         (*dispatch.DOORBELL_FIELDS, "status"),
         due_at=_if_waiting(clock.now(), "due_at"),
-        dispatch_at=_if_waiting(dispatch.first_instant(clock.now(), is_due=True), "dispatch_at"),
+        dispatch_at=_if_waiting(dispatch.first_instant(clock.now(), is_due=True, root_id=root_id), "dispatch_at"),
         # Last: MySQL assigns from left to right, and the conditions above are about the old status.
         status=Case(waiting, default=F("status")),
     )
@@ -445,21 +456,36 @@ def fail(execution: Execution, failure: Failure, *, step: str = "", child_id: uu
     _persist(work, unless_already=functools.partial(_is_mine, execution, ExecutionStatus.FAILED))
 
 
-def cancel_running(execution: Execution) -> None:
+def cancel_running(execution: Execution) -> Failure | None:
     """running → cancelled: the body has noticed that it was asked to stop.
+
+    Returns:
+        What is stored as its error; ``None`` if an operator's retry has withdrawn the cancellation meanwhile: then the
+        execution is queued again.
 
     Raises:
         LeaseLost: Another run has taken over.
     """
 
-    def work() -> None:
+    def work() -> bool:
         with transaction.atomic(using=database()):
-            reason = Execution.objects.using(database()).values_list("cancel_reason", flat=True).get(pk=execution.pk)
-            execution.cancel_reason = reason
+            _flag_children(execution.pk)
+            held = locked(Execution.objects.using(database()).held_by(execution.pk, execution.fence))
+            row = held.only("cancel_requested_at", "cancel_reason").first()
+            if row is None:
+                raise _lost(execution)
+            if row.cancel_requested_at is None:
+                transaction.set_rollback(True, using=database())
+                return False
+            execution.cancel_reason = row.cancel_reason
             _leave_running(execution, **_cancelled_values(execution, running=True))
             _after_cancel(execution)
+        return True
 
-    _persist(work)
+    if _persist(work):
+        return _cancel_failure(execution)
+    release(execution)
+    return None
 
 
 # ----------------------------------------------------------------------------------------------- decided by the sweeper
@@ -475,6 +501,8 @@ def lose(execution_id: uuid.UUID, *, owner: str | None = None) -> bool:
         Whether it was lost; ``False`` if the run is alive, has ended, or another one has begun.
     """
 
+    is_flagged: list[bool] = []
+
     def work() -> bool:
         with transaction.atomic(using=database()):
             rows = Execution.objects.using(database()).filter(pk=execution_id, status=ExecutionStatus.RUNNING)
@@ -483,8 +511,9 @@ def lose(execution_id: uuid.UUID, *, owner: str | None = None) -> bool:
             if execution is None:
                 return False
             if execution.cancel_requested_at is not None:
-                _leave_running(execution, **_cancelled_values(execution))
-                _after_cancel(execution)
+                # Queued for a moment, and not claimable: its children are to be locked before it.
+                _leave_running(execution, status=ExecutionStatus.QUEUED, **_queue_now())
+                is_flagged.append(True)
                 return True
             failure = Failure(
                 type=f"{WorkerLost.__module__}.{WorkerLost.__qualname__}",
@@ -510,7 +539,10 @@ def lose(execution_id: uuid.UUID, *, owner: str | None = None) -> bool:
             _announce(signals.execution_retrying, execution, failure=failure, delay=delay)
         return True
 
-    return _persist(work)
+    lost = _persist_briefly(work)
+    if is_flagged:
+        cancel_flagged(execution_id)
+    return lost
 
 
 def _of(max_attempts: int | None) -> str:
@@ -534,13 +566,13 @@ def decide_overdue(step: Step) -> bool:
                 if step.child_id is not None and step.on_timeout == OnTimeout.CANCEL:
                     # The child's row first, as everywhere. If the child is just ending, this waits for its commit.
                     _flag(step.child_id, f"its parent's timeout of {step.timeout_seconds:g}s ended")
-            if not steps.settle(step.execution_id, step.name, status, error=error):
+            if not steps.settle(step.execution_id, step.name, status, error=error, only_overdue=True):
                 transaction.set_rollback(True, using=database())
                 return False
             _wake(step.execution_id)
         return True
 
-    return _persist(work)
+    return _persist_briefly(work)
 
 
 def take_for_dispatch(limit: int, queues: list[str] | None = None) -> list[Execution]:
@@ -564,7 +596,18 @@ def take_for_dispatch(limit: int, queues: list[str] | None = None) -> list[Execu
                 ).update(dispatch_at=clock.after(pause * 2 ** min(dispatches, 5)), dispatches=F("dispatches") + 1)
         return taken
 
-    return _persist(work)
+    return _persist_briefly(work)
+
+
+def put_back(executions: list[Execution], delay: float) -> None:
+    """queued → queued: the broker has not taken their messages; publish them in ``delay`` seconds.
+
+    It does not count as a publish: after an outage of the broker nobody waits longer for having waited long.
+    """
+    rows = Execution.objects.using(database()).filter(
+        pk__in=[execution.pk for execution in executions], status=ExecutionStatus.QUEUED, dispatches__gt=0
+    )
+    _persist_briefly(lambda: rows.update(dispatch_at=clock.after(delay), dispatches=F("dispatches") - 1))
 
 
 def wake_stranded(execution_id: uuid.UUID) -> bool:
@@ -578,7 +621,7 @@ def wake_stranded(execution_id: uuid.UUID) -> bool:
             _wake(execution_id)
         return True
 
-    return _persist(work)
+    return _persist_briefly(work)
 
 
 # --------------------------------------------------------------------------------------------------------------- cancel
@@ -586,7 +629,7 @@ def wake_stranded(execution_id: uuid.UUID) -> bool:
 
 def request_cancel(execution_id: uuid.UUID, reason: str) -> bool:
     """Flag an open execution; ``False`` if it is final. A running body notices at its next ``ctx`` call."""
-    return _persist(lambda: _flag(execution_id, reason) or _is_flagged(execution_id))
+    return _persist_briefly(lambda: _flag(execution_id, reason) or _is_flagged(execution_id))
 
 
 def _flag(execution_id: uuid.UUID, reason: str) -> bool:
@@ -603,6 +646,15 @@ def _is_flagged(execution_id: uuid.UUID) -> bool:
     return rows.open().exists()
 
 
+def _flag_children(execution_id: uuid.UUID) -> None:
+    """Flag the open children of an execution that is about to be cancelled, and that runs no body any more.
+
+    Before its own row is locked: a child that is just ending holds its own row and then asks for its parent's.
+    """
+    children = Execution.objects.using(database()).filter(parent_id=execution_id, cancel_requested_at__isnull=True)
+    children.open().update(cancel_requested_at=clock.now(), cancel_reason="its parent was cancelled")
+
+
 def cancel_flagged(execution_id: uuid.UUID) -> bool:
     """queued, waiting → cancelled, if it was flagged; flags its open children and wakes its parent.
 
@@ -612,21 +664,18 @@ def cancel_flagged(execution_id: uuid.UUID) -> bool:
 
     def work() -> bool:
         with transaction.atomic(using=database()):
-            execution = locked(Execution.objects.using(database()).filter(pk=execution_id).to_cancel()).first()
-            if execution is None:
+            rows = Execution.objects.using(database()).filter(pk=execution_id).to_cancel()
+            if not rows.exists():
                 return False
-            changed = (
-                Execution.objects.using(database())
-                .filter(pk=execution_id)
-                .to_cancel()
-                .update(**_cancelled_values(execution), **_NO_LEASE)
-            )
-            if not changed:
+            _flag_children(execution_id)
+            execution = locked(rows).first()
+            if execution is None or not rows.update(**_cancelled_values(execution)):
+                transaction.set_rollback(True, using=database())
                 return False
             _after_cancel(execution)
         return True
 
-    return _persist(work)
+    return _persist_briefly(work)
 
 
 def expire(execution_id: uuid.UUID) -> bool:
@@ -644,7 +693,7 @@ def expire(execution_id: uuid.UUID) -> bool:
             _after_cancel(execution)
         return True
 
-    return _persist(work)
+    return _persist_briefly(work)
 
 
 def _cancelled_values(execution: Execution, *, running: bool = False) -> dict[str, Any]:
@@ -657,15 +706,16 @@ def _cancelled_values(execution: Execution, *, running: bool = False) -> dict[st
     }
 
 
-def _cancel_error(execution: Execution) -> str:
+def _cancel_failure(execution: Execution) -> Failure:
     message = f"Cancelled: {execution.cancel_reason}" if execution.cancel_reason else "Cancelled"
-    return dump_failure(Failure(type="Cancelled", message=message))
+    return Failure(type="Cancelled", message=message)
+
+
+def _cancel_error(execution: Execution) -> str:
+    return dump_failure(_cancel_failure(execution))
 
 
 def _after_cancel(execution: Execution) -> None:
-    reason = "its parent was cancelled"
-    children = Execution.objects.using(database()).filter(parent_id=execution.pk, cancel_requested_at__isnull=True)
-    children.open().update(cancel_requested_at=clock.now(), cancel_reason=reason)
     _settle_parent(execution, StepStatus.CANCELLED, error=_cancel_error(execution))
     _announce(signals.execution_finished, execution, status=ExecutionStatus.CANCELLED)
 
@@ -673,11 +723,14 @@ def _after_cancel(execution: Execution) -> None:
 # -------------------------------------------------------------------------------------------------- an operator's retry
 
 
-def reopen(execution_id: uuid.UUID) -> None:
+def reopen(execution_id: uuid.UUID, before_commit: Callable[[Execution], None] | None = None) -> None:
     """failed, cancelled → queued or waiting: run again from what failed, keeping every finished step.
 
     Walks down the failed invocations to the executions whose own failure is behind it, queues those, and lets their
     ancestors wait for them, so that results flow back up.
+
+    Args:
+        before_commit: Called while the row is locked, so that nobody can end the execution before it returns.
 
     Raises:
         RetryRefused: It is not failed or cancelled, or its parent has already seen the outcome.
@@ -696,27 +749,47 @@ def reopen(execution_id: uuid.UUID) -> None:
                     f"Retry the root {execution.root_id} instead: it runs again from what failed."
                 )
             _reopen(execution)
+            if before_commit is not None:
+                before_commit(execution)
 
-    _persist(work)
+    for _ in range(_REOPEN_TRIES):
+        try:
+            return _persist_briefly(work)
+        except _ChangedMeanwhile:
+            continue
+    raise RetryRefused(f"Execution {execution_id} is just being changed by somebody else. Look at it again.")
+
+
+class _ChangedMeanwhile(Exception):  # a signal to look again, no error
+    """What was read without a lock has changed before it could be written."""
 
 
 def _reopen(execution: Execution) -> None:
-    """Reopen one execution and what it failed on: the children first, as everywhere."""
+    """Reopen one execution and what it failed on, the children first, as everywhere.
+
+    Rows are read without a lock and written by compare-and-set.
+
+    Raises:
+        _ChangedMeanwhile: One of them has changed in between.
+    """
     waits = False
     for step in _blocking_steps(execution):
-        if step.kind != StepKind.INVOKE or step.child_id is None:
+        if step.kind != StepKind.INVOKE:
             waits = waits or step.status == StepStatus.PENDING
             continue
-        child = locked(Execution.objects.using(database()).filter(pk=step.child_id)).first()
+        child = Execution.objects.using(database()).filter(pk=step.child_id).first() if step.child_id else None
         if child is None:
-            raise RetryRefused(f"The child of step {step.name!r} has been deleted; run it again as a new execution.")
+            raise RetryRefused(
+                f"The child of step {step.name!r} of execution {execution.pk} has been deleted, and its outcome with "
+                "it. Start a new execution instead."
+            )
         if child.status == ExecutionStatus.SUCCEEDED:
             steps.adopt(step)
             continue
         if child.status in FINAL_STATUSES:
             _reopen(child)
-        else:
-            Execution.objects.using(database()).filter(pk=child.pk).update(cancel_requested_at=None, cancel_reason="")
+        elif not _withdraw_cancel(child.pk):
+            raise _ChangedMeanwhile
         steps.reopen(step)
         waits = True
     FailedExecution.objects.using(database()).filter(pk=execution.pk).delete()
@@ -730,15 +803,23 @@ def _reopen(execution: Execution) -> None:
             error=None,
             finished_at=None,
             announce_at=None,
+            # An operator asks for it now: the caller's deadline for its start has lost its meaning.
+            deadline_at=None,
             cancel_requested_at=None,
             cancel_reason="",
             **values,
         )
     )
     if not changed:
-        raise RetryRefused(f"Execution {execution.pk} has just been changed by somebody else. Look at it again.")
+        raise _ChangedMeanwhile
     if not waits:
         dispatch.on_commit(execution)
+
+
+def _withdraw_cancel(execution_id: uuid.UUID) -> bool:
+    """Let an open execution go on, and lock its row, so that its end finds the step that is reopened for it."""
+    open_row = Execution.objects.using(database()).filter(pk=execution_id).open()
+    return bool(open_row.update(cancel_requested_at=None, cancel_reason=""))
 
 
 def _blocking_steps(execution: Execution) -> list[Step]:
@@ -760,9 +841,16 @@ def _blocking_steps(execution: Execution) -> list[Step]:
 # -------------------------------------------------------------------------------------------------------- announcements
 
 
-def announced(execution_id: uuid.UUID) -> None:
-    """Note that Celery has been told of a final status."""
-    _persist(lambda: Execution.objects.using(database()).filter(pk=execution_id).update(announce_at=None))
+def announced(execution_id: uuid.UUID) -> bool:
+    """Note that Celery has been told of a final status; ``False`` if that is noted already, or it was reopened."""
+    untold = Execution.objects.using(database()).filter(pk=execution_id, announce_at__isnull=False)
+    return bool(_persist(lambda: untold.update(announce_at=None)))
+
+
+def announce_now(execution_id: uuid.UUID) -> bool:
+    """Let the sweeper tell Celery of a final status now: the process that was to do it is dead."""
+    untold = Execution.objects.using(database()).filter(pk=execution_id, announce_at__isnull=False)
+    return bool(_persist_briefly(lambda: untold.update(announce_at=clock.now())))
 
 
 def take_for_announcement(limit: int) -> list[Execution]:
@@ -777,14 +865,17 @@ def take_for_announcement(limit: int) -> list[Execution]:
             )
         return taken
 
-    return _persist(work)
+    return _persist_briefly(work)
 
 
 def _announcement(execution: Execution, *, running: bool = False) -> Combinable | None:
     """Return when the sweeper is to tell Celery of the end; a run does it itself, unless it dies before it can."""
-    if not execution.get_options().get("announce"):
+    options = execution.get_options()
+    if not options.get("announce"):
         return None
-    return clock.after(conductor_settings().LEASE_SECONDS) if running else clock.now()
+    if running and not dispatch.is_left_to_sweeper(options):
+        return clock.after(conductor_settings().LEASE_SECONDS)
+    return clock.now()
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
@@ -809,9 +900,14 @@ def _persist(work: Callable[[], T], unless_already: Callable[[], bool] | None = 
     try:
         return persist(database(), work, patience=conductor_settings().LEASE_SECONDS)
     except LeaseLost:
-        if unless_already is not None and unless_already():
+        if unless_already is not None and patiently(unless_already):
             return None  # type: ignore[return-value]
         raise
+
+
+def _persist_briefly(work: Callable[[], T]) -> T:
+    """Run a transaction on which no lease depends; while the database is away, that is the caller's to know."""
+    return persist_briefly(database(), work)
 
 
 def _is_mine(execution: Execution, status: ExecutionStatus) -> bool:

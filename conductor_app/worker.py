@@ -8,6 +8,7 @@ The thread lives in the worker's main process, which forks pool processes at any
 
 from __future__ import annotations
 
+import functools
 import logging
 import mmap
 import os
@@ -16,15 +17,19 @@ import random
 import threading
 import time
 import uuid
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
+from billiard.einfo import ExceptionInfo
 from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
 from celery import bootsteps, signals
 from celery.exceptions import Ignore
 from celery.worker import state as worker_state
 from celery.worker.control import Panel
 from celery.worker.request import Request
+from celery.worker.strategy import default as default_strategy
 from django.db import DatabaseError, connections
+from kombu.transport.memory import Transport as MemoryTransport
 
 from conductor_app import api, dispatch, executor, transitions
 from conductor_app.conf import conductor_settings
@@ -34,8 +39,17 @@ from conductor_app.models import Execution, database
 
 logger = logging.getLogger("conductor_app.worker")
 
+#: Set by the bootstep: whether this worker's event loop is slow to send acknowledgements.
+_acknowledge_directly = False
+
 #: How often kombu looks into the memory:// queue, in seconds; its own default is 1.
 MEMORY_POLLING_SECONDS = 0.01
+#: Celery's default of ``worker_lost_wait``, in seconds.
+CELERY_LOST_WAIT_SECONDS = 10.0
+#: While runs are shorter than this, in seconds, the feed fetches more executions than there are free slots.
+SHORT_RUN_SECONDS = 0.25
+#: How many executions it fetches for each slot then.
+SHORT_RUN_ROOM = 3
 
 
 class DurableRequest(Request):
@@ -44,6 +58,42 @@ class DurableRequest(Request):
     Celery would record a failure when a pool process dies. Here the execution's row decides what follows, so this class
     only tells the sweeper's thread, which looks at once.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Hear of every end of a run.
+
+        Celery derives a class from this one for each task (``create_request_cls``) and defines ``on_success`` in it.
+        """
+        super().__init_subclass__(**kwargs)
+        original: Any = cls.on_success
+
+        @functools.wraps(original)
+        def on_success(self: Any, failed__retval__runtime: Any, **details: Any) -> Any:
+            try:
+                if isinstance(failed__retval__runtime, ExceptionInfo):
+                    # The threads and solo pools call back with this when a body ends its process (``sys.exit``).
+                    # Celery takes it for an outcome: the worker's loop would die of it, or never free the slot.
+                    return self.on_failure(failed__retval__runtime)
+                return original(self, failed__retval__runtime, **details)
+            finally:
+                self._report_end(self._callbacks_due_in)
+
+        cls.on_success = on_success  # type: ignore[method-assign]
+
+    def acknowledge(self) -> None:
+        """Acknowledge the message, if that has not been done.
+
+        Celery puts an acknowledgement on its event loop's list. Two loops look at that list too late, and the broker
+        sends nothing more until then: the one of the solo pool, which runs the bodies itself, after up to 10 seconds
+        (measured with RabbitMQ and plain tasks of 20 ms), and the synchronous one of ``memory://`` after up to 2.
+        There the acknowledgement is sent at once; for ``memory://`` it only adds to a set in this process.
+        """
+        if _acknowledge_directly and not self.acknowledged:
+            request: Any = self
+            request.message.ack_log_error(logger, request.connection_errors)
+            self.acknowledged = True
+        else:
+            super().acknowledge()
 
     def revoked(self) -> bool:
         """Let every delivery through: a revoked execution is cancelled in the database, where a retry can undo it.
@@ -57,26 +107,28 @@ class DurableRequest(Request):
         error = getattr(exc_info.exception, "exc", exc_info.exception)
         if isinstance(error, RunEnded):
             self._on_run_ended(error)
-            return self._acknowledge_once()
+            return self.acknowledge()
         if isinstance(error, Ignore):
             return super().on_failure(exc_info, send_failed_event, return_ok)
+        if isinstance(error, TimeLimitExceeded) and not return_ok:
+            return None  # ``on_timeout`` follows
         if isinstance(error, (WorkerLostError, Terminated, SystemExit, KeyboardInterrupt)):
             worker_state.task_ready(self)
-            self._acknowledge_once()
+            self.acknowledge()
             logger.error("Process %s died while running %s[%s].", self.worker_pid, self.name, self.id)
             self._report_death()
+            return None
+        if not return_ok:
+            # No run has begun: the message cannot be read. What it claims to be about is not Celery's to fail.
+            worker_state.task_ready(self)
+            self.acknowledge()
+            logger.error("A message for %s[%s] is dropped, it cannot be read: %.300r", self.name, self.id, error)
+            news.run_ended()
             return None
         try:
             return super().on_failure(exc_info, send_failed_event, return_ok)
         finally:
-            news.run_ended()
-
-    def on_success(self, failed__retval__runtime: Any, **kwargs: Any) -> Any:
-        """Handle the end of a run, whatever it was."""
-        try:
-            return super().on_success(failed__retval__runtime, **kwargs)
-        finally:
-            news.run_ended()
+            self._report_end(self._callbacks_due_in)
 
     def on_timeout(self, soft: bool, timeout: float) -> None:
         """Handle Celery's time limits: the hard one kills the process, and counts as a lost attempt."""
@@ -84,26 +136,68 @@ class DurableRequest(Request):
             super().on_timeout(soft, timeout)
             return
         worker_state.task_ready(self)
-        self._acknowledge_once()
+        self.acknowledge()
         error = TimeLimitExceeded(timeout)
         logger.error("Hard time limit (%ss) exceeded for %s[%s].", timeout, self.name, self.id)
         self.send_event("task-failed", exception=repr(error), traceback=None)
         self._report_death()
 
+    @property
+    def _callbacks_due_in(self) -> float | None:
+        """When the sweeper is to send the execution's callbacks, if it is to."""
+        has_none = self.request_dict.get(dispatch.HEADER) == dispatch.DOORBELL
+        return None if has_none or not dispatch.is_embedded(self.app) else 0.0
+
+    def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
+        """Handle ``revoke(terminate=True)``: the process is being killed, the result is the execution's business."""
+        worker_state.task_ready(self)
+        self.send_event("task-revoked", terminated=terminated, signum=signum, expired=expired)
+        self.acknowledge()
+        self._already_revoked = True
+        signals.task_revoked.send(
+            self.task, request=cast(Any, self)._context, terminated=terminated, signum=signum, expired=expired
+        )
+
+    def _announce_cancelled(self, emit_retry: bool = True) -> None:
+        """Handle the end of a soft shutdown: the process is being killed, the execution goes to another worker."""
+        del emit_retry
+        worker_state.task_ready(self)
+        self.send_event("task-cancelled")
+        self._already_cancelled = True
+
     def _on_run_ended(self, ended: RunEnded) -> None:
         worker_state.task_ready(self)
         if ended.what == "suspended":
             self.send_event("task-suspended", step=ended.step)
-        news.run_ended(ended.due_in)
+        self._report_end(ended.due_in)
 
-    def _acknowledge_once(self) -> None:
-        if not self.acknowledged:
-            self.acknowledge()
+    def _report_end(self, due_in: float | None) -> None:
+        news.run_ended(due_in, seconds=time.time() - self.time_start if self.time_start else None)
 
     def _report_death(self) -> None:
         if self.worker_pid is not None:
             news.process_died(str(self.id), f"{self.hostname}/{self.worker_pid}")
         news.run_ended()
+
+
+def strategy(task: Any, app: Any, consumer: Any, **options: Any) -> Callable[..., Any]:
+    """Return Celery's own strategy for a task's deliveries, made to survive messages that cannot be read.
+
+    Some of these (the body ``null``) would end the worker, and each of the others would cost its log a traceback.
+    """
+    handle = default_strategy(task, app, consumer, **options)
+
+    def task_message_handler(message: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return handle(message, *args, **kwargs)
+        except consumer.connection_errors:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a forged message makes Celery raise
+            logger.error("A message for %s is dropped, it cannot be read: %.300r", task.name, error)
+            message.reject_log_error(logger, consumer.connection_errors)
+            return None
+
+    return task_message_handler
 
 
 class News:
@@ -115,9 +209,23 @@ class News:
         self._deaths: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self._revoked: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._next_due = float("inf")
+        self._usual_run_seconds = float("inf")
 
-    def run_ended(self, due_in: float | None = None) -> None:
-        """A pool slot is free; ``due_in`` seconds from now the sweeper has something to do."""
+    @property
+    def runs_are_short(self) -> bool:
+        """Whether lately runs have been so short that fetching the next execution takes longer."""
+        return self._usual_run_seconds < SHORT_RUN_SECONDS
+
+    def run_ended(self, due_in: float | None = None, seconds: float | None = None) -> None:
+        """A pool slot is free; ``due_in`` seconds from now the sweeper has something to do.
+
+        Args:
+            seconds: How long the run took.
+        """
+        if seconds is not None:
+            # A long run counts at once, short ones count little by little.
+            usual = self._usual_run_seconds
+            self._usual_run_seconds = seconds if seconds > usual or usual == float("inf") else (usual * 3 + seconds) / 4
         if due_in is not None:
             with self._lock:
                 self._next_due = min(self._next_due, time.monotonic() + due_in)
@@ -176,6 +284,7 @@ class SweeperThread(threading.Thread):
         self._connection: Any = None
         self._first_tick_at: float | None = None
         self._ticks = 0
+        self._swept_at = 0.0
         self._last_problem = ""
         self._next_sweep = 0.0
         self._next_audit = time.monotonic() + self._settings.AUDIT_SECONDS
@@ -222,13 +331,19 @@ class SweeperThread(threading.Thread):
     def _sweep(self) -> None:
         interval = self._settings.SWEEP_SECONDS * random.uniform(0.8, 1.2)
         now = time.monotonic()
+        # By the clock on the wall, which goes on while the machine sleeps.
+        if time.time() - self._swept_at > max(self._settings.LEASE_SECONDS / 2, 2 * self._settings.SWEEP_SECONDS):
+            self._ticks, self._first_tick_at = 0, None
         audit = now >= self._next_audit
         found = sweeper.sweep(reclaim=self._may_reclaim(now), audit=audit, publish=not self._embedded)
         self._next_sweep = now + interval
         if audit:
             self._next_audit = now + self._settings.AUDIT_SECONDS
+        if max(found.values(), default=0) >= self._settings.SWEEP_BATCH:
+            self._next_sweep = now  # there is more
         self._ticks += 1
         self._first_tick_at = self._first_tick_at or now
+        self._swept_at = time.time()
         if found:
             logger.info("Swept: %s.", ", ".join(f"{count} {what}" for what, count in sorted(found.items())))
 
@@ -244,7 +359,8 @@ class SweeperThread(threading.Thread):
 
     def _feed(self) -> None:
         """Publish due executions into this process's own memory:// queue, as many as the pool has room for."""
-        room = self._pool_size() - len(worker_state.reserved_requests) - self._unread()
+        slots = self._pool_size() * (SHORT_RUN_ROOM if news.runs_are_short else 1)
+        room = slots - len(worker_state.reserved_requests) - self._unread()
         if room > 0:
             sweeper.publish_due(room, self._queues())
 
@@ -260,7 +376,9 @@ class SweeperThread(threading.Thread):
 
     def _lose(self, execution_id: str, owner: str) -> None:
         try:
-            transitions.lose(uuid.UUID(execution_id), owner=owner)
+            if not transitions.lose(uuid.UUID(execution_id), owner=owner):
+                # It died after its last commit, perhaps before it had told Celery.
+                self._next_sweep = 0.0 if transitions.announce_now(uuid.UUID(execution_id)) else self._next_sweep
         except (DatabaseError, ValueError) as error:
             logger.warning("Execution %s of dead process %s is left to its lease: %s", execution_id, owner, error)
 
@@ -327,6 +445,8 @@ class ConductorStep(bootsteps.StartStopStep):
     label = "Conductor"
 
     def __init__(self, worker: Any, **kwargs: Any) -> None:
+        global _acknowledge_directly  # noqa: PLW0603
+        _acknowledge_directly = worker.pool_cls.__module__.endswith(".solo") or dispatch.is_embedded(worker.app)
         # Before the pool forks, so that its processes inherit the shared memory.
         self.shutdown = Shutdown()
         executor.is_draining = self.shutdown.is_requested
@@ -385,9 +505,11 @@ def install(instance: Any = None, **_kwargs: Any) -> None:
     app = instance.app
     app.steps["worker"].add(ConductorStep)
     if dispatch.is_embedded(app):
-        options = dict(app.conf.broker_transport_options or {})
-        options.setdefault("polling_interval", MEMORY_POLLING_SECONDS)
-        app.conf.broker_transport_options = options
+        # The class's default: an option of the project's own still wins.
+        MemoryTransport.polling_interval = MEMORY_POLLING_SECONDS
+        if app.conf.worker_lost_wait == CELERY_LOST_WAIT_SECONDS:
+            # The synchronous pool that memory:// gets reports a dead process only after this wait.
+            app.conf.worker_lost_wait = 1.0
     _watch_revokes()
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import datetime as dt
+import functools
+import uuid
 
 from django.db import transaction
 from django.db.models import Exists, OuterRef
 
 from conductor_app import clock
 from conductor_app.models import Execution, FailedExecution, Step, database
+from conductor_app.models.querysets import ExecutionQuerySet
+from conductor_app.sql import locked, persist_briefly
 from conductor_app.states import FINAL_STATUSES
 
 
@@ -38,13 +42,25 @@ def prune(older_than: dt.timedelta, *, batch: int = 500, keep_failed: bool = Fal
     if dry_run:
         return Execution.objects.using(using).filter(root_id__in=roots.order_by().values("pk")).count()
     deleted = 0
-    while ids := list(roots.values_list("pk", flat=True)[:batch]):
-        with transaction.atomic(using=using):
-            tree = Execution.objects.using(using).filter(root_id__in=ids)
-            members = list(tree.values_list("pk", flat=True))
-            # Table by table instead of Django's cascade, which would read every row first.
-            for dependent in (Step, FailedExecution):
-                dependent.objects.using(using).filter(execution_id__in=members)._raw_delete(using)
-            for depth in sorted(set(tree.values_list("depth", flat=True)), reverse=True):
-                deleted += tree.filter(depth=depth)._raw_delete(using)
+    following = roots
+    while found := list(following.values_list("pk", flat=True)[:batch]):
+        deleted += persist_briefly(using, functools.partial(_delete, roots, found))
+        following = roots.filter(pk__gt=found[-1])
+    return deleted
+
+
+def _delete(roots: ExecutionQuerySet, found: list[uuid.UUID]) -> int:
+    """Delete the trees of those roots that are still to be pruned."""
+    using = database()
+    deleted = 0
+    with transaction.atomic(using=using):
+        # An operator's retry writes the root last of all: it is either seen here, or finds the root gone.
+        ids = list(locked(roots.filter(pk__in=found), skip=True).values_list("pk", flat=True))
+        tree = Execution.objects.using(using).filter(root_id__in=ids).order_by()
+        # Table by table instead of Django's cascade, which would read every row first.
+        for dependent in (Step, FailedExecution):
+            of_tree = dependent.objects.using(using).filter(execution_id__in=tree.values("pk"))
+            of_tree.order_by()._raw_delete(using)
+        for depth in sorted(set(tree.values_list("depth", flat=True).distinct()), reverse=True):
+            deleted += tree.filter(depth=depth)._raw_delete(using)
     return deleted

@@ -12,10 +12,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
+from django.db import Error, connections
+
 from conductor_app import announcements, dispatch, steps, transitions
 from conductor_app.conf import conductor_settings
 from conductor_app.models import Execution, database
 from conductor_app.models.querysets import ExecutionQuerySet
+from conductor_app.sql import is_outage
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +44,8 @@ def sweep(*, reclaim: bool = True, audit: bool = False, publish: bool = True) ->
     found["cancelled"] = cancel_flagged()
     if audit:
         found["stranded"] = _each(_ids(Execution.objects.using(database()).waiting_for_nothing()), _wake_stranded)
-    found["announced"] = _each(transitions.take_for_announcement(conductor_settings().SWEEP_BATCH), _deliver)
+    if not announcements.is_resting():
+        found["announced"] = _each(transitions.take_for_announcement(conductor_settings().SWEEP_BATCH), _deliver)
     if publish:
         found["published"] = publish_due()
     return +found
@@ -54,8 +58,18 @@ def publish_due(limit: int | None = None, queues: list[str] | None = None) -> in
         limit: At most so many; ``CONDUCTOR["SWEEP_BATCH"]`` by default.
         queues: Only of these Celery queues.
     """
+    if dispatch.is_broker_resting():
+        return 0
     taken = transitions.take_for_dispatch(limit or conductor_settings().SWEEP_BATCH, queues)
-    return sum(dispatch.publish(execution) for execution in taken)
+    published = 0
+    for number, execution in enumerate(taken):
+        if dispatch.publish(execution):
+            published += 1
+        elif dispatch.is_broker_resting():
+            # The broker is away. Nobody's pause before the next publish is to grow with that.
+            transitions.put_back(taken[number:], dispatch.BREAKER_SECONDS)
+            break
+    return published
 
 
 def cancel_flagged() -> int:
@@ -74,14 +88,30 @@ def _ids(executions: ExecutionQuerySet) -> list[uuid.UUID]:
 
 
 def _each(items: Iterable[T], act: Callable[[T], object]) -> int:
-    """Act on each item in a transaction of its own; one that fails does not stop the others."""
+    """Act on each item in a transaction of its own; one that fails does not stop the others.
+
+    Raises:
+        Exception: The database is away, which would fail them all.
+    """
     done = 0
     for item in items:
         try:
             done += bool(act(item))
-        except Exception:
+        except Exception as error:
+            if is_outage(error) and not _database_answers():
+                raise
             logger.exception("Sweeping %s failed; it will be tried again.", item)
     return done
+
+
+def _database_answers() -> bool:
+    connection = connections[database()]
+    try:
+        connection.close_if_unusable_or_obsolete()
+        connection.ensure_connection()
+    except Error:
+        return False
+    return True
 
 
 def _wake_stranded(execution_id: uuid.UUID) -> bool:
@@ -92,5 +122,7 @@ def _wake_stranded(execution_id: uuid.UUID) -> bool:
 
 
 def _deliver(execution: Execution) -> bool:
+    if announcements.is_resting():
+        return False  # one of these was slow to fail; the others are taken again later
     announcements.deliver(execution)
     return True

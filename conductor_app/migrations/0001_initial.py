@@ -109,7 +109,7 @@ class Migration(migrations.Migration):
         ),
         migrations.AddIndex(
             model_name='execution',
-            index=conductor_app.models.fields.PartialIndex(fields=['cancel_requested_at'], name='conductor_ex_cancel', where=models.Q(('cancel_requested_at__isnull', False))),
+            index=conductor_app.models.fields.PartialIndex(fields=['status', 'cancel_requested_at'], name='conductor_ex_cancel', where=models.Q(('cancel_requested_at__isnull', False))),
         ),
         migrations.AddIndex(
             model_name='execution',

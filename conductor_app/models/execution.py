@@ -91,9 +91,11 @@ class Execution(models.Model):
             PartialIndex(fields=["status", "dispatch_at"], where=Q(status="queued"), name="conductor_ex_dispatch"),
             # The sweeper: whose worker died.
             PartialIndex(fields=["status", "lease_expires_at"], where=Q(status="running"), name="conductor_ex_lease"),
-            # The sweeper: what is to be cancelled.
+            # The sweeper: what is to be cancelled. The status first: a cancelled execution stays flagged.
             PartialIndex(
-                fields=["cancel_requested_at"], where=Q(cancel_requested_at__isnull=False), name="conductor_ex_cancel"
+                fields=["status", "cancel_requested_at"],
+                where=Q(cancel_requested_at__isnull=False),
+                name="conductor_ex_cancel",
             ),
             # The sweeper: whose outcome Celery has not been told.
             PartialIndex(fields=["announce_at"], where=Q(announce_at__isnull=False), name="conductor_ex_announce"),

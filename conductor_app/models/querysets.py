@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from typing import TYPE_CHECKING, Self
 
-from django.db import models
+from django.db import connections, models
 from django.db.models import Exists, OuterRef, Q
 
 from conductor_app import clock
@@ -56,11 +56,12 @@ class ExecutionQuerySet(models.QuerySet["Execution"]):
         """Flagged as cancelled, and no run is there to notice."""
         return self.filter(
             cancel_requested_at__isnull=False, status__in=[ExecutionStatus.QUEUED, ExecutionStatus.WAITING]
-        )
+        ).order_by("cancel_requested_at")
 
     def expired(self) -> Self:
         """Queued past Celery's ``expires``, never started."""
-        return self.with_status(ExecutionStatus.QUEUED).filter(deadline_at__lte=clock.now(), started_at__isnull=True)
+        overdue = self.with_status(ExecutionStatus.QUEUED).filter(deadline_at__lte=clock.now())
+        return overdue.filter(started_at__isnull=True).order_by("deadline_at")
 
     def to_announce(self) -> Self:
         """Final, and Celery has not been told."""
@@ -70,5 +71,8 @@ class ExecutionQuerySet(models.QuerySet["Execution"]):
         """Waiting without a pending step: a lost wake-up, which must not happen."""
         from conductor_app.models.step import Step  # noqa: PLC0415 - Step refers to Execution
 
-        pending = Step.objects.filter(execution=OuterRef("pk"), status="pending")
+        # Two ways to say the same. By the status SQLite would read all pending steps, once for each execution.
+        is_sqlite = connections[self.db].vendor == "sqlite"
+        is_pending = Q(finished_at__isnull=True) if is_sqlite else Q(status=Literal("pending"))
+        pending = Step.objects.filter(is_pending, execution=OuterRef("pk"))
         return self.with_status(ExecutionStatus.WAITING).filter(~Exists(pending))

@@ -11,7 +11,7 @@ from conductor_app import ExecutionContext
 
 def note(ctx: ExecutionContext | uuid.UUID | None, key: str, value: Any = "") -> None:
     """Write one line at once, outside of anything that could undo it."""
-    from tests.app.models import Ledger  # noqa: PLC0415 - tasks are imported before the app registry is ready
+    from tests.app.models import Ledger
 
     execution_id = ctx.execution_id if isinstance(ctx, ExecutionContext) else ctx
     Ledger.objects.create(execution_id=execution_id, key=key, value=str(value), pid=os.getpid())
@@ -19,7 +19,7 @@ def note(ctx: ExecutionContext | uuid.UUID | None, key: str, value: Any = "") ->
 
 def count(key: str, execution_id: Any = None) -> int:
     """How many lines there are."""
-    from tests.app.models import Ledger  # noqa: PLC0415
+    from tests.app.models import Ledger
 
     lines = Ledger.objects.filter(key=key)
     return lines.filter(execution_id=str(execution_id)).count() if execution_id else lines.count()

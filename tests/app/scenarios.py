@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from typing import Any
 
+from celery.exceptions import SoftTimeLimitExceeded
+
 from conductor_app import ChildCancelled, ChildFailed, ChildTimedOut, ExecutionContext, durable_task
-from tests.app.ledger import note
+from tests.app.ledger import count, note
 
 
 @durable_task
@@ -168,3 +171,109 @@ def add(ctx: ExecutionContext, x: int, y: int) -> int:
 def total(ctx: ExecutionContext, numbers: list[int]) -> int:
     note(ctx, "body")
     return sum(numbers)
+
+
+@durable_task
+def lingers(ctx: ExecutionContext, seconds: float) -> int:
+    """Take that long on the first attempt, and return the attempt."""
+    note(ctx, "body")
+    if ctx.attempt == 1:
+        time.sleep(seconds)
+        note(ctx, "late")
+    return ctx.attempt
+
+
+@durable_task(max_retries=0)
+def waits_for_lingerer(ctx: ExecutionContext, seconds: float, timeout: float | None = None) -> dict[str, int]:
+    note(ctx, "body")
+    return {"attempt": ctx.invoke("lingers", lingers, {"seconds": seconds}, timeout=timeout)}
+
+
+@durable_task(max_retries=0)
+def has_one_attempt(ctx: ExecutionContext, seconds: float) -> str:
+    """Take that long, and never again."""
+    note(ctx, "body")
+    time.sleep(seconds)
+    return "done"
+
+
+@durable_task
+def waits_for_the_go(ctx: ExecutionContext) -> int:
+    """Go on when the ledger says so, and give way to a shutdown before."""
+    note(ctx, "body")
+    while not count("go"):
+        time.sleep(0.02)
+        ctx.checkpoint()
+    return ctx.attempt
+
+
+@durable_task(max_retries=0)
+def parent_of_the_go(ctx: ExecutionContext) -> dict[str, int]:
+    note(ctx, "body")
+    return {"attempt": ctx.invoke("go", waits_for_the_go)}
+
+
+@durable_task(max_retries=0)
+def three_children(ctx: ExecutionContext, value: int) -> list[int]:
+    """Suspend three times without an attempt to lose."""
+    note(ctx, "body")
+    return [ctx.invoke(f"echo-{index}", echo, {"value": value + index}) for index in range(3)]
+
+
+@durable_task(max_retries=2)
+def exits(ctx: ExecutionContext, times: int) -> int:
+    """End the process from inside, on the first attempts."""
+    note(ctx, "body")
+    if ctx.attempt <= times:
+        sys.exit(3)
+    return ctx.attempt
+
+
+@durable_task(max_retries=2)
+def raises_a_base_exception(ctx: ExecutionContext, times: int) -> int:
+    """Raise what ``except Exception`` does not catch, on the first attempts."""
+    note(ctx, "body")
+    if ctx.attempt <= times:
+        raise KeyboardInterrupt
+    return ctx.attempt
+
+
+@durable_task(soft_time_limit=1, max_retries=1, retry_backoff=0.1)
+def over_the_soft_limit(ctx: ExecutionContext) -> int:
+    note(ctx, "body")
+    if ctx.attempt == 1:
+        try:
+            time.sleep(30)
+        except SoftTimeLimitExceeded:
+            note(ctx, "soft-limit")
+            raise
+    return ctx.attempt
+
+
+@durable_task(max_retries=0)
+def waits_for_a_queue(
+    ctx: ExecutionContext, queue: str, value: Any = None, timeout: float | None = None
+) -> Any:
+    """Invoke ``echo`` on another queue."""
+    note(ctx, "body")
+    return ctx.invoke("echo", echo, {"value": value}, queue=queue, timeout=timeout)
+
+
+@durable_task(max_retries=0)
+def waits_for_checkpoints(ctx: ExecutionContext, seconds: float, timeout: float) -> Any:
+    """Invoke a long child that notices its cancellation."""
+    note(ctx, "body")
+    return ctx.invoke("slow", slow, {"seconds": seconds, "checkpoints": True}, timeout=timeout)
+
+
+@durable_task(max_retries=None, retry_backoff=0.1, retry_jitter=False)
+def step_by_step(ctx: ExecutionContext, steps: int, pause: float) -> list[int]:
+    """Remember a step after each pause, with a child at the end."""
+    done = [ctx.step(f"step-{index}", _slow_step, index, pause) for index in range(steps)]
+    done.append(int(ctx.invoke("echo", echo, {"value": steps})))
+    return done
+
+
+def _slow_step(index: int, pause: float) -> int:
+    time.sleep(pause)
+    return index

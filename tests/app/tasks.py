@@ -4,7 +4,7 @@ import os
 
 from celery import shared_task
 
-from tests.app import bench, origin, scenarios  # noqa: F401 - registers their tasks
+from tests.app import bench, canvas, origin, scenarios  # noqa: F401 - registers their tasks
 from tests.app.models import Ledger
 
 

@@ -1,0 +1,1 @@
+"""The subcommands of ``manage.py conductor``, one module each (``retry`` and ``cancel`` share one)."""

@@ -1,0 +1,102 @@
+"""What the subcommands of ``manage.py conductor`` share."""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import re
+import uuid
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from celery import Celery, current_app
+from django.core.management.base import CommandError, CommandParser
+
+from conductor_app.durable import DurableTask
+from conductor_app.management.output import Output
+
+#: Exit codes.
+OK = 0
+PROBLEM = 1
+USAGE = 2
+
+_UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
+_DURATION = re.compile(r"(?P<number>\d+(?:\.\d+)?)(?P<unit>[smhdw])", re.ASCII)
+#: About 100 years: more than this is a slip, and more than databases can subtract.
+_LONGEST_SECONDS = 100 * 366 * 86_400
+
+
+class Subcommand:
+    """One subcommand: its options, and what it does."""
+
+    name: ClassVar[str]
+    help: ClassVar[str]
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        """Declare the options; ``--json`` is declared for all."""
+
+    def run(self, out: Output, options: dict[str, Any]) -> int:
+        """Do it and return the exit code.
+
+        Raises:
+            CommandError: It cannot be done; the message is one line.
+        """
+        raise NotImplementedError
+
+
+def execution_ids(texts: Iterable[str]) -> list[uuid.UUID]:
+    """Return the ids that the user gave, each once, in their order.
+
+    Raises:
+        CommandError: One is not a UUID.
+    """
+    found: dict[uuid.UUID, None] = {}
+    for text in texts:
+        try:
+            found[uuid.UUID(text)] = None
+        except ValueError:
+            raise CommandError(
+                f"{text!r} is not an execution's id. An id is a UUID; `manage.py conductor ls` shows them.",
+                returncode=USAGE,
+            ) from None
+    return list(found)
+
+
+def not_found(execution_id: uuid.UUID) -> str:
+    """Return what to say of an id that has no execution."""
+    return f"There is no execution {execution_id}. It may have been pruned, or belong to another database."
+
+
+def parse_duration(text: str) -> dt.timedelta:
+    """Return the length of time that ``30d``, ``12h``, ``45m``, ``90s`` or ``2w`` means; for argparse."""
+    match = _DURATION.fullmatch(text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no length of time: write 30d, 12h, 45m, 90s or 2w")
+    seconds = float(match["number"]) * _UNITS[match["unit"]]
+    if not 0 < seconds <= _LONGEST_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text!r} must be more than 0 and at most 100 years")
+    return dt.timedelta(seconds=seconds)
+
+
+def positive_int(text: str) -> int:
+    """Return a whole number of at least 1; for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
+
+
+def celery_app() -> Celery:
+    """Return the project's Celery app."""
+    app: Celery = current_app._get_current_object()  # type: ignore[attr-defined]
+    return app
+
+
+def load_durable_tasks(app: Celery) -> list[str]:
+    """Import the modules with the app's tasks, as a worker does, and return the names of the durable ones."""
+    app.loader.import_default_modules()
+    return sorted(name for name, task in app.tasks.items() if isinstance(task, DurableTask))
+
+
+def counted(number: int, noun: str) -> str:
+    """Return ``1 execution``, ``2 executions``."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,55 @@
+"""``conductor prune``: delete old trees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.core.management.base import CommandParser
+from rich.text import Text
+
+from conductor_app.explain import duration
+from conductor_app.maintenance import pruner
+from conductor_app.management.output import Output
+from conductor_app.management.subcommands.base import OK, Subcommand, counted, parse_duration, positive_int
+
+
+class Prune(Subcommand):
+    """Deletes whole trees whose root ended long ago."""
+
+    name = "prune"
+    help = "Delete whole trees of executions whose root ended long ago."
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        """Declare the age."""
+        parser.add_argument(
+            "--older-than",
+            type=parse_duration,
+            required=True,
+            metavar="AGE",
+            help="delete trees whose root ended longer ago than this: 30d, 12h, 45m",
+        )
+        parser.add_argument("--keep-failed", action="store_true", help="keep trees whose root failed")
+        parser.add_argument("--dry-run", action="store_true", help="only count")
+        parser.add_argument(
+            "--batch", type=positive_int, default=500, help="most trees in one transaction (default: 500)"
+        )
+
+    def run(self, out: Output, options: dict[str, Any]) -> int:
+        """Delete, or count."""
+        age = options["older_than"]
+        number = pruner.prune(
+            age, batch=options["batch"], keep_failed=options["keep_failed"], dry_run=options["dry_run"]
+        )
+        out.document(
+            {
+                "dry_run": options["dry_run"],
+                "executions": number,
+                "keep_failed": options["keep_failed"],
+                "older_than_seconds": age.total_seconds(),
+            }
+        )
+        did = "Would delete" if options["dry_run"] else "Deleted"
+        kept = ", not counting failed ones" if options["keep_failed"] else ""
+        ended = f"whose root ended more than {duration(age.total_seconds())} ago{kept}"
+        out.print(Text(f"{did} {counted(number, 'execution')} in trees {ended}."))
+        return OK

@@ -1,0 +1,93 @@
+"""A broker that is away delays executions and loses none."""
+
+from __future__ import annotations
+
+import datetime as dt
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from django.db import transaction
+
+from conductor_app import api, clock, dispatch
+from conductor_app.maintenance import sweeper
+from conductor_app.models import Execution
+from project.celery import app
+from tests.app import scenarios
+from tests.support import invariants
+from tests.support.messages import needs_a_broker
+from tests.support.polling import wait_until
+from tests.support.proxy import Proxy, broker_at
+from tests.support.watching import only, wait_for_body, wait_for_status
+
+pytestmark = [pytest.mark.usefixtures("recorded"), needs_a_broker]
+
+
+@pytest.fixture
+def broker() -> Any:
+    """A way to the broker that can be cut."""
+    with Proxy(app.conf.broker_url) as proxy:
+        yield proxy
+
+
+def test_executions_that_were_created_while_the_broker_was_away_are_kept_and_published_later(
+    worker: Any, broker: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    started = worker()
+    broker.close()
+    with broker_at(broker.url), caplog.at_level(logging.WARNING):
+        with transaction.atomic():
+            results = [scenarios.pass_through.delay(value=value) for value in range(3)]
+        results.append(scenarios.pass_through.delay(value=3))
+        assert list(Execution.objects.values_list("status", flat=True)) == ["queued"] * 4
+    assert "is saved as queued and will be published when the broker is back" in caplog.text
+    assert caplog.text.count("did not take the message") == 1  # After one failure the broker is left alone.
+    assert [api.get_result(result, timeout=30) for result in results] == [0, 1, 2, 3]
+    invariants.check(started)
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_a_worker_whose_broker_goes_away_finishes_its_bodies_and_goes_on_when_it_is_back(
+    worker: Any, broker: Proxy, pool: str
+) -> None:
+    started = worker(pool=pool, concurrency=2, env={"CELERY_BROKER_URL": broker.url})
+    napping = scenarios.naps.delay(seconds=1)
+    wait_for_status(napping, "waiting")
+    running = scenarios.waits_for_slow.delay(seconds=1)
+    wait_for_body(scenarios.slow)
+    broker.close()
+    queued = scenarios.pass_through.delay(value="queued")
+    wait_for_status(only(scenarios.slow), "succeeded")
+    wait_until(lambda: only(scenarios.naps).status == "queued", message="The sweeper has stopped with the broker")
+    broker.open()
+    assert api.get_result(running, timeout=60) == {"slow": "done"}
+    assert api.get_result(napping, timeout=30) == "rested"
+    assert api.get_result(queued, timeout=30) == "queued"
+    assert set(Execution.objects.values_list("attempt", flat=True)) == {1}
+    assert started.is_alive
+
+
+@pytest.fixture
+def moving_clock(transactional_db: None) -> Iterator[Callable[[float], None]]:
+    """A function that moves the clock of this process by so many seconds."""
+    yield lambda seconds: clock.shift(dt.timedelta(seconds=seconds))
+    clock.reset()
+
+
+def test_a_long_outage_does_not_delay_the_first_publish_after_it(
+    moving_clock: Callable[[float], None], broker: Proxy, settings: Any
+) -> None:
+    broker.close()
+    with broker_at(broker.url):
+        scenarios.echo.delay(value=1)
+        for _ in range(8):
+            moving_clock(60)
+            dispatch.reset_breaker()
+            assert sweeper.publish_due() == 0
+        execution = only(scenarios.echo)
+        assert execution.dispatch_at is not None
+        wait = (execution.dispatch_at - clock.read("default")).total_seconds()
+        assert wait <= settings.CONDUCTOR["REDISPATCH_SECONDS"] + dispatch.BREAKER_SECONDS
+    moving_clock(10)
+    assert sweeper.publish_due() == 1

@@ -1,0 +1,180 @@
+"""Processes that die, freeze or shut down lose nothing, whatever they were doing."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import pytest
+from celery import states
+
+from conductor_app import api
+from conductor_app.exceptions import ExecutionFailed, WorkerLost
+from conductor_app.models import Execution, FailedExecution, Step
+from tests.app import scenarios
+from tests.app.ledger import count, note
+from tests.support import invariants
+from tests.support.watching import frozen, only, wait_for_body, wait_for_status
+from tests.support.polling import wait_until
+from tests.support.worker import pools
+
+pytestmark = pytest.mark.usefixtures("recorded")
+
+#: Far longer than a test: only the report of a process's death can bring its executions back.
+LONG_LEASE = {"LEASE_SECONDS": 600}
+
+
+def test_a_killed_pool_process_costs_its_child_one_attempt_and_the_parent_none(worker: Any) -> None:
+    started = worker(pool="prefork", conductor=LONG_LEASE)
+    result = scenarios.waits_for_lingerer.delay(seconds=300)
+    started.kill_pool_process(wait_for_body(scenarios.lingers).pid)
+    seen = set()
+    wait_until(lambda: seen.add(result.state) or only(scenarios.waits_for_lingerer).is_final, timeout=40)
+    assert result.get(timeout=20) == {"attempt": 2}
+    assert states.FAILURE not in seen
+    assert count("body", result.id) == 2
+    assert count("body", only(scenarios.lingers).pk) == 2
+    assert (only(scenarios.lingers).attempt, only(scenarios.waits_for_lingerer).attempt) == (2, 1)
+    invariants.check(started)
+
+
+@pytest.mark.parametrize("pool", ["prefork", "solo"])
+def test_a_killed_worker_is_replaced_by_another_one(worker: Any, pool: str) -> None:
+    first = worker(pool=pool, concurrency=1)
+    napping = scenarios.naps.delay(seconds=1)
+    wait_for_status(napping, "waiting")
+    waiting = scenarios.waits_for_lingerer.delay(seconds=300)
+    wait_for_body(scenarios.lingers)
+    queued = scenarios.pass_through.delay(value="queued")
+    first.kill()
+    second = worker(pool=pool, concurrency=1)
+    assert api.get_result(waiting, timeout=40) == {"attempt": 2}
+    assert api.get_result(queued, timeout=20) == "queued"
+    assert api.get_result(napping, timeout=20) == "rested"
+    assert only(scenarios.waits_for_lingerer).attempt == 1
+    assert count("late") == 0
+    invariants.check(second)
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_a_worker_that_wakes_up_after_its_lease_has_lapsed_writes_nothing(worker: Any, pool: str) -> None:
+    zombie = worker(pool=pool)
+    result = scenarios.waits_for_lingerer.delay(seconds=1)
+    wait_for_body(scenarios.lingers)
+    with frozen(zombie):
+        second = worker(pool=pool)
+        assert api.get_result(result, timeout=40) == {"attempt": 2}
+        child = only(scenarios.lingers)
+    wait_until(lambda: count("late", child.pk), message="The zombie's body did not go on")
+    wait_until(lambda: "its lease is lost" in zombie.log, message="The zombie did not notice")
+    child.refresh_from_db()
+    assert (child.get_result(), child.fence) == (2, 2)
+    second.kill()
+    assert api.get_result(scenarios.pass_through.delay(value="alive"), timeout=30) == "alive"
+    invariants.check(zombie, second)
+
+
+def test_a_worker_that_slept_through_its_leases_does_not_take_them_from_itself(worker: Any) -> None:
+    """As on a laptop whose lid was closed: every lease has lapsed, although the bodies still run."""
+    started = worker(pool="prefork", concurrency=2)
+    napping = scenarios.naps.delay(seconds=1)
+    wait_for_status(napping, "waiting")
+    results = [scenarios.has_one_attempt.delay(seconds=1) for _ in range(2)]
+    wait_for_body(scenarios.has_one_attempt, number=2)
+    with frozen(started):
+        running = Execution.objects.filter(status="running")
+        assert running.count() == 2
+        wait_until(lambda: running.lapsed().count() == 2, message="The leases did not lapse")
+        # The sweeper wakes up before the processes that run the bodies, and sweeps once.
+        started.signal(signal.SIGCONT)
+        wait_until(lambda: not Step.objects.filter(status="pending").exists(), message="The sweeper did not wake up")
+    for result in results:
+        assert api.get_result(result, timeout=30) == "done"
+    assert api.get_result(napping, timeout=30) == "rested"
+    invariants.check(started)
+
+
+def test_a_body_that_always_kills_its_process_ends_as_a_failed_execution(worker: Any) -> None:
+    started = worker(pool="prefork", concurrency=2, conductor=LONG_LEASE)
+    parent = scenarios.parent_of_killer.delay(times=99)
+    root = scenarios.kills_its_process.delay(times=99)
+    with pytest.raises(ExecutionFailed, match=r"^Child execution failed: Worker died: ") as caught:
+        api.get_result(parent, timeout=60)
+    child = Execution.objects.get(parent_id=parent.id)
+    for died in (child, wait_for_status(root, "failed")):
+        failure = FailedExecution.objects.get(pk=died.pk)
+        assert failure.error_class == f"{WorkerLost.__module__}.{WorkerLost.__name__}"
+        assert (failure.attempts, count("body", died.pk)) == (3, 3)
+        assert failure.message.endswith("stopped while running attempt 3 of 3.")
+    assert str(caught.value) == f"Child execution failed: {child.error_message}"
+    assert FailedExecution.objects.get(pk=parent.id).root_cause_id == child.pk
+    invariants.check(started)
+    assert root.state == states.FAILURE
+    assert api.get_result(scenarios.echo.delay(value="alive"), timeout=20) == "alive"
+
+
+@pools
+@pytest.mark.parametrize("task", [scenarios.exits, scenarios.raises_a_base_exception])
+def test_a_body_that_ends_its_process_from_inside_costs_attempts_and_no_slots(
+    worker: Any, pool: str, task: Any
+) -> None:
+    started = worker(pool=pool, concurrency=1)
+    recovering, dying = task.delay(times=1), task.delay(times=99)
+    assert api.get_result(recovering, timeout=40) == 2
+    with pytest.raises(ExecutionFailed, match=r"^Worker died: "):
+        api.get_result(dying, timeout=60)
+    assert api.get_result(scenarios.pass_through.delay(value="alive"), timeout=20) == "alive"
+    assert (count("body", recovering.id), count("body", dying.id)) == (2, 3)
+    assert started.is_alive
+    invariants.check(started)
+    assert (recovering.state, dying.state) == (states.SUCCESS, states.FAILURE)
+
+
+def test_time_limits_cost_an_attempt_and_celery_records_no_failure_meanwhile(worker: Any) -> None:
+    started = worker(pool="prefork", concurrency=2, conductor=LONG_LEASE)
+    hard, soft = scenarios.over_the_hard_limit.delay(), scenarios.over_the_soft_limit.delay()
+    seen = set()
+    wait_until(
+        lambda: seen.update((hard.state, soft.state))
+        or {row.status for row in Execution.objects.all()} == {"succeeded"},
+        timeout=40,
+    )
+    assert states.FAILURE not in seen
+    assert (hard.get(timeout=20), soft.get(timeout=20)) == (2, 2)
+    assert (count("body", hard.id), count("body", soft.id)) == (2, 2)
+    assert count("soft-limit", soft.id) == 1
+    assert "Hard time limit (1" in started.log
+    invariants.check(started)
+
+
+@pools
+def test_a_warm_shutdown_gives_bodies_back_that_ask_and_waits_for_those_that_do_not(worker: Any, pool: str) -> None:
+    slots = 1 if pool == "solo" else 2
+    first = worker(pool=pool, concurrency=slots)
+    result = scenarios.parent_of_the_go.delay()
+    wait_for_body(scenarios.waits_for_the_go)
+    if slots == 2:
+        scenarios.waits_for_slow.delay(seconds=1.5)
+        wait_for_body(scenarios.slow)
+    assert first.stop(timeout=40) == 0
+    given_back = only(scenarios.waits_for_the_go)
+    assert (given_back.status, given_back.attempt, given_back.lease_owner) == ("queued", 1, "")
+    assert only(scenarios.parent_of_the_go).status == "waiting"
+    if slots == 2:
+        assert only(scenarios.slow).status == "succeeded"
+        assert only(scenarios.waits_for_slow).status == "queued"
+    note(None, "go")
+    second = worker(pool=pool, concurrency=slots)
+    assert api.get_result(result, timeout=30) == {"attempt": 1}
+    invariants.check(first, second)
+    assert (count("body", given_back.pk), count("body", result.id)) == (2, 2)
+    assert count("slow-end") == slots - 1
+
+
+def test_a_pool_that_replaces_its_processes_all_the_time_loses_nothing(worker: Any) -> None:
+    """The sweeper's thread lives in the process that forks: no lock and no connection of it may reach a child."""
+    started = worker(pool="prefork", concurrency=2, args=["--max-tasks-per-child=1"])
+    results = [scenarios.pass_through.delay(value=value) for value in range(6)]
+    assert [api.get_result(result, timeout=60) for result in results] == list(range(6))
+    assert set(Execution.objects.values_list("attempt", flat=True)) == {1}
+    invariants.check(started)

@@ -1,0 +1,30 @@
+"""What the page on deployment says about connections."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from django.db import OperationalError
+
+from conductor_app import inline, transitions
+from conductor_app.models import Execution
+from project.celery import app
+from tests.app.scenarios import echo
+
+
+@pytest.mark.django_db
+def test_a_kept_connection_that_died_between_two_runs_costs_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    execution = Execution.objects.get(pk=echo.delay(value=1).id)
+    claim, claims = transitions.claim, []
+
+    def first_on_a_dead_connection(*args: Any) -> Any:
+        claims.append(args)
+        if len(claims) == 1:
+            raise OperationalError("the connection is closed")
+        return claim(*args)
+
+    monkeypatch.setattr(transitions, "claim", first_on_a_dead_connection)
+    inline.run_once(execution, app)
+    execution.refresh_from_db()
+    assert execution.status == "succeeded"

@@ -1,0 +1,26 @@
+"""The fixture ``race``."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from conductor_app import dispatch
+from tests.races.harness import Race
+from tests.support.executions import committing
+
+
+@pytest.fixture
+def transactional_db(django_db_setup: None, django_db_blocker: Any) -> Iterator[None]:
+    """In the place of pytest-django's, which flushes every table after each test, and takes a second for that."""
+    with committing(django_db_blocker):
+        yield
+
+
+@pytest.fixture
+def race(transactional_db: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Race]:
+    """Several connections to the test database, and a broker that nobody listens to."""
+    monkeypatch.setattr(dispatch, "publish", lambda execution: True)
+    race = Race(monkeypatch)
+    yield race
+    race.end()

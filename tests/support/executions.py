@@ -1,0 +1,129 @@
+"""Executions in any state, made by the transitions themselves; no body runs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from conductor_app import transitions
+from conductor_app.exceptions import Failure
+from conductor_app.ids import derive_child_id, new_root_id
+from conductor_app.models import Execution, FailedExecution, Step
+from conductor_app.states import OnTimeout
+from conductor_app.transitions import Invocation, NewExecution, Sleep
+
+TASK = "tests.app.scenarios.echo"
+OWNER = "test@host/1"
+FAILURE = Failure(type="builtins.ValueError", message="card declined", traceback="Traceback …")
+
+
+@contextmanager
+def committing(blocker: Any) -> Iterator[None]:
+    """Let a test commit what it writes to our tables, which are emptied afterwards.
+
+    ``transactional_db`` empties all tables instead, and takes a second for that.
+    """
+    with blocker.unblock():
+        try:
+            yield
+        finally:
+            for model in (Step, FailedExecution):
+                model.objects.all()._raw_delete("default")
+            for depth in sorted(set(Execution.objects.values_list("depth", flat=True)), reverse=True):
+                Execution.objects.filter(depth=depth)._raw_delete("default")
+
+
+def new(**fields: Any) -> NewExecution:
+    """An execution to store."""
+    values: dict[str, Any] = {
+        "id": new_root_id(),
+        "task": TASK,
+        "queue": "celery-test",
+        "payload": "[[],{}]",
+        "max_attempts": 4,
+    }
+    return NewExecution(**{**values, **fields})
+
+
+def queued(**fields: Any) -> Execution:
+    """A root that nobody has claimed."""
+    execution, created = transitions.create(new(**fields))
+    assert created
+    return execution
+
+
+def claimed(execution: Execution, owner: str = OWNER) -> Execution:
+    """The execution, as the run that has just claimed it sees it."""
+    run = transitions.claim(execution.pk, owner)
+    assert run is not None, f"{fresh(execution).status} cannot be claimed"
+    return run
+
+
+def running(**fields: Any) -> Execution:
+    """A root that a run has just claimed, as that run sees it."""
+    return claimed(queued(**fields))
+
+
+def invocation(parent: Execution, step: str = "child", **options: Any) -> Invocation:
+    """What ``ctx.invoke`` of ``TASK`` asks for."""
+    timeout = options.pop("timeout", None)
+    on_timeout = OnTimeout(options.pop("on_timeout", "cancel"))
+    child = new(id=derive_child_id(parent.pk, step), **options)
+    return Invocation(step, child, payload_digest="", timeout=timeout, on_timeout=on_timeout)
+
+
+def invoke(parent: Execution, step: str = "child", **options: Any) -> Execution:
+    """Suspend a running parent on a new child, and return the queued child."""
+    wait = invocation(parent, step, **options)
+    assert transitions.suspend(parent, wait)
+    return Execution.objects.get(pk=wait.child.id)
+
+
+def family(**options: Any) -> tuple[Execution, Execution]:
+    """A waiting parent and its running child, as their runs see them; ``options`` are those of ``invocation``."""
+    parent = running()
+    return parent, claimed(invoke(parent, **options))
+
+
+def families(count: int) -> list[tuple[Execution, Execution]]:
+    """As many families at once, copied from the rows of one."""
+    template = family()
+    step = step_of(template[0])
+    pairs: list[tuple[Execution, Execution]] = []
+    pending: list[Step] = []
+    for _ in range(count):
+        parent, child = (fresh(execution) for execution in template) if not pairs else map(copy.copy, pairs[0])
+        parent.pk = parent.root_id = child.parent_id = child.root_id = new_root_id()
+        child.pk = derive_child_id(parent.pk, child.step)
+        pairs.append((parent, child))
+        pending.append(copy.copy(step))
+        pending[-1].pk, pending[-1].execution_id, pending[-1].child_id = None, parent.pk, child.pk
+    Execution.objects.bulk_create([parent for parent, _ in pairs])
+    Execution.objects.bulk_create([child for _, child in pairs])
+    Step.objects.bulk_create(pending)
+    return pairs
+
+
+def napping(seconds: float = 60) -> Execution:
+    """An execution that waits for the end of its step ``nap``."""
+    execution = running()
+    assert transitions.suspend(execution, Sleep("nap", seconds=seconds))
+    return execution
+
+
+def fresh(execution: Execution) -> Execution:
+    """The row as it is now."""
+    return Execution.objects.get(pk=execution.pk)
+
+
+def step_of(execution: Execution, name: str = "child") -> Step:
+    """A step as it is now."""
+    return Step.objects.get(execution_id=execution.pk, name=name)
+
+
+def snapshot() -> list[dict[str, Any]]:
+    """Every row of our tables, to see that a loser has changed nothing."""
+    executions = list(Execution.objects.order_by("pk").values())
+    return [*executions, *Step.objects.order_by("pk").values()]

@@ -1,0 +1,194 @@
+"""What holds for every execution, whatever happened to workers, brokers and databases."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Iterator
+
+from celery.result import AsyncResult
+from celery.states import READY_STATES
+from django_celery_results.models import TaskResult
+
+from conductor_app.models import Execution, FailedExecution, Step
+from conductor_app.states import ALLOWED_MOVES, CELERY_STATES, FINAL_STATUSES, ExecutionStatus, StepKind, StepStatus
+from tests.support import history
+from tests.support.history import Move
+from tests.support.polling import wait_until
+from tests.support.worker import Worker
+
+#: What a child is whose parent remembers it so. After a timeout the child may end in any way, or go on.
+CHILD_STATUS = {
+    StepStatus.SUCCEEDED: ExecutionStatus.SUCCEEDED,
+    StepStatus.FAILED: ExecutionStatus.FAILED,
+    StepStatus.CANCELLED: ExecutionStatus.CANCELLED,
+}
+
+
+def check(*workers: Worker, timeout: float = 40, tracebacks: int = 0) -> None:
+    """Wait until every execution is final and Celery knows of it, and check what has to hold then.
+
+    Args:
+        workers: Their logs must show no healed wake-up, no failed sweep and no unexpected error.
+        timeout: Seconds to wait for the executions.
+        tracebacks: How many tracebacks the logs may show at most: those of bodies that fail for good.
+    """
+    __tracebackhide__ = True
+    wait_until(
+        lambda: not unsettled(),
+        timeout,
+        interval=0.1,
+        message=lambda: "Executions are not final, or not announced:\n  " + "\n  ".join(unsettled()),
+    )
+    found = violations()
+    for worker in workers:
+        found += _of_log(worker.log, tracebacks)
+    assert not found, "Broken invariants:\n  " + "\n  ".join(found)
+
+
+def unsettled() -> list[str]:
+    """Say which executions are not final, or final and not announced to Celery."""
+    return [
+        f"{execution} is {execution.status} (attempt {execution.attempt}, fence {execution.fence}, due "
+        f"{execution.due_at}, dispatch {execution.dispatch_at}, lease {execution.lease_expires_at} of "
+        f"{execution.lease_owner or 'nobody'}, announcement {execution.announce_at})"
+        for execution in Execution.objects.order_by("pk")
+        if not execution.is_final or execution.announce_at is not None
+    ]
+
+
+def violations() -> list[str]:
+    """Say what is wrong with what the database holds now; executions may still be open."""
+    executions = {execution.pk: execution for execution in Execution.objects.all()}
+    steps = list(Step.objects.all())
+    failures = {failure.pk: failure for failure in FailedExecution.objects.all()}
+    found: list[str] = []
+    for execution in executions.values():
+        found += [f"{execution} ({execution.status}) {wrong}" for wrong in _of_execution(execution, failures)]
+        parent = executions.get(execution.parent_id) if execution.parent_id else None
+        if execution.parent_id:
+            found += [f"{execution} ({execution.status}) {wrong}" for wrong in _of_child(execution, parent, steps)]
+    for step in steps:
+        found += [
+            f'Step "{step}" ({step.status}) of {executions[step.execution_id]} {wrong}'
+            for wrong in _of_step(step, executions)
+        ]
+    found += _of_results(executions.values())
+    if history.is_recording():
+        for execution_id, moves in history.moves().items():
+            found += [f"The history of {execution_id} {wrong}" for wrong in _of_history(moves)]
+            if moves[-1].status != executions[execution_id].status:
+                found.append(f"The history of {execution_id} ends in {moves[-1].status}")
+        ended_once = {str(key) for key, moves in history.moves().items() if not any(map(_is_reopening, moves))}
+        for task_id, states in history.celery_states().items():
+            if task_id in ended_once and any(state in READY_STATES for state in states[:-1]):
+                found.append(f"Celery was told that {task_id} is {', then '.join(states)}")
+    return found
+
+
+def _of_execution(execution: Execution, failures: dict[uuid.UUID, FailedExecution]) -> Iterator[str]:
+    is_failed = execution.status == ExecutionStatus.FAILED
+    failure = failures.get(execution.pk)
+    if is_failed != (failure is not None):
+        yield f"has {'no' if failure is None else 'a'} failed execution"
+    if failure is not None and (failure.attempts, failure.task) != (execution.attempt, execution.task):
+        yield f"failed as {failure.task} after {failure.attempts} attempts, and has {execution.attempt}"
+    if (execution.result is not None) != (execution.status == ExecutionStatus.SUCCEEDED):
+        yield f"has the result {execution.result!r}"
+    if execution.status == ExecutionStatus.WAITING and not execution.steps.filter(status=StepStatus.PENDING).exists():
+        yield "waits for nothing"
+    if execution.status != ExecutionStatus.RUNNING and (execution.lease_owner or execution.lease_expires_at):
+        yield f"is leased to {execution.lease_owner}"
+    if execution.max_attempts is not None and execution.attempt > execution.max_attempts:
+        yield f"has attempt {execution.attempt} of {execution.max_attempts}"
+    if execution.started_at is not None and execution.fence < execution.attempt:
+        yield f"has attempt {execution.attempt} after {execution.fence} claims"
+    if (execution.started_at is None) != (execution.fence == 0):
+        yield f"was started at {execution.started_at} with fence {execution.fence}"
+    instants = [execution.created_at, execution.started_at, execution.finished_at]
+    known = [instant for instant in instants if instant is not None]
+    if known != sorted(known):
+        yield f"was created, started and finished at {', '.join(map(str, instants))}"
+
+
+def _of_child(child: Execution, parent: Execution | None, steps: Iterable[Step]) -> Iterator[str]:
+    if parent is None:
+        yield "has lost its parent"
+        return
+    if (child.root_id, child.depth) != (parent.root_id, parent.depth + 1):
+        yield f"has root {child.root_id} and depth {child.depth} under {parent.root_id} and {parent.depth}"
+    named = [step for step in steps if step.execution_id == parent.pk and step.child_id == child.pk]
+    if [step.name for step in named] != [child.step]:
+        yield f'is step "{child.step}" of its parent, which knows it as {[step.name for step in named]}'
+    if parent.status in FINAL_STATUSES and child.status not in FINAL_STATUSES:
+        if not any(step.status == StepStatus.TIMED_OUT and step.on_timeout == "abandon" for step in named):
+            yield f"is open under a parent that {parent.status}"
+
+
+def _of_step(step: Step, executions: dict[uuid.UUID, Execution]) -> Iterator[str]:
+    execution = executions[step.execution_id]
+    child = executions.get(step.child_id) if step.child_id else None
+    if step.status == StepStatus.PENDING and execution.status in (ExecutionStatus.SUCCEEDED, ExecutionStatus.FAILED):
+        yield f"is pending, and its execution {execution.status}"
+    if step.finished_at is not None and step.finished_at < step.created_at:
+        yield f"was created at {step.created_at} and finished at {step.finished_at}"
+    if step.kind != StepKind.INVOKE:
+        return
+    if child is None:
+        yield "has lost its child"
+    elif step.status in CHILD_STATUS and child.status != CHILD_STATUS[StepStatus(step.status)]:
+        yield f"has a child that {child.status}"
+    elif step.status == StepStatus.PENDING and child.status in FINAL_STATUSES:
+        if execution.status not in FINAL_STATUSES:
+            yield f"has a child that {child.status}"
+
+
+def _of_results(executions: Iterable[Execution]) -> Iterator[str]:
+    """What Celery's result backend says has to fit, and it knows of roots alone."""
+    children = [str(execution.pk) for execution in executions if execution.parent_id]
+    for task_id in TaskResult.objects.filter(task_id__in=children).values_list("task_id", flat=True):
+        yield f"The result backend knows the child {task_id}"
+    for execution in executions:
+        options = execution.get_options()
+        if execution.parent_id or not options.get("announce") or options.get("ignore_result", True):
+            continue
+        state = AsyncResult(options.get("celery_id") or str(execution.pk)).state
+        if execution.is_final and execution.announce_at is None and state != CELERY_STATES[execution.status]:
+            yield f"{execution} ({execution.status}) has the Celery state {state}"
+
+
+def _of_history(moves: list[Move]) -> Iterator[str]:
+    first = moves[0]
+    if (first.status, first.fence, first.attempt) != (ExecutionStatus.QUEUED, 0, 1):
+        yield f"begins with {first}"
+    ends = 0
+    for before, move in zip(moves, moves[1:], strict=False):
+        if (move.old_status, move.old_fence, move.old_attempt) != (before.status, before.fence, before.attempt):
+            yield f"has a gap before {move}"
+        if move.status not in ALLOWED_MOVES[ExecutionStatus(move.old_status)]:
+            yield f"goes from {move.old_status} to {move.status}"
+        is_claim = move.status == ExecutionStatus.RUNNING
+        if move.fence != move.old_fence + is_claim:
+            yield f"has fence {move.fence} after {move.old_fence} at {move.old_status} → {move.status}"
+        is_retried = (move.old_status, move.status) == (ExecutionStatus.RUNNING, ExecutionStatus.QUEUED)
+        if move.attempt != move.old_attempt and not _is_reopening(move) and not (
+            is_retried and move.attempt == move.old_attempt + 1
+        ):
+            yield f"has attempt {move.attempt} after {move.old_attempt} at {move.old_status} → {move.status}"
+        ends += (move.status in FINAL_STATUSES) - _is_reopening(move)
+    if ends > 1:
+        yield f"ends {ends} times"
+
+
+def _is_reopening(move: Move) -> bool:
+    return move.old_status in FINAL_STATUSES
+
+
+def _of_log(log: str, tracebacks: int) -> Iterator[str]:
+    for line in log.splitlines():
+        if any(bad in line for bad in ("lost wake-up is healed", "Sweeping", "Unrecoverable error", "swallowed")):
+            yield f"A worker's log says: {line}"
+    shown = log.count("Traceback (most recent call last)")
+    if shown > tracebacks:
+        yield f"A worker's log shows {shown} tracebacks, {tracebacks} expected"
+
+

@@ -1,0 +1,57 @@
+"""Result backends, switched for one test: in this process and in the workers that it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+import pytest
+
+from conductor_app.dispatch import is_embedded
+from conductor_app.models import Execution
+from project.celery import app
+from tests.support.polling import wait_until
+
+DISABLED = "disabled://"
+
+
+def available() -> list[str]:
+    """The result backends that can be tested without another server than the broker."""
+    broker = str(app.conf.broker_url)
+    return ["django-db", *([broker] if broker.startswith("redis") else [])]
+
+
+#: For a test that has to hold with each result backend; it takes the argument ``result_backend``.
+backends = pytest.mark.parametrize("result_backend", available(), ids=lambda url: url.partition(":")[0])
+
+#: For a test whose plain tasks are sent from this process, where ``memory://`` reaches no worker.
+needs_broker = pytest.mark.skipif(is_embedded(app), reason="needs a broker server: memory:// reaches no worker")
+
+
+@contextmanager
+def using(url: str) -> Iterator[dict[str, str]]:
+    """Store results at ``url`` in this process; the environment that it yields does so in a worker."""
+    before = app.conf.result_backend
+    _switch(url)
+    try:
+        yield {"CELERY_RESULT_BACKEND": url}
+    finally:
+        if url.startswith("redis"):
+            keys = [app.backend.get_key_for_task(pk) for pk in Execution.objects.values_list("pk", flat=True)]
+            app.backend.client.delete("nothing", *keys)
+        _switch(before)
+
+
+def _switch(url: str) -> None:
+    app.conf.result_backend = url
+    app._backend_cache = None
+    if hasattr(app._local, "backend"):
+        del app._local.backend
+
+
+def settled(timeout: float = 30) -> None:
+    """Wait until every execution is final and Celery has been told of each."""
+    wait_until(
+        lambda: not Execution.objects.open().exists() and not Execution.objects.filter(announce_at__isnull=False),
+        timeout,
+        message=lambda: f"Not settled: {list(Execution.objects.values_list('task', 'status', 'announce_at'))}",
+    )

@@ -1,0 +1,226 @@
+"""The sentences that tell an operator what an execution is doing. No database: rows are made up."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import uuid
+from typing import Any
+
+import pytest
+
+from conductor_app.explain import Situation, attempts, duration, first_line, headline, instant, label, short_name
+from conductor_app.models import Execution, FailedExecution, Step
+
+NOW = dt.datetime(2026, 11, 22, 14, 5, 0, tzinfo=dt.UTC)
+ROOT = uuid.UUID("01a204e4-551c-7612-a2a5-dfa2a183dfde")
+CHILD = uuid.UUID("01a204e4-551c-8d00-9390-f4c34f9e36ab")
+
+
+def ago(seconds: float) -> dt.datetime:
+    return NOW - dt.timedelta(seconds=seconds)
+
+
+def ahead(seconds: float) -> dt.datetime:
+    return NOW + dt.timedelta(seconds=seconds)
+
+
+def execution(status: str, **fields: Any) -> Execution:
+    values: dict[str, Any] = {
+        "id": ROOT,
+        "root_id": ROOT,
+        "task": "shop.tasks.fulfil",
+        "queue": "celery",
+        "status": status,
+        "max_attempts": 4,
+        "created_at": ago(60),
+        "started_at": ago(59),
+        "due_at": ago(60),
+    }
+    return Execution(**{**values, **fields})
+
+
+def child(status: str, **fields: Any) -> Execution:
+    values = {"id": CHILD, "parent_id": ROOT, "task": "shop.tasks.charge", "queue": "payments", "step": "charge"}
+    return execution(status, **{**values, **fields})
+
+
+def step(status: str = "pending", **fields: Any) -> Step:
+    values: dict[str, Any] = {
+        "name": "charge",
+        "kind": "invoke",
+        "status": status,
+        "task": "shop.tasks.charge",
+        "child_id": CHILD,
+        "created_at": ago(12),
+    }
+    return Step(**{**values, **fields})
+
+
+def error(message: str, type_: str = "shop.bank.CardDeclined") -> str:
+    return json.dumps({"type": type_, "message": message})
+
+
+def tell(row: Execution, *steps: Step, children: tuple[Execution, ...] = (), **more: Any) -> str:
+    tree = {other.pk: other for other in (row, *children)}
+    told = headline(Situation(row, NOW, steps, tree, app="shop", **more))
+    return "\n".join([str(told), *told.hints])
+
+
+def test_a_waiting_parent_says_for_whom_since_when_and_until_when() -> None:
+    told = tell(execution("waiting"), step(deadline_at=ahead(18)), children=(child("running"),))
+    assert told == (
+        '⧗ Waiting for charge (step "charge") since 12 s ago. No worker is held. It resumes when that execution '
+        "finishes; times out at 14:05:18 (in 18 s). That execution is running, attempt 1 of 4."
+    )
+
+
+def test_a_parent_whose_child_no_worker_takes_says_which_worker_to_start() -> None:
+    told = tell(execution("waiting"), step(), children=(child("queued", due_at=ago(400)),))
+    assert told == (
+        '⧗ Waiting for charge (step "charge"), which has been queued for 6 min: no worker took it from queue '
+        '"payments".\nStart a worker: celery -A shop worker -Q payments'
+    )
+
+
+def test_a_parent_that_waits_for_several_steps_names_them() -> None:
+    steps = [step(name=f"item-{number}", deadline_at=None) for number in range(7)]
+    told = tell(execution("waiting"), *steps)
+    assert 'Waiting for 7 steps ("item-0", "item-1", "item-2", "item-3", "item-4" and 2 more)' in told
+
+
+def test_a_sleeper_says_until_when() -> None:
+    told = tell(execution("waiting"), step(kind="sleep", name="nap", child_id=None, deadline_at=ahead(3_000)))
+    assert told == '⧗ Sleeping (step "nap") until 14:55:00 (in 50 min). No worker is held.'
+
+
+def test_one_who_waits_for_an_event_says_so() -> None:
+    told = tell(execution("waiting"), step(kind="event", name="approval", child_id=None))
+    assert told.startswith('⧗ Waiting for the event of step "approval" since 12 s ago. No worker is held.')
+
+
+def test_one_who_waits_for_nothing_says_who_heals_it() -> None:
+    assert "The sweeper wakes it." in tell(execution("waiting"))
+
+
+def test_a_retry_says_what_failed_and_when_the_next_try_is() -> None:
+    row = execution("queued", attempt=3, due_at=ahead(8), error=error("no route\nto host", "builtins.ConnectionError"))
+    assert tell(row) == "↻ Attempt 2 of 4 failed (ConnectionError: no route). Next try in 8.0 s."
+
+
+def test_a_queued_execution_says_how_long_and_where() -> None:
+    assert tell(execution("queued", due_at=ago(3))) == '○ Queued for 3.0 s in queue "celery".'
+    assert tell(execution("queued", due_at=ahead(600))) == "○ Scheduled for 14:15:00 (in 10 min)."
+
+
+@pytest.mark.parametrize("fields", [{"due_at": ago(120)}, {"due_at": ago(1), "dispatches": 8}])
+def test_a_queued_execution_that_nobody_takes_says_which_worker_to_start(fields: dict[str, Any]) -> None:
+    told = tell(execution("queued", **fields))
+    assert "no worker took it." in told
+    assert told.endswith("Start a worker: celery -A shop worker -Q celery")
+
+
+def test_a_running_execution_says_where(settings: Any) -> None:
+    settings.CONDUCTOR = {}
+    row = execution("running", lease_owner="celery@web1/4711", lease_expires_at=ahead(50), attempt=2)
+    assert tell(row) == "▶ Running on celery@web1, attempt 2 of 4; first started 59 s ago."
+    row.cancel_requested_at = ago(4)
+    assert "Its cancellation was requested 4.0 s ago: the body stops at its next ctx call." in tell(row)
+
+
+def test_a_running_execution_whose_worker_is_silent_says_when_it_is_queued_again(settings: Any) -> None:
+    settings.CONDUCTOR = {}
+    row = execution("running", lease_owner="celery@web1/4711", lease_expires_at=ahead(20))
+    assert tell(row) == (
+        "▶ Running, but worker celery@web1 stopped sending heartbeats 40 s ago. It will be re-queued automatically "
+        "at 14:05:20."
+    )
+
+
+def test_a_failure_of_a_child_names_the_step_and_the_root_cause() -> None:
+    message = "Child execution failed: card declined"
+    row = execution("failed", finished_at=ago(5), error=error(message, "conductor_app.exceptions.ChildFailed"))
+    failures = {
+        ROOT: FailedExecution(execution_id=ROOT, step="charge", root_cause_id=CHILD, attempts=1, message=message),
+        CHILD: FailedExecution(
+            execution_id=CHILD, task="shop.tasks.charge", error_class="shop.bank.CardDeclined", attempts=4
+        ),
+    }
+    told = tell(row, step("failed"), children=(child("failed"),), failures=failures)
+    assert told == (
+        f'✕ Failed at step "charge": {message} → root cause CardDeclined in charge {CHILD} (attempt 4 of 4).\n'
+        f"Run it again from where it stopped: manage.py conductor retry {ROOT}"
+    )
+
+
+def test_a_failure_of_its_own_names_class_and_attempts() -> None:
+    row = execution("failed", finished_at=ago(5), attempt=4, error=error("no stock", "shop.NoStock"))
+    failures = {ROOT: FailedExecution(execution_id=ROOT, attempts=4, error_class="shop.NoStock", message="no stock")}
+    assert tell(row, failures=failures).startswith("✕ Failed: no stock (NoStock, attempt 4 of 4).")
+
+
+def test_a_timeout_says_whether_the_child_still_runs() -> None:
+    message = "Child execution timed out after 30s (step 'charge')"
+    row = execution("failed", finished_at=ago(5), error=error(message, "conductor_app.exceptions.ChildTimedOut"))
+    failures = {ROOT: FailedExecution(execution_id=ROOT, step="charge", root_cause_id=CHILD, attempts=1)}
+    told = tell(row, step("timed_out"), children=(child("running"),), failures=failures)
+    assert told.startswith(f'✕ Timed out at step "charge": {message}. The child is still running ({CHILD}).')
+    assert f"Cancel the child: manage.py conductor cancel {CHILD}" in told
+    told = tell(row, step("timed_out"), children=(child("cancelled"),), failures=failures)
+    assert "still" not in told
+
+
+def test_a_cancelled_execution_says_why_and_what_became_of_its_children() -> None:
+    row = execution("cancelled", finished_at=ago(130), cancel_reason="wrong order")
+    told = tell(row, step("cancelled"), children=(child("cancelled"),))
+    assert told.startswith(
+        '⊘ Cancelled 2 min ago while waiting for "charge": wrong order; 1 child cancelled, 0 left running.'
+    )
+
+
+def test_a_child_whose_root_goes_on_is_not_offered_for_a_retry() -> None:
+    row = child("failed", error=error("no"), finished_at=ago(5))
+    told = headline(Situation(row, NOW, tree={ROOT: execution("waiting"), CHILD: row}))
+    assert told.hints == ()
+
+
+def test_success_says_when_and_how_long_it_took() -> None:
+    assert tell(execution("succeeded", finished_at=ago(30))) == "✓ Succeeded 30 s ago in 30 s."
+
+
+def test_a_label_is_a_shape_and_a_word() -> None:
+    assert str(label(execution("queued"), NOW)) == "○ queued"
+    assert str(label(execution("queued", due_at=ahead(5)), NOW)) == "○ scheduled"
+    assert str(label(execution("queued", due_at=ahead(5), attempt=2), NOW)) == "↻ retrying"
+    assert str(label(execution("waiting"), NOW, [step(kind="sleep")])) == "⧗ sleeping"
+    assert str(label(execution("waiting"), NOW, [step(kind="sleep"), step()])) == "⧗ waiting"
+    shown = {status: label(execution(status), NOW).mark for status in ("running", "succeeded", "failed", "cancelled")}
+    assert shown == {"running": "▶", "succeeded": "✓", "failed": "✕", "cancelled": "⊘"}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (-1, "0 ms"),
+        (0.04, "40 ms"),
+        (0.24, "0.2 s"),
+        (12.7, "12 s"),
+        (119, "119 s"),
+        (400, "6 min"),
+        (7_300, "2 h"),
+        (200_000, "2 d"),
+    ],
+)
+def test_a_duration_is_shown_in_its_largest_unit(seconds: float, shown: str) -> None:
+    assert duration(seconds) == shown
+
+
+def test_small_words() -> None:
+    assert short_name("shop.tasks.charge") == "charge"
+    assert short_name("charge") == "charge"
+    assert attempts(execution("running", attempt=2)) == "2/4"
+    assert attempts(execution("running", attempt=2, max_attempts=None)) == "2"
+    assert first_line("  one\ntwo") == "one"
+    assert first_line("") == ""
+    assert first_line("x" * 30, 10) == "x" * 9 + "…"
+    assert instant(ago(86_400), NOW) == "2026-11-21 14:05:00"
