@@ -46,8 +46,16 @@ SQLITE_OPTIONS = (
 #: Seconds that a worker's start waits for the database.
 DATABASE_PATIENCE_SECONDS = 5.0
 
-#: Names of Celery's pools by the module that implements them.
-_POOLS = {"prefork": "prefork", "thread": "threads", "solo": "solo", "gevent": "gevent", "eventlet": "eventlet"}
+#: Names of Celery's pools, by the module that implements them and by what the setting may say.
+_POOLS = {
+    "prefork": "prefork",
+    "processes": "prefork",
+    "thread": "threads",
+    "threads": "threads",
+    "solo": "solo",
+    "gevent": "gevent",
+    "eventlet": "eventlet",
+}
 #: The pool of the worker that runs the checks, if it is one.
 _worker_pool: ContextVar[str | None] = ContextVar("conductor_app_worker_pool", default=None)
 
@@ -481,7 +489,9 @@ def report_to_worker(instance: Any = None, options: Any = None, **_kwargs: Any) 
     del instance
     if os.environ.get("CELERY_SKIP_CHECKS"):
         return
-    token = _worker_pool.set(_name_pool((options or {}).get("pool_cls")))
+    options = options or {}
+    # The command line says `pool`, `app.Worker(…)` says `pool_cls`, and CELERY_WORKER_POOL is for who says nothing.
+    token = _worker_pool.set(_name_pool(options.get("pool_cls") or options.get("pool") or _app().conf.worker_pool))
     try:
         for message in _messages_for_worker():
             _write(message)
@@ -532,7 +542,7 @@ def _run_for(work: Callable[[], None], seconds: float, give_up: Callable[[], Non
 
 
 def _name_pool(pool: Any) -> str | None:
-    module = pool.partition(":")[0] if isinstance(pool, str) else getattr(pool, "__module__", "")
+    module = pool.partition(":")[0] if isinstance(pool, str) else getattr(pool, "__module__", "")  # or a plain name
     return _POOLS.get(str(module).rpartition(".")[2])
 
 

@@ -162,7 +162,7 @@ class ExecutionContext:
     def invoke(
         self,
         step: str,
-        child: Task[..., R],
+        child: Task[..., R] | Signature[R],
         payload: object = ...,
         *,
         timeout: float | dt.timedelta | None = ...,
@@ -175,7 +175,7 @@ class ExecutionContext:
     def invoke(
         self,
         step: str,
-        child: str | Signature[Any],
+        child: str,
         payload: object = ...,
         *,
         timeout: float | dt.timedelta | None = ...,

@@ -33,7 +33,7 @@ from conductor_app.exceptions import (
     InvalidArgumentType,
     ProgrammingError,
 )
-from conductor_app.ids import new_root_id
+from conductor_app.ids import new_root_id, of_task_id
 from conductor_app.models import Execution, database
 from conductor_app.retries import RetryPolicy
 from conductor_app.serialization import dump_call, dump_options, loads, shown
@@ -315,10 +315,7 @@ class DurableTask(_Task[P, R]):
         execution here; delivered again, it finds the one that it became. If its arguments do not fit, it becomes none,
         and Celery records the failure as it does for any task.
         """
-        try:
-            execution_id = uuid.UUID(str(request.id))
-        except ValueError:
-            execution_id = uuid.uuid5(uuid.NAMESPACE_OID, f"conductor_app:{request.id}")
+        execution_id = of_task_id(request.id)
         # Celery puts unknown headers of a message straight onto the request.
         if (getattr(request, HEADER, None) or (request.headers or {}).get(HEADER)) is not None:
             return execution_id

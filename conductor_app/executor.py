@@ -39,6 +39,7 @@ from conductor_app.leases import Lease, keeper
 from conductor_app.models import Execution
 from conductor_app.retries import RetryPolicy
 from conductor_app.serialization import describe, dumps, loads
+from conductor_app.sql import SoftLimit, soft_limit
 from conductor_app.states import ExecutionStatus
 
 logger = logging.getLogger("conductor_app.execution")
@@ -93,6 +94,15 @@ def run(task: Task[Any, Any], execution_id: uuid.UUID) -> Any:
         RunEnded: The execution is suspended, retried later, cancelled, or not ours.
         Exception: What failed the execution for good.
     """
+    limit = soft_limit()
+    limit.hold_back()
+    try:
+        return _run(task, execution_id, limit)
+    finally:
+        limit.forget()  # the body is done, and what follows it is not the body's to fail
+
+
+def _run(task: Task[Any, Any], execution_id: uuid.UUID, limit: SoftLimit) -> Any:
     request = task.request
     _keep_tracer_out(request)
     try:
@@ -105,7 +115,7 @@ def run(task: Task[Any, Any], execution_id: uuid.UUID) -> Any:
         raise RunEnded("dropped", "not queued, not due, or another run has it")
     with keeper.hold(execution) as lease:
         try:
-            return _run_claimed(task, execution, lease)
+            return _run_claimed(task, execution, lease, limit)
         except AbandonRun as error:
             logger.error("Run of execution %s is abandoned: %s", execution_id, error)
             raise RunEnded("abandoned", str(error)) from None
@@ -123,7 +133,7 @@ def _claim(execution_id: uuid.UUID, owner: str, task: str) -> Execution | None:
         return transitions.claim(execution_id, owner, task)
 
 
-def _run_claimed(task: Task[Any, Any], execution: Execution, lease: Lease) -> Any:
+def _run_claimed(task: Task[Any, Any], execution: Execution, lease: Lease, limit: SoftLimit) -> Any:
     # A first run has nothing to remember, so it does not ask.
     fresh = execution.fence == 1
     while True:
@@ -131,7 +141,7 @@ def _run_claimed(task: Task[Any, Any], execution: Execution, lease: Lease) -> An
         fresh = False
         context = ExecutionContext(execution, memory, lease, task, draining=is_draining)
         try:
-            result = _call_body(task, execution, context)
+            result = _call_body(task, execution, context, limit)
         except _GoOn:
             continue  # the awaited step was decided while the body unwound
         return result
@@ -145,12 +155,13 @@ def _recall(execution: Execution) -> dict[str, steps.Memory]:
     return transitions.patiently(lambda: steps.recall(execution.pk))
 
 
-def _call_body(task: Task[Any, Any], execution: Execution, context: ExecutionContext) -> Any:
+def _call_body(task: Task[Any, Any], execution: Execution, context: ExecutionContext, limit: SoftLimit) -> Any:
     """Run the body once and carry out what it asks for."""
     try:
         with context.entered():
             args, kwargs = loads(execution.payload)
-            value = task.run(context, *args, **kwargs)
+            with limit.applies():
+                value = task.run(context, *args, **kwargs)
         if context.suspension is not None:
             _report_swallowed(context, execution, "returned")
             raise SuspendExecution

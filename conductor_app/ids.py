@@ -43,3 +43,11 @@ def derive_child_id(parent_id: uuid.UUID, step: str, generation: int = 0) -> uui
     # RFC 9562 variant; and never 0x80 itself, which MariaDB 10.11 refuses in a UUID of this version (measured).
     raw[8] = (raw[8] & 0x3F) | 0x81
     return uuid.UUID(bytes=bytes(raw))
+
+
+def of_task_id(task_id: object) -> uuid.UUID:
+    """Return the id of the execution that a message with this Celery task id becomes, whatever the publisher chose."""
+    try:
+        return uuid.UUID(str(task_id))
+    except ValueError:
+        return uuid.uuid5(uuid.NAMESPACE_OID, f"conductor_app:{task_id}")

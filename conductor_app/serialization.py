@@ -371,7 +371,7 @@ def _storable_parts(exc: BaseException) -> tuple[tuple[Any, ...] | None, dict[st
         name: getattr(exc, name)
         for cls in type(exc).__mro__
         for name, member in vars(cls).items()
-        if isinstance(member, types.MemberDescriptorType) and hasattr(exc, name)
+        if isinstance(member, types.MemberDescriptorType) and not name.startswith("__") and hasattr(exc, name)
         # A builtin's unset slot reads as None, and is not the same as one set to None: OSError words itself by it.
         and not (cls.__module__ == "builtins" and getattr(exc, name) is None)
     }

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import Any, TypeVar
 
 from django.db import DatabaseError, InterfaceError, OperationalError, connections, transaction
@@ -175,17 +176,61 @@ def persist_briefly(using: str, work: Callable[[], T]) -> T:
     raise error
 
 
+class SoftLimit:
+    """Celery's soft time limit (SIGUSR1), held back: raised inside a ``COMMIT`` it would leave the outcome unknown.
+
+    Masking the signal would not do: the kernel hands it to another thread, such as the heartbeat's, and Python runs the
+    handler in this one all the same.
+    """
+
+    def __init__(self, handler: Callable[[int, FrameType | None], Any] | None) -> None:
+        self._handler = handler
+        self._held_back: list[tuple[int, FrameType | None]] = []
+
+    def hold_back(self) -> None:
+        """Keep the limit that comes from now on."""
+        if self._handler is not None:
+            signal.signal(signal.SIGUSR1, lambda number, frame: self._held_back.append((number, frame)))
+
+    def let_through(self) -> None:
+        """Leave the limit to Celery again, beginning with one that came meanwhile."""
+        if self._handler is not None:
+            signal.signal(signal.SIGUSR1, self._handler)
+            if self._held_back:
+                self._handler(*self._held_back.pop())
+
+    def forget(self) -> None:
+        """Drop a limit that came meanwhile, and leave others to Celery again."""
+        self._held_back.clear()
+        self.let_through()
+
+    @contextlib.contextmanager
+    def applies(self) -> Iterator[None]:
+        """Let the limit through for as long as the block lasts."""
+        try:
+            self.let_through()
+            yield
+        finally:
+            self.hold_back()
+
+
+def soft_limit() -> SoftLimit:
+    """Return the soft time limit of the run in this thread; one without effect where there is none."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGUSR1"):
+        return SoftLimit(None)
+    handler = signal.getsignal(signal.SIGUSR1)
+    return SoftLimit(handler if callable(handler) else None)
+
+
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold back Celery's soft time limit (SIGUSR1), which could otherwise be raised inside a ``COMMIT``."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    """Hold the soft time limit back, and let it through afterwards."""
+    limit = soft_limit()
+    limit.hold_back()
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        limit.let_through()
 
 
 def locked(queryset: QuerySet[M], *, skip: bool = False) -> QuerySet[M]:

@@ -34,6 +34,7 @@ from kombu.transport.memory import Transport as MemoryTransport
 from conductor_app import api, dispatch, executor, transitions
 from conductor_app.conf import conductor_settings
 from conductor_app.executor import RunEnded
+from conductor_app.ids import of_task_id
 from conductor_app.maintenance import sweeper
 from conductor_app.models import Execution, database
 
@@ -69,6 +70,7 @@ class DurableRequest(Request):
 
         @functools.wraps(original)
         def on_success(self: Any, failed__retval__runtime: Any, **details: Any) -> Any:
+            latest = worker_state.requests.get(self.id)
             try:
                 if isinstance(failed__retval__runtime, ExceptionInfo):
                     # The threads and solo pools call back with this when a body ends its process (``sys.exit``).
@@ -76,6 +78,7 @@ class DurableRequest(Request):
                     return self.on_failure(failed__retval__runtime)
                 return original(self, failed__retval__runtime, **details)
             finally:
+                self._keep_listed(latest)
                 self._report_end(self._callbacks_due_in)
 
         cls.on_success = on_success  # type: ignore[method-assign]
@@ -113,14 +116,14 @@ class DurableRequest(Request):
         if isinstance(error, TimeLimitExceeded) and not return_ok:
             return None  # ``on_timeout`` follows
         if isinstance(error, (WorkerLostError, Terminated, SystemExit, KeyboardInterrupt)):
-            worker_state.task_ready(self)
+            self._ready()
             self.acknowledge()
             logger.error("Process %s died while running %s[%s].", self.worker_pid, self.name, self.id)
             self._report_death()
             return None
         if not return_ok:
             # No run has begun: the message cannot be read. What it claims to be about is not Celery's to fail.
-            worker_state.task_ready(self)
+            self._ready()
             self.acknowledge()
             logger.error("A message for %s[%s] is dropped, it cannot be read: %.300r", self.name, self.id, error)
             news.run_ended()
@@ -135,7 +138,7 @@ class DurableRequest(Request):
         if soft:
             super().on_timeout(soft, timeout)
             return
-        worker_state.task_ready(self)
+        self._ready()
         self.acknowledge()
         error = TimeLimitExceeded(timeout)
         logger.error("Hard time limit (%ss) exceeded for %s[%s].", timeout, self.name, self.id)
@@ -150,7 +153,7 @@ class DurableRequest(Request):
 
     def _announce_revoked(self, reason: str, terminated: bool, signum: Any, expired: bool) -> None:
         """Handle ``revoke(terminate=True)``: the process is being killed, the result is the execution's business."""
-        worker_state.task_ready(self)
+        self._ready()
         self.send_event("task-revoked", terminated=terminated, signum=signum, expired=expired)
         self.acknowledge()
         self._already_revoked = True
@@ -161,12 +164,25 @@ class DurableRequest(Request):
     def _announce_cancelled(self, emit_retry: bool = True) -> None:
         """Handle the end of a soft shutdown: the process is being killed, the execution goes to another worker."""
         del emit_retry
-        worker_state.task_ready(self)
+        self._ready()
         self.send_event("task-cancelled")
         self._already_cancelled = True
 
-    def _on_run_ended(self, ended: RunEnded) -> None:
+    def _ready(self) -> None:
+        latest = worker_state.requests.get(self.id)
         worker_state.task_ready(self)
+        self._keep_listed(latest)
+
+    def _keep_listed(self, latest: Request | None) -> None:
+        """Keep a later delivery of the same execution where ``revoke(terminate=True)`` finds it.
+
+        Celery lists deliveries by task id, and takes the id off the list when this one is over.
+        """
+        if latest is not None and latest is not self and latest in worker_state.reserved_requests:
+            worker_state.requests[self.id] = latest
+
+    def _on_run_ended(self, ended: RunEnded) -> None:
+        self._ready()
         if ended.what == "suspended":
             self.send_event("task-suspended", step=ended.step)
         self._report_end(ended.due_in)
@@ -310,10 +326,13 @@ class SweeperThread(threading.Thread):
     def _tick(self) -> None:
         try:
             self._connection = connections[database()]
-            for execution_id, owner in news.take("deaths"):
-                self._lose(execution_id, owner)
-            for execution_id in news.take("revoked"):
+            deaths, revoked = news.take("deaths"), news.take("revoked")
+            # A revoke may have killed the process: what is to be cancelled must not be queued again first. Each death's
+            # revoke was announced before it, so it has been taken with it or earlier.
+            for execution_id in revoked:
                 _cancel_revoked(execution_id)
+            for execution_id, owner in deaths:
+                self._lose(execution_id, owner)
             if news.take_due() or time.monotonic() >= self._next_sweep:
                 self._sweep()
             if self._embedded and not self._shutdown.is_requested():
@@ -530,6 +549,6 @@ def _watch_revokes() -> None:
 
 def _cancel_revoked(execution_id: str) -> None:
     try:
-        api.cancel(uuid.UUID(execution_id), reason="revoked through Celery")
-    except (ValueError, Execution.DoesNotExist):
+        api.cancel(of_task_id(execution_id), reason="revoked through Celery")
+    except Execution.DoesNotExist:
         return  # another task's id

@@ -107,7 +107,8 @@ def _each(items: Iterable[T], act: Callable[[T], object]) -> int:
 def _database_answers() -> bool:
     connection = connections[database()]
     try:
-        connection.close_if_unusable_or_obsolete()
+        if not connection.in_atomic_block:
+            connection.close_if_unusable_or_obsolete()
         connection.ensure_connection()
     except Error:
         return False

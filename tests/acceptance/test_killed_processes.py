@@ -38,6 +38,24 @@ def test_a_killed_pool_process_costs_its_child_one_attempt_and_the_parent_none(w
     invariants.check(started)
 
 
+def test_a_process_that_dies_before_or_after_a_commit_loses_nothing(worker: Any) -> None:
+    """Before a commit the run counts for nothing and costs an attempt; after it, only the message has to be replaced."""
+    cases = [*((runs, [""]) for runs in _RUNS), ([""], ["before"]), ([""], ["after"])]
+    started = worker(pool="prefork", concurrency=4, conductor={**LONG_LEASE, "REDISPATCH_SECONDS": 0.5})
+    results = [scenarios.dies_at_commit.delay(runs=runs, child_runs=child_runs) for runs, child_runs in cases]
+    for (runs, child_runs), result in zip(cases, results, strict=True):
+        died_before = runs.count("before")
+        expected = {"attempt": 1 + died_before, "child": 1 + child_runs.count("before")}
+        assert api.get_result(result, timeout=60) == expected
+        assert count("body", result.id) == 2 + died_before
+    invariants.check(started, timeout=60)
+    assert {result.state for result in results} == {states.SUCCESS}
+
+
+#: How the runs of one execution end: the first suspends it or ends it, the last ends it.
+_RUNS: list[list[str]] = [["before"], ["after"], ["", "before"], ["", "after"], ["before", "after", "before"]]
+
+
 @pytest.mark.parametrize("pool", ["prefork", "solo"])
 def test_a_killed_worker_is_replaced_by_another_one(worker: Any, pool: str) -> None:
     first = worker(pool=pool, concurrency=1)
@@ -145,6 +163,18 @@ def test_time_limits_cost_an_attempt_and_celery_records_no_failure_meanwhile(wor
     assert count("soft-limit", soft.id) == 1
     assert "Hard time limit (1" in started.log
     invariants.check(started)
+
+
+def test_a_cold_shutdown_costs_an_attempt_and_loses_nothing(worker: Any) -> None:
+    first = worker(pool="prefork")
+    result = scenarios.waits_for_lingerer.delay(seconds=300)
+    wait_for_body(scenarios.lingers)
+    first.signal(signal.SIGQUIT)
+    wait_until(lambda: not first.is_alive, timeout=30, message="The worker did not end")
+    second = worker(pool="prefork")
+    assert api.get_result(result, timeout=40) == {"attempt": 2}
+    assert only(scenarios.waits_for_lingerer).attempt == 1
+    invariants.check(second)
 
 
 @pools

@@ -37,6 +37,13 @@ def pass_on(ctx: ExecutionContext, value: Any = None) -> Any:
     return ctx.invoke("echo", echo, {"value": value})
 
 
+@durable_task(rate_limit="20/s")
+def limited(ctx: ExecutionContext, value: Any = None) -> Any:
+    """As ``pass_on``, with a limit that Celery keeps."""
+    note(ctx, "body")
+    return ctx.invoke("echo", echo, {"value": value})
+
+
 @durable_task
 def add_up(ctx: ExecutionContext, numbers: list[int]) -> int:
     """Add, by way of a child."""

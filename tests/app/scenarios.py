@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 from celery.exceptions import SoftTimeLimitExceeded
+from django.db import connection
 
 from conductor_app import ChildCancelled, ChildFailed, ChildTimedOut, ExecutionContext, durable_task
 from tests.app.ledger import count, note
@@ -269,6 +270,7 @@ def waits_for_checkpoints(ctx: ExecutionContext, seconds: float, timeout: float)
 @durable_task(max_retries=None, retry_backoff=0.1, retry_jitter=False)
 def step_by_step(ctx: ExecutionContext, steps: int, pause: float) -> list[int]:
     """Remember a step after each pause, with a child at the end."""
+    note(ctx, "body")
     done = [ctx.step(f"step-{index}", _slow_step, index, pause) for index in range(steps)]
     done.append(int(ctx.invoke("echo", echo, {"value": steps})))
     return done
@@ -277,3 +279,38 @@ def step_by_step(ctx: ExecutionContext, steps: int, pause: float) -> list[int]:
 def _slow_step(index: int, pause: float) -> int:
     time.sleep(pause)
     return index
+
+
+@durable_task(max_retries=0)
+def waits_for_the_nap(ctx: ExecutionContext, seconds: float) -> str:
+    note(ctx, "body")
+    return str(ctx.invoke("nap", naps, {"seconds": seconds}))
+
+
+@durable_task
+def dies_at_commit(ctx: ExecutionContext, runs: list[str], child_runs: list[str]) -> dict[str, Any]:
+    """Kill the process around the commit that ends a run, the way ``runs`` says for each run, and invoke a child."""
+    _die_at_commit(ctx, runs)
+    child = ctx.invoke("child", "tests.app.scenarios.leaf_dies_at_commit", {"runs": child_runs})
+    return {"attempt": ctx.attempt, "child": child}
+
+
+@durable_task
+def leaf_dies_at_commit(ctx: ExecutionContext, runs: list[str]) -> int:
+    _die_at_commit(ctx, runs)
+    return ctx.attempt
+
+
+def _die_at_commit(ctx: ExecutionContext, runs: list[str]) -> None:
+    note(ctx, "body")
+    run = count("body", ctx.execution_id) - 1
+    moment = runs[run] if run < len(runs) else ""
+    commit = connection._commit
+
+    def commit_and_die() -> None:
+        if moment == "after":
+            commit()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if moment:
+        connection._commit = commit_and_die

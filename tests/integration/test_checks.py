@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import os
 import re
 import subprocess
@@ -21,8 +23,10 @@ from django.core.management import call_command
 from django.db import OperationalError
 
 from conductor_app import checks, durable_task
+from conductor_app.conf import ConductorSettings
 from conductor_app.durable import DurableTask
 from project.celery import app as project_app
+from tests.app import scenarios
 from tests.support.worker import ROOT, Worker
 
 SOURCE = Path(checks.__file__).read_text()
@@ -79,6 +83,15 @@ def test_ids_are_used_once_and_documented() -> None:
     page = (ROOT / "docs/reference/checks.md").read_text()
     sections = set(re.findall(r"^### (conductor\.[EW]\d{3})", page, re.MULTILINE))
     assert sections == ids
+
+
+def test_each_setting_is_documented_with_its_default() -> None:
+    page = (ROOT / "docs/reference/settings.md").read_text()
+    rows = dict(re.findall(r"^\| `([A-Z_]+)` \| `([^`]+)` \| \S", page, re.MULTILINE))
+    defaults = {field.name: field.default for field in dataclasses.fields(ConductorSettings)}
+    assert set(rows) == set(defaults)
+    for name, default in defaults.items():
+        assert type(default)(ast.literal_eval(rows[name])) == default, name
 
 
 def test_a_check_can_be_silenced(
@@ -499,13 +512,16 @@ def test_w026_time_limits_on_a_pool_without_them(
     tasks.append(SimpleNamespace(name="shop.tasks.charge", time_limit=30, soft_time_limit=None, serializer="json"))
     shop()
     assert checks.check_time_limits() == []  # `manage.py check` knows no pool
-    checks.report_to_worker(options={"pool_cls": get_implementation("threads")})
+    checks.report_to_worker(options={"pool_cls": None, "pool": get_implementation("threads")})
     assert (
         "WARNING conductor.W026: This worker's pool, threads, does not enforce the time limits of shop.tasks.charge.\n"
         "    Use --pool=prefork, or a timeout in the parent: ctx.invoke(…, timeout=30).\n"
     ) in capsys.readouterr().err
     checks.report_to_worker(options={"pool_cls": get_implementation("prefork")})
     assert "W026" not in capsys.readouterr().err
+    shop(worker_pool="gevent")
+    checks.report_to_worker()
+    assert "This worker's pool, gevent, does not enforce" in capsys.readouterr().err
     tasks.clear()
     shop(task_time_limit=60)
     checks.report_to_worker(options={"pool_cls": "celery.concurrency.solo:TaskPool"})
@@ -519,7 +535,7 @@ def test_tasks_are_looked_at_only_in_an_app_that_is_finalized() -> None:
     assert app.finalized is False
     app.finalize()
     durable = checks.durable_tasks(app)
-    assert durable
+    assert scenarios.echo.name in [task.name for task in durable]
     assert all(isinstance(task, DurableTask) for task in durable)
 
 
@@ -570,6 +586,7 @@ def test_a_worker_shows_what_is_wrong_and_starts_all_the_same(worker: Callable[.
         "    Run: python manage.py migrate conductor_app\n"
     ) in started.log
     assert "WARNING conductor.W009: CELERY_RESULT_BACKEND is not set" in started.log
+    assert "This worker's pool, solo, does not enforce the time limits of tests.app." in started.log
     assert started.log.index("conductor.W009") < started.log.index(" ready.")
     assert "Traceback" not in started.log
 

@@ -1,0 +1,301 @@
+"""What follows a commit, what a roll-back undoes, and what happens when the answer to a COMMIT is lost."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from django.db import IntegrityError, OperationalError, connection, transaction
+
+from conductor_app import clock, dispatch, signals, transitions
+from conductor_app.conf import conductor_settings
+from conductor_app.exceptions import LeaseLost
+from conductor_app.models import Execution, FailedExecution, Step
+from conductor_app.transitions import Sleep
+from tests.support.executions import (
+    FAILURE,
+    OWNER,
+    claimed,
+    committing,
+    family,
+    fresh,
+    invocation,
+    invoke,
+    napping,
+    new,
+    queued,
+    running,
+    step_of,
+)
+
+
+@pytest.fixture(autouse=True)
+def transactional_db(django_db_setup: None, django_db_blocker: Any) -> Iterator[None]:
+    """In the place of pytest-django's, which flushes every table after each test, and takes a second for that."""
+    with committing(django_db_blocker):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def published(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The ids of executions whose messages were published, in the place of a broker."""
+    ids: list[Any] = []
+    monkeypatch.setattr(dispatch, "publish", lambda execution: ids.append(execution.pk) or True)
+    return ids
+
+
+@pytest.fixture(params=[True, False], ids=["embedded", "broker"])
+def embedded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Once as with ``memory://``, once as with a broker server."""
+    monkeypatch.setattr(dispatch, "is_embedded", lambda app=None: request.param)
+    return bool(request.param)
+
+
+def lapse(execution: Execution) -> Execution:
+    """Let its lease have lapsed."""
+    Execution.objects.filter(pk=execution.pk).update(lease_expires_at=clock.after(-1))
+    return execution
+
+
+def make_overdue(execution: Execution) -> Execution:
+    """Let the deadlines of its steps, and its own, have passed."""
+    Step.objects.filter(execution=execution.pk).update(deadline_at=clock.after(-1))
+    Execution.objects.filter(pk=execution.pk).update(deadline_at=clock.after(-1))
+    return execution
+
+
+def flag(execution: Execution) -> Execution:
+    """Ask for it to be cancelled."""
+    assert transitions.request_cancel(execution.pk, "enough")
+    return execution
+
+
+# Commits, roll-backs, signals
+
+
+def test_what_a_callers_transaction_undoes_never_was(published: list[Any], embedded: bool) -> None:
+    with heard() as events, transaction.atomic():
+        queued()
+        assert (published, events) == ([], [])
+        transaction.set_rollback(True)
+    assert not Execution.objects.exists()
+    assert (published, events) == ([], [])
+
+
+def test_a_message_and_a_signal_follow_the_callers_commit(published: list[Any]) -> None:
+    with heard() as events:
+        with transaction.atomic():
+            execution = queued()
+            assert events == []
+        assert events == [("created", execution.pk, {})]
+    assert published == ([] if dispatch.is_embedded() else [execution.pk])
+
+
+def test_an_id_that_exists_leaves_the_callers_transaction_usable() -> None:
+    execution = queued(idempotency_key="order-7")
+    with transaction.atomic():
+        same_key, created = transitions.create(new(idempotency_key="order-7"))
+        assert (same_key.pk, created) == (execution.pk, False)
+        same_id, created = transitions.create(new(id=execution.pk))
+        assert (same_id.pk, created) == (execution.pk, False)
+        other = queued()
+    assert set(Execution.objects.values_list("pk", flat=True)) == {execution.pk, other.pk}
+
+
+def test_a_row_that_the_database_refuses_raises_and_leaves_the_callers_transaction_usable() -> None:
+    with transaction.atomic():
+        with pytest.raises(IntegrityError):
+            transitions.create(new(task=None))
+        execution = queued()
+    assert Execution.objects.get().pk == execution.pk
+
+
+@contextmanager
+def heard() -> Iterator[list[Any]]:
+    """What our signals say: their short names, the execution's id, and the details."""
+    events: list[Any] = []
+    receivers = []
+    for name in ("created", "started", "suspended", "retrying", "finished"):
+
+        def receive(execution: Execution, signal: Any, sender: Any, name: str = name, **details: Any) -> None:
+            assert sender == execution.task
+            assert not connection.in_atomic_block
+            events.append((name, execution.pk, details))
+
+        signal = getattr(signals, f"execution_{name}")
+        signal.connect(receive, weak=False)
+        receivers.append((signal, receive))
+    try:
+        yield events
+    finally:
+        for signal, receive in receivers:
+            signal.disconnect(receive)
+
+
+def test_each_move_is_told_once_after_its_commit() -> None:
+    with heard() as events:
+        parent = running()
+        child = invoke(parent)
+        transitions.retry_later(claimed(child), FAILURE, 0)
+        transitions.lose(claimed(child).pk, owner=OWNER)
+        Execution.objects.update(due_at=clock.now())
+        transitions.succeed(claimed(child), "1")
+        transitions.fail(claimed(parent), FAILURE)
+        other = flag(queued())
+        transitions.cancel_flagged(other.pk)
+    assert [(name, key) for name, key, _ in events if key == child.pk] == [
+        (name, child.pk) for name in ("created", "started", "retrying", "started", "retrying", "started", "finished")
+    ]
+    assert [name for name, key, _ in events if key == parent.pk] == [
+        "created",
+        "started",
+        "suspended",
+        "started",
+        "finished",
+    ]
+    assert [name for name, key, _ in events if key == other.pk] == ["created", "finished"]
+    retrying = [details for name, _, details in events if name == "retrying"]
+    assert [details["delay"] for details in retrying] == [0, 1]
+    assert [details["failure"].type for details in retrying] == [FAILURE.type, "conductor_app.exceptions.WorkerLost"]
+    finished = [details["status"] for name, _, details in events if name == "finished"]
+    assert finished == ["succeeded", "failed", "cancelled"]
+    assert [details["step"] for name, _, details in events if name == "suspended"] == ["child"]
+
+
+def test_a_receivers_error_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(**_kwargs: Any) -> None:
+        raise RuntimeError("no")
+
+    signals.execution_created.connect(refuse)
+    try:
+        execution = queued()
+    finally:
+        signals.execution_created.disconnect(refuse)
+    assert transitions.claim(execution.pk, OWNER) is not None
+
+
+# A COMMIT whose answer is lost: the transaction is run again, and finds its own traces
+
+
+@contextmanager
+def answers_lost(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let the next COMMIT, or the next statement outside of a transaction, succeed and its answer get lost."""
+    lost: list[bool] = []
+
+    def lose_the_answer() -> None:
+        if not lost:
+            lost.append(True)
+            raise OperationalError(2013, "Lost connection to server during query")
+
+    commit = connection.commit
+
+    def commit_and_lose() -> None:
+        commit()
+        lose_the_answer()
+
+    def execute_and_lose(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
+        result = execute(sql, params, many, context)
+        if not connection.in_atomic_block and not sql.startswith(("SELECT", "BEGIN")):
+            lose_the_answer()
+        return result
+
+    with monkeypatch.context() as patched, connection.execute_wrapper(execute_and_lose):
+        patched.setattr(connection, "commit", commit_and_lose)
+        yield
+    assert lost, "nothing was committed"
+
+
+def test_a_success_whose_commit_got_no_answer_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    parent, child = family()
+    with answers_lost(monkeypatch):
+        transitions.succeed(child, "1")
+    assert (fresh(child).status, fresh(parent).status) == ("succeeded", "queued")
+
+
+def test_a_failure_whose_commit_got_no_answer_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    parent, child = family()
+    with answers_lost(monkeypatch):
+        transitions.fail(child, FAILURE)
+    assert (fresh(child).status, fresh(parent).status) == ("failed", "queued")
+    assert FailedExecution.objects.count() == 1
+
+
+def test_a_step_whose_commit_got_no_answer_is_remembered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = running()
+    with answers_lost(monkeypatch):
+        memory = transitions.record_step(run, "charge", result='"R-1"')
+    assert memory.get_result() == "R-1"
+    assert Step.objects.count() == 1
+
+
+#: Other ends of a run: what is tried again finds that the run has ended, and reports a lost lease.
+OTHER_ENDS: dict[str, tuple[Callable[[Execution], object], str]] = {
+    "invoke": (lambda run: transitions.suspend(run, invocation(run)), "waiting"),
+    "sleep": (lambda run: transitions.suspend(run, Sleep("nap", seconds=60)), "waiting"),
+    "retry later": (lambda run: transitions.retry_later(run, FAILURE, 1), "queued"),
+    "release": (transitions.release, "queued"),
+    "cancel": (transitions.cancel_running, "cancelled"),
+}
+
+
+@pytest.mark.parametrize("end", OTHER_ENDS)
+def test_another_end_whose_commit_got_no_answer_is_made_once(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    act, status = OTHER_ENDS[end]
+    run = flag(running()) if end == "cancel" else running()
+    with answers_lost(monkeypatch), pytest.raises(LeaseLost):
+        act(run)
+    row = fresh(run)
+    assert row.status == status
+    assert row.attempt == (2 if end == "retry later" else 1)
+    assert Step.objects.count() == (status == "waiting")
+    # The sweeper publishes what no message was sent for.
+    assert all(child.dispatch_at for child in Execution.objects.filter(parent=run.pk))
+
+
+#: A sweeper's acts: what is tried again finds nothing to do.
+SWEPT: dict[str, tuple[Callable[[], Execution], Callable[[Execution], object], str]] = {
+    "lose": (lambda: lapse(running()), lambda row: transitions.lose(row.pk), "queued"),
+    "decide": (lambda: make_overdue(napping()), lambda row: transitions.decide_overdue(step_of(row, "nap")), "queued"),
+    "cancel": (lambda: flag(napping()), lambda row: transitions.cancel_flagged(row.pk), "cancelled"),
+    "expire": (lambda: make_overdue(queued()), lambda row: transitions.expire(row.pk), "cancelled"),
+}
+
+
+@pytest.mark.parametrize("swept", SWEPT)
+def test_a_sweepers_act_whose_commit_got_no_answer_is_done_once(swept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, act, status = SWEPT[swept]
+    execution = make()
+    with answers_lost(monkeypatch):
+        assert not act(execution)
+    row = fresh(execution)
+    assert (row.status, row.attempt) == (status, 2 if swept == "lose" else 1)
+
+
+def test_a_cancel_whose_commit_got_no_answer_is_requested(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = running()
+    with answers_lost(monkeypatch):
+        assert transitions.request_cancel(run.pk, "enough")
+    assert fresh(run).cancel_reason == "enough"
+
+
+def test_a_claim_whose_commit_got_no_answer_is_taken_back_with_its_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    execution = queued()
+    with answers_lost(monkeypatch), pytest.raises(OperationalError):
+        transitions.claim(execution.pk, OWNER)
+    assert fresh(execution).status == "running"
+    assert transitions.lose(lapse(execution).pk)
+    assert claimed(execution).fence == 2
+
+
+def test_messages_that_were_taken_without_an_answer_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    execution = queued()
+    Execution.objects.update(dispatch_at=clock.after(-1))
+    with answers_lost(monkeypatch):
+        assert transitions.take_for_dispatch(10) == []
+    row = fresh(execution)
+    assert row.dispatches == 1
+    assert row.dispatch_at is not None
+    assert row.dispatch_at - clock.read("default") <= dt.timedelta(seconds=conductor_settings().REDISPATCH_SECONDS)

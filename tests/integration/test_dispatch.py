@@ -1,0 +1,230 @@
+"""A message is a doorbell: it says little, and losing it is no news to anybody."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+from amqp.exceptions import PreconditionFailed
+from celery import current_app
+from django.db import transaction
+from kombu.exceptions import OperationalError
+
+from conductor_app import dispatch, transitions
+from conductor_app.models import Execution
+from conductor_app.serialization import dump_options
+from tests.support.executions import TASK, committing, fresh, invoke, new, queued, running
+
+#: As it is without the fixture ``broker``.
+is_embedded = dispatch.is_embedded
+
+
+@pytest.fixture(autouse=True)
+def transactional_db(django_db_setup: None, django_db_blocker: Any) -> Iterator[None]:
+    """In the place of pytest-django's, which flushes every table after each test, and takes a second for that."""
+    with committing(django_db_blocker):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def broker(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As with a broker server, one that has not failed yet."""
+    monkeypatch.setattr(dispatch, "is_embedded", lambda app=None: False)
+    dispatch.reset_breaker()
+    yield
+    dispatch.reset_breaker()
+
+
+class Messages(list[Any]):
+    """What was sent: ``(task, message, options)`` of Celery's ``send_task_message``; or raises ``error``."""
+
+    error: Exception | None = None
+    tried = 0
+
+    def send(self, _producer: Any, name: str, message: Any, **options: Any) -> None:
+        self.tried += 1
+        if self.error is not None:
+            raise self.error
+        self.append((name, message, options))
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> Messages:
+    """Messages in the place of a broker's queue."""
+
+    class Connection:
+        alt: tuple[str, ...] = ()
+
+        def ensure_connection(self, **_options: Any) -> None:
+            pass
+
+        def _reraise_as_library_errors(self) -> Any:
+            return nullcontext()
+
+    class Producer:
+        connection = Connection()
+
+        def __enter__(self) -> Producer:
+            return self
+
+        def __exit__(self, *_error: object) -> None:
+            pass
+
+    messages = Messages()
+    monkeypatch.setattr(current_app, "producer_or_acquire", lambda producer=None: Producer())
+    monkeypatch.setattr(current_app.amqp, "send_task_message", messages.send)
+    return messages
+
+
+def test_a_message_carries_the_id_and_no_payload(sent: Messages) -> None:
+    execution = queued(payload='[["the secret"],{"card":"4111"}]', queue="payments", priority=7)
+    ((task, message, options),) = sent
+    assert task == TASK
+    assert message.headers["id"] == message.properties["correlation_id"] == str(execution.pk)
+    assert message.headers["root_id"] == str(execution.pk)
+    assert options["headers"]["conductor"] == "doorbell"
+    assert message.headers["ignore_result"] is True
+    assert (message.headers["eta"], message.headers["expires"], message.headers["retries"]) == (None, None, 0)
+    assert message.body[:2] == ((), {})
+    assert options["queue"].name == "payments"
+    assert (options["priority"], options["serializer"], options["retry"]) == (7, "json", False)
+    assert "secret" not in repr((message, options))
+    assert "4111" not in repr((message, options))
+
+
+def test_a_childs_message_names_its_parent_and_root(sent: Messages) -> None:
+    parent = running()
+    child = invoke(parent)
+    headers = sent[-1][1].headers
+    assert (headers["id"], headers["parent_id"], headers["root_id"]) == (str(child.pk), str(parent.pk), str(parent.pk))
+
+
+def test_celerys_options_are_in_every_message(sent: Messages) -> None:
+    options = {"headers": {"trace": "abc"}, "time_limit": 30, "soft_time_limit": 20, "shadow": "shown", "link": []}
+    execution = queued(options=dump_options(options))
+    dispatch.publish(execution)
+    assert len(sent) == 2
+    for _task, message, sent_options in sent:
+        assert message.headers["timelimit"] == [30, 20]
+        assert message.headers["shadow"] == "shown"
+        assert sent_options["headers"] == {"trace": "abc", "conductor": "doorbell"}
+
+
+def test_an_exchange_takes_the_place_of_the_queue(sent: Messages) -> None:
+    queued(options=dump_options({"exchange": "orders", "routing_key": "new"}))
+    options = sent[-1][2]
+    assert (options["exchange"], options["routing_key"]) == ("orders", "new")
+
+
+def test_it_is_sent_after_the_commit(sent: Messages) -> None:
+    with transaction.atomic():
+        queued()
+        assert sent == []
+    assert len(sent) == 1
+    with transaction.atomic():
+        queued()
+        transaction.set_rollback(True)
+    assert len(sent) == 1
+
+
+def test_a_savepoint_that_is_undone_sends_nothing(sent: Messages) -> None:
+    with transaction.atomic():
+        queued()
+        with transaction.atomic():
+            queued()
+            transaction.set_rollback(True)
+    assert len(sent) == 1
+
+
+def test_nobody_publishes_into_the_memory_of_a_web_process(sent: Messages, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "is_embedded", lambda app=None: True)
+    queued()
+    assert sent == []
+
+
+def test_a_broker_that_is_away_is_nobodys_business(sent: Messages, caplog: pytest.LogCaptureFixture) -> None:
+    sent.error = OperationalError("[Errno 111] Connection refused")
+    later: list[str] = []
+    with transaction.atomic():
+        execution = queued(payload='[["the secret"],{}]')
+        transaction.on_commit(lambda: later.append("still called"))
+    assert later == ["still called"]
+    assert fresh(execution).status == "queued"
+    (record,) = [record for record in caplog.records if record.name == "conductor_app.dispatch"]
+    assert record.levelno == logging.WARNING
+    assert f"The execution {execution.pk} is saved as queued" in record.getMessage()
+    assert "secret" not in caplog.text
+
+
+def test_after_a_failure_the_broker_is_left_alone_for_a_while(sent: Messages, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent.error = ConnectionResetError("gone")
+    queued()
+    assert dispatch.is_broker_resting()
+    sent.error = None
+    execution = queued()
+    assert sent.tried == 1, "nobody waits for a broker that has just failed"
+    assert not dispatch.publish(execution)
+    later = dispatch.time.monotonic() + dispatch.BREAKER_SECONDS + 1
+    monkeypatch.setattr(dispatch.time, "monotonic", lambda: later)
+    assert dispatch.publish(execution)
+    assert sent.tried == 2
+
+
+@pytest.mark.parametrize(
+    "error", [PreconditionFailed("inequivalent arg 'x-max-priority'"), ValueError("a name that is too long")], ids=repr
+)
+def test_a_message_that_cannot_be_sent_does_not_stop_the_others(sent: Messages, error: Exception) -> None:
+    sent.error = error
+    first = queued()
+    assert not dispatch.publish(first)
+    sent.error = None
+    assert dispatch.publish(queued())
+
+
+def test_an_error_of_any_kind_is_kept_from_the_caller(
+    sent: Messages, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also one that ``publish`` did not expect: the other callbacks of the commit are still called."""
+
+    def refuse(execution: Execution) -> bool:
+        raise KeyError("no such transport")
+
+    monkeypatch.setattr(dispatch, "publish", refuse)
+    later: list[str] = []
+    with transaction.atomic():
+        execution, _ = transitions.create(new())
+        transaction.on_commit(lambda: later.append("still called"))
+    assert later == ["still called"]
+    assert fresh(execution).status == "queued"
+
+
+def test_options_that_cannot_be_read_do_not_raise(sent: Messages) -> None:
+    execution = queued()
+    execution.options = "{not json"
+    assert dispatch.publish(execution) is False
+    assert not dispatch.is_broker_resting()
+
+
+@pytest.mark.parametrize(
+    ("url", "write_url", "embedded"),
+    [
+        ("memory://", None, True),
+        ("memory://localhost//", None, True),
+        ("redis://localhost", None, False),
+        ("amqp://localhost", None, False),
+        ("memory://", "amqp://localhost", False),
+        (["memory://"], None, True),
+        (["amqp://one", "amqp://two"], None, False),
+        ("", None, False),
+    ],
+)
+def test_embedded_is_what_has_no_broker_server(url: Any, write_url: Any, embedded: bool) -> None:
+    class App:
+        class conf:  # noqa: N801 - Celery's name
+            broker_url = url
+            broker_write_url = write_url
+
+    assert is_embedded(App()) is embedded

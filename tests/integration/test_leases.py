@@ -1,0 +1,151 @@
+"""A lease is renewed while its body runs, and the body's process learns when it is lost."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from django.db import OperationalError, connection
+from django.test.utils import CaptureQueriesContext
+
+from conductor_app import clock, dispatch, leases, transitions
+from conductor_app.leases import Lease, LeaseKeeper, renew
+from conductor_app.models import Execution
+from tests.support.executions import OWNER, claimed, committing, fresh, running
+from tests.support.polling import wait_until
+
+
+@pytest.fixture(autouse=True)
+def transactional_db(django_db_setup: None, django_db_blocker: Any) -> Iterator[None]:
+    """In the place of pytest-django's. The heartbeat's thread sees only what is committed."""
+    with committing(django_db_blocker):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def broker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody listens, so nothing is published."""
+    monkeypatch.setattr(dispatch, "publish", lambda execution: True)
+
+
+@pytest.fixture
+def keeper(settings: Any) -> LeaseKeeper:
+    """A keeper with a quick heartbeat."""
+    settings.CONDUCTOR = {**settings.CONDUCTOR, "HEARTBEAT_SECONDS": 0.02}
+    return LeaseKeeper()
+
+
+def lapse(execution: Execution) -> None:
+    Execution.objects.filter(pk=execution.pk).update(lease_expires_at=clock.after(-1))
+
+
+def seconds_left(execution: Execution) -> float:
+    expires_at = fresh(execution).lease_expires_at
+    assert expires_at is not None
+    return (expires_at - clock.read("default")).total_seconds()
+
+
+def test_the_lease_is_renewed_as_long_as_it_is_held(keeper: LeaseKeeper) -> None:
+    run = running()
+    with keeper.hold(run) as lease:
+        for _ in range(2):
+            lapse(run)
+            wait_until(lambda: seconds_left(run) > 0, message="The lease was not renewed")
+        assert not lease.lost
+        assert not lease.cancel_requested
+    lapse(run)
+    other = running()
+    with keeper.hold(other):
+        lapse(other)
+        wait_until(lambda: seconds_left(other) > 0)
+    assert seconds_left(run) < 0, "it is not held any more"
+
+
+def test_a_short_run_writes_no_heartbeat(monkeypatch: pytest.MonkeyPatch, settings: Any) -> None:
+    settings.CONDUCTOR = {**settings.CONDUCTOR, "HEARTBEAT_SECONDS": 20, "LEASE_SECONDS": 60}
+    renewed: list[Any] = []
+    monkeypatch.setattr(leases, "renew", renewed.extend)
+    keeper, run = LeaseKeeper(), running()
+    for _ in range(3):
+        with keeper.hold(run):
+            assert renewed == []
+    assert renewed == []
+
+
+def test_a_lost_lease_is_noticed(keeper: LeaseKeeper) -> None:
+    run = running()
+    with keeper.hold(run) as lease:
+        transitions.lose(run.pk, owner=OWNER)
+        claimed(run, "test@host/2")
+        wait_until(lambda: lease.lost, message="The loss was not noticed")
+        assert fresh(run).lease_owner == "test@host/2"
+
+
+def test_a_requested_cancel_is_noticed_and_so_is_its_withdrawal(keeper: LeaseKeeper) -> None:
+    run = running()
+    with keeper.hold(run) as lease:
+        transitions.request_cancel(run.pk, "enough")
+        wait_until(lambda: lease.cancel_requested, message="The cancel was not noticed")
+        Execution.objects.filter(pk=run.pk).update(cancel_requested_at=None)
+        wait_until(lambda: not lease.cancel_requested, message="The withdrawal was not noticed")
+        assert not lease.lost
+
+
+def test_the_heartbeat_outlives_a_failing_database(
+    keeper: LeaseKeeper, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    failures: list[int] = []
+
+    def fail_three_times(held: list[Lease]) -> None:
+        if len(failures) < 3:
+            failures.append(len(held))
+            raise OperationalError("the database is away")
+        renew(held)
+
+    monkeypatch.setattr(leases, "renew", fail_three_times)
+    run = running()
+    lapse(run)
+    with keeper.hold(run) as lease:
+        wait_until(lambda: seconds_left(run) > 0, message="The lease was not renewed after the outage")
+        assert not lease.lost
+    assert failures == [1, 1, 1]
+    assert "Heartbeat of 1 executions failed: the database is away" in caplog.text
+
+
+def test_many_leases_are_renewed_in_one_statement() -> None:
+    runs = [running() for _ in range(3)]
+    lost = running()
+    transitions.lose(lost.pk, owner=OWNER)
+    held = [Lease(run.pk, run.fence) for run in (*runs, lost)]
+    with CaptureQueriesContext(connection) as captured:
+        renew(held)
+    assert len(captured) == 2
+    assert [lease.lost for lease in held] == [False, False, False, True]
+    assert fresh(lost).lease_expires_at is None
+
+
+def test_an_old_fence_renews_nothing() -> None:
+    zombie = running()
+    transitions.lose(zombie.pk, owner=OWNER)
+    live = claimed(zombie, "test@host/2")
+    lapse(live)
+    lease = Lease(zombie.pk, zombie.fence)
+    renew([lease])
+    assert lease.lost
+    assert seconds_left(live) < 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_starts_without_its_parents_leases() -> None:
+    """It keeps none of them alive, and its own first lease starts a thread of its own."""
+    run = running()
+    with leases.keeper.hold(run):
+        assert leases.keeper._thread is not None
+        pid = os.fork()
+        if pid == 0:
+            clean = not leases.keeper._held and leases.keeper._thread is None and leases.keeper._changed.acquire(False)
+            os._exit(0 if clean else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert len(leases.keeper._held) == 1

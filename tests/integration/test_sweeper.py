@@ -1,0 +1,409 @@
+"""What a sweep finds, what it does about it, and that nothing stops it."""
+
+from __future__ import annotations
+
+import datetime as dt
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from django.db import OperationalError
+
+from conductor_app import announcements, clock, dispatch, steps, transitions
+from conductor_app.maintenance import sweeper
+from conductor_app.models import Execution, FailedExecution, Step
+from conductor_app.states import ExecutionStatus, StepStatus
+from tests.support.executions import (
+    FAILURE,
+    OWNER,
+    claimed,
+    family,
+    fresh,
+    invoke,
+    napping,
+    queued,
+    running,
+    step_of,
+)
+
+pytestmark = pytest.mark.django_db
+
+
+@pytest.fixture(autouse=True)
+def time(settings: Any) -> Iterator[None]:
+    """Tests shift the clock; everything lasts so long that it does not matter how long the test itself takes."""
+    settings.CONDUCTOR = {**settings.CONDUCTOR, "LEASE_SECONDS": 1_000, "REDISPATCH_SECONDS": 1_000}
+    yield
+    clock.reset()
+
+
+@pytest.fixture(autouse=True)
+def published(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The ids of executions whose messages were published to a broker server, which does not exist."""
+    ids: list[Any] = []
+    monkeypatch.setattr(dispatch, "is_embedded", lambda app=None: False)
+    monkeypatch.setattr(dispatch, "_send", lambda execution: ids.append(execution.pk))
+    dispatch.reset_breaker()
+    yield ids
+    dispatch.reset_breaker()
+
+
+def pass_seconds(seconds: float) -> None:
+    clock.shift(dt.timedelta(seconds=seconds))
+
+
+def test_a_sweep_that_finds_nothing_does_nothing() -> None:
+    queued()
+    running()
+    napping()
+    invoke(running(), timeout=60)
+    assert sweeper.sweep(audit=True) == {}
+
+
+# Messages
+
+
+def test_an_unanswered_message_is_published_again_after_twice_as_long_each_time(published: list[Any]) -> None:
+    execution = queued()
+    pauses = [1_000, 1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 32_000]
+    for number, pause in enumerate(pauses):
+        pass_seconds(pause - 100)
+        assert sweeper.sweep() == {}
+        pass_seconds(101)
+        assert sweeper.sweep() == {"published": 1}
+        assert sweeper.sweep() == {}
+        assert fresh(execution).dispatches == number + 1
+    assert published == [execution.pk] * len(pauses)
+
+
+def test_a_claim_forgets_how_often_the_message_was_published(published: list[Any]) -> None:
+    execution = queued()
+    pass_seconds(1_100)
+    assert sweeper.sweep() == {"published": 1}
+    run = claimed(execution)
+    assert fresh(run).dispatches == 0
+    transitions.release(run)
+    pass_seconds(1_100)
+    assert sweeper.sweep() == {"published": 1}
+
+
+def test_what_is_due_later_is_published_when_it_is_due(published: list[Any]) -> None:
+    execution = queued(countdown=600)
+    pass_seconds(500)
+    assert sweeper.sweep() == {}
+    pass_seconds(101)
+    assert sweeper.sweep() == {"published": 1}
+    assert published == [execution.pk]
+
+
+def test_a_sweep_publishes_a_batch_and_the_next_one_goes_on_with_the_rest(published: list[Any], settings: Any) -> None:
+    settings.CONDUCTOR = {**settings.CONDUCTOR, "SWEEP_BATCH": 2}
+    executions = [queued(countdown=seconds) for seconds in (3, 1, 2, 4, 5)]
+    pass_seconds(1_100)
+    counts = [sweeper.sweep() for _ in range(4)]
+    assert counts == [{"published": 2}, {"published": 2}, {"published": 1}, {}]
+    by_due_time = [executions[number].pk for number in (1, 2, 0, 3, 4)]
+    assert published == by_due_time
+
+
+def test_only_the_wanted_queues_are_served(published: list[Any]) -> None:
+    queued(queue="slow")
+    wanted = queued(queue="fast")
+    pass_seconds(1_100)
+    assert sweeper.publish_due(limit=10, queues=["fast", "other"]) == 1
+    assert published == [wanted.pk]
+
+
+def test_a_broker_outage_makes_nobody_wait_longer(
+    published: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    executions = [queued(), queued(), queued()]
+
+    def refuse(execution: Execution) -> None:
+        raise ConnectionRefusedError("nobody there")
+
+    for _ in range(10):
+        pass_seconds(1_100)
+        with monkeypatch.context() as patched:
+            patched.setattr(dispatch, "_send", refuse)
+            assert sweeper.sweep() == {}
+            assert sweeper.sweep() == {}, "while the broker rests, nothing is taken"
+        dispatch.reset_breaker()
+    assert caplog.text.count("did not take the message") == 10, "one message in each sweep finds out"
+    assert {fresh(execution).dispatches for execution in executions} == {0}
+    pass_seconds(dispatch.BREAKER_SECONDS + 1)
+    assert sweeper.sweep() == {"published": 3}
+    assert set(published) == {execution.pk for execution in executions}
+
+
+def test_a_message_that_the_broker_refuses_does_not_stop_the_others(
+    published: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executions = [queued(countdown=seconds) for seconds in (1, 2, 3)]
+    send = dispatch._send
+
+    def refuse_the_first(execution: Execution) -> None:
+        if execution.pk == executions[0].pk:
+            raise ValueError("the queue's name is too long")
+        send(execution)
+
+    monkeypatch.setattr(dispatch, "_send", refuse_the_first)
+    pass_seconds(1_100)
+    assert sweeper.sweep() == {"published": 2}
+    assert published == [execution.pk for execution in executions[1:]]
+    assert fresh(executions[0]).dispatches == 1, "its own pause grows"
+
+
+# Deadlines
+
+
+def test_a_sleep_ends_well_and_an_invocation_times_out() -> None:
+    asleep = napping(seconds=300)
+    parent, child = family(timeout=300)
+    pass_seconds(200)
+    assert sweeper.sweep() == {}
+    pass_seconds(101)
+    assert sweeper.sweep() == {"overdue_steps": 2}
+    assert (step_of(asleep, "nap").status, fresh(asleep).status) == (StepStatus.SUCCEEDED, ExecutionStatus.QUEUED)
+    assert (step_of(parent).status, fresh(parent).status) == (StepStatus.TIMED_OUT, ExecutionStatus.QUEUED)
+    flagged = fresh(child)
+    assert (flagged.status, flagged.cancel_reason) == ("running", "its parent's timeout of 300s ended")
+    assert sweeper.sweep() == {}
+
+
+def test_a_child_in_the_queue_is_cancelled_with_its_timeout() -> None:
+    parent = running()
+    child = invoke(parent, timeout=30)
+    pass_seconds(31)
+    assert sweeper.sweep(publish=False) == {"overdue_steps": 1, "cancelled": 1}
+    assert fresh(child).error_message == "Cancelled: its parent's timeout of 30s ended"
+    assert step_of(parent).status == StepStatus.TIMED_OUT
+    assert fresh(parent).status == ExecutionStatus.QUEUED
+
+
+def test_the_step_of_a_parent_that_has_ended_is_decided_and_wakes_nobody() -> None:
+    parent, child = family(timeout=30)
+    transitions.request_cancel(parent.pk, "")
+    transitions.cancel_flagged(parent.pk)
+    pass_seconds(31)
+    assert sweeper.sweep() == {"overdue_steps": 1}
+    assert fresh(parent).status == ExecutionStatus.CANCELLED
+    transitions.cancel_running(child)
+    assert fresh(parent).status == ExecutionStatus.CANCELLED
+
+
+def test_an_expired_execution_is_cancelled_before_it_is_published(published: list[Any]) -> None:
+    execution = queued(expires=300)
+    started = running(expires=300)
+    transitions.release(started)
+    pass_seconds(1_100)
+    assert sweeper.sweep() == {"expired": 1, "published": 1}
+    assert fresh(execution).error_message == "Cancelled: it expired before it started"
+    assert published == [started.pk]
+
+
+# Leases
+
+
+def test_a_lapsed_lease_is_reclaimed_if_that_is_allowed() -> None:
+    run = running()
+    pass_seconds(900)
+    assert sweeper.sweep() == {}
+    pass_seconds(101)
+    assert sweeper.sweep(reclaim=False) == {}
+    assert sweeper.sweep() == {"lapsed_leases": 1}
+    row = fresh(run)
+    assert (row.status, row.attempt, row.fence) == ("queued", 2, 1)
+
+
+def test_the_last_attempt_that_is_lost_fails_the_execution_and_its_parent_goes_on() -> None:
+    parent, child = family(max_attempts=1)
+    pass_seconds(1_100)
+    assert sweeper.sweep(publish=False) == {"lapsed_leases": 1}
+    failure = FailedExecution.objects.get(pk=child.pk)
+    assert failure.message == f"Worker died: {OWNER} stopped while running attempt 1 of 1."
+    assert fresh(parent).status == ExecutionStatus.QUEUED
+
+
+def test_a_dead_workers_execution_that_was_to_be_cancelled_is_cancelled() -> None:
+    parent, child = family()
+    transitions.request_cancel(child.pk, "enough")
+    pass_seconds(1_100)
+    assert sweeper.sweep(publish=False) == {"lapsed_leases": 1}
+    row = fresh(child)
+    assert (row.status, row.attempt, row.error_message) == ("cancelled", 1, "Cancelled: enough")
+    assert step_of(parent).status == StepStatus.CANCELLED
+
+
+# Cancels
+
+
+def test_a_cancel_goes_down_to_the_last_descendant_in_one_sweep() -> None:
+    root = running()
+    parent = claimed(invoke(root))
+    child = claimed(invoke(parent))
+    leaf = invoke(child)
+    transitions.request_cancel(root.pk, "enough")
+    assert sweeper.sweep(publish=False) == {"cancelled": 4}
+    rows = [fresh(execution) for execution in (root, parent, child, leaf)]
+    assert {row.status for row in rows} == {ExecutionStatus.CANCELLED}
+    assert [row.cancel_reason for row in rows] == ["enough", *["its parent was cancelled"] * 3]
+
+
+def test_a_running_execution_is_left_to_its_body() -> None:
+    run = running()
+    transitions.request_cancel(run.pk, "enough")
+    assert sweeper.sweep() == {}
+    assert fresh(run).status == ExecutionStatus.RUNNING
+
+
+# Announcements
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The ids of executions of which Celery was told."""
+    ids: list[Any] = []
+    monkeypatch.setattr(announcements, "deliver", lambda execution: ids.append(execution.pk))
+    return ids
+
+
+def announced_root(**fields: Any) -> Execution:
+    return queued(options='{"announce":true,"ignore_result":false}', **fields)
+
+
+def test_celery_is_told_of_an_end_without_a_run(told: list[Any]) -> None:
+    execution = announced_root()
+    transitions.request_cancel(execution.pk, "")
+    queued_only = queued()
+    transitions.request_cancel(queued_only.pk, "")
+    assert sweeper.sweep(publish=False) == {"cancelled": 2, "announced": 1}
+    assert told == [execution.pk]
+
+
+def test_celery_is_told_again_after_a_lease_if_it_could_not_be_told(
+    told: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    execution = announced_root()
+    transitions.request_cancel(execution.pk, "")
+
+    def refuse(execution: Execution) -> None:
+        raise ConnectionRefusedError("no result backend")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(announcements, "deliver", refuse)
+        assert sweeper.sweep(publish=False) == {"cancelled": 1}
+    assert sweeper.sweep(publish=False) == {}
+    pass_seconds(1_100)
+    assert sweeper.sweep(publish=False) == {"announced": 1}
+    assert told == [execution.pk]
+
+
+def test_a_run_that_ends_has_a_lease_to_tell_celery_itself(told: list[Any]) -> None:
+    run = claimed(announced_root())
+    transitions.succeed(run, "1")
+    assert sweeper.sweep(publish=False) == {}
+    pass_seconds(1_100)
+    assert sweeper.sweep(publish=False) == {"announced": 1}
+    transitions.announced(run.pk)
+    pass_seconds(100_000)
+    assert sweeper.sweep(publish=False) == {}
+
+
+# The audit
+
+
+def test_an_execution_that_waits_for_nothing_is_woken_and_reported(caplog: pytest.LogCaptureFixture) -> None:
+    fine, stranded = napping(), napping()
+    Step.objects.filter(execution=stranded.pk).update(status=StepStatus.SUCCEEDED, finished_at=clock.now())
+    assert sweeper.sweep(publish=False) == {}, "only the audit looks for it"
+    with caplog.at_level(logging.ERROR):
+        assert sweeper.sweep(audit=True, publish=False) == {"stranded": 1}
+    assert f"Execution {stranded.pk} was waiting for nothing: a lost wake-up is healed." in caplog.text
+    assert (fresh(stranded).status, fresh(fine).status) == ("queued", "waiting")
+    caplog.clear()
+    assert sweeper.sweep(audit=True, publish=False) == {}
+    assert not caplog.records
+
+
+# Trouble
+
+
+def test_one_finding_that_fails_does_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs = [running() for _ in range(3)]
+    asleep = napping(seconds=1)
+    lose = transitions.lose
+
+    def refuse_one(execution_id: Any) -> bool:
+        if execution_id == runs[1].pk:
+            raise RuntimeError("no")
+        return lose(execution_id)
+
+    monkeypatch.setattr(transitions, "lose", refuse_one)
+    pass_seconds(1_100)
+    assert sweeper.sweep(publish=False) == {"lapsed_leases": 2, "overdue_steps": 1}
+    assert f"Sweeping {runs[1].pk} failed; it will be tried again." in caplog.text
+    assert [fresh(execution).status for execution in (*runs, asleep)] == ["queued", "running", "queued", "queued"]
+
+
+def test_an_error_of_the_database_about_one_finding_does_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    naps = [napping(seconds=1) for _ in range(2)]
+    decide = transitions.decide_overdue
+
+    def refuse_one(step: Step) -> bool:
+        if step.execution_id == naps[0].pk:
+            raise OperationalError(2013, "Lost connection to server during query")
+        return decide(step)
+
+    monkeypatch.setattr(transitions, "decide_overdue", refuse_one)
+    pass_seconds(1_100)
+    assert sweeper.sweep(publish=False) == {"overdue_steps": 1}
+    assert "failed; it will be tried again." in caplog.text
+
+
+def test_a_database_that_is_away_ends_the_sweep_with_its_error_and_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(3):
+        running()
+
+    def refuse(execution_id: Any) -> bool:
+        raise OperationalError(2013, "Lost connection to server during query")
+
+    monkeypatch.setattr(transitions, "lose", refuse)
+    monkeypatch.setattr(sweeper, "_database_answers", lambda: False)
+    pass_seconds(1_100)
+    with pytest.raises(OperationalError):
+        sweeper.sweep()
+    assert "Sweeping" not in caplog.text, "the caller reports it"
+
+
+def test_sweeping_twice_at_the_same_time_finds_everything_once() -> None:
+    """Whatever another sweeper has taken between the look and the act is left alone."""
+    run, asleep = running(), napping(seconds=1)
+    expired = queued(expires=1)
+    flagged = queued()
+    transitions.request_cancel(flagged.pk, "")
+    pass_seconds(1_100)
+    overdue = steps.overdue(10)
+    assert sweeper.sweep(publish=False) == {"lapsed_leases": 1, "overdue_steps": 1, "expired": 1, "cancelled": 1}
+    acts = [
+        transitions.lose(run.pk),
+        transitions.decide_overdue(overdue[0]),
+        transitions.expire(expired.pk),
+        transitions.cancel_flagged(flagged.pk),
+        transitions.wake_stranded(asleep.pk),
+    ]
+    assert acts == [False] * 5
+
+
+def test_a_failed_execution_is_left_alone_by_every_sweep() -> None:
+    run = running()
+    transitions.fail(run, FAILURE)
+    pass_seconds(100_000)
+    assert sweeper.sweep(audit=True) == {}

@@ -1,0 +1,106 @@
+"""What users write, and the types that it has. Read by mypy, never run."""
+
+from __future__ import annotations
+
+import datetime as dt
+import uuid
+from typing import Any, assert_type
+
+from celery import shared_task
+from celery.canvas import Signature
+from celery.result import AsyncResult, EagerResult
+
+from conductor_app import (
+    ChildCancelled,
+    ChildError,
+    ChildFailed,
+    ChildTimedOut,
+    ConductorError,
+    DurableTask,
+    ExecutionContext,
+    LeaseLost,
+    api,
+    durable_task,
+)
+from conductor_app.models import Execution
+
+
+@durable_task
+def charge(ctx: ExecutionContext, order_id: int, note: str = "") -> dict[str, int]:
+    return {"receipt": order_id}
+
+
+@durable_task(max_retries=5, retry_backoff=True, queue="payments", autoretry_for=(OSError,))
+def refund(ctx: ExecutionContext, order_id: int) -> str:
+    return "refunded"
+
+
+@shared_task
+def mail(order_id: int) -> bytes:
+    return b""
+
+
+class Tracked(DurableTask[..., Any]):
+    """A base class of the user's own."""
+
+
+@durable_task(base=Tracked)
+def tracked(ctx: ExecutionContext) -> None: ...
+
+
+def save(order_id: int, *, receipt: str) -> list[str]:
+    return [receipt]
+
+
+@durable_task
+def fulfil(ctx: ExecutionContext, order_id: int) -> str:
+    assert_type(ctx.invoke("charge", charge, {"order_id": order_id}), dict[str, int])
+    assert_type(ctx.invoke("refund", refund, {"order_id": order_id}, timeout=30), str)
+    assert_type(ctx.invoke("again", refund, timeout=dt.timedelta(seconds=30), on_timeout="abandon"), str)
+    assert_type(ctx.invoke("signature", charge.s(1)), dict[str, int])
+    assert_type(ctx.invoke("plain", mail, {"order_id": order_id}, queue="mail", priority=5), bytes)
+    named: dict[str, str] = ctx.invoke("by-name", "shop.tasks.send_mail", {"order_id": order_id})
+    assert_type(ctx.step("step", int, "5"), int)
+    assert_type(ctx.step("keywords", save, order_id, receipt="R-1"), list[str])
+    assert_type(ctx.atomic_step("atomic", save, 1, receipt=named["id"]), list[str])
+    assert_type(ctx.step("lambda", lambda: {"a": 1}), dict[str, int])
+    ctx.sleep("nap", 60)
+    ctx.sleep("nap-too", dt.timedelta(minutes=1))
+    ctx.sleep_until("then", dt.datetime(2026, 1, 1, tzinfo=dt.UTC))
+    ctx.checkpoint()
+    ctx.logger.info("order %s", order_id)
+    assert_type(ctx.execution_id, uuid.UUID)
+    assert_type(ctx.root_id, uuid.UUID)
+    assert_type(ctx.parent_id, uuid.UUID | None)
+    assert_type(ctx.attempt, int)
+    assert_type(ctx.is_replaying, bool)
+    assert_type(ctx.idempotency_key("charge"), str)
+    try:
+        ctx.invoke("late", charge, {"order_id": 1}, timeout=0.5)
+    except ChildTimedOut as late:
+        assert_type(late.step, str)
+        error: TimeoutError = late
+        raise ctx.retry(exc=error, countdown=5) from late
+    except (ChildFailed, ChildCancelled) as failed:
+        assert_type(failed.child_id, uuid.UUID | None)
+        child_error: ChildError = failed
+        raise child_error from None
+    except LeaseLost as lost:
+        any_error: ConductorError = lost
+        raise any_error from None
+    return "done"
+
+
+def outside() -> None:
+    assert_type(charge.delay(1, note="x"), AsyncResult[dict[str, int]])
+    assert_type(charge.delay(order_id=1), AsyncResult[dict[str, int]])
+    assert_type(charge.apply_async((1,), countdown=5, idempotency_key="order-7").get(timeout=60), dict[str, int])
+    assert_type(charge.apply_async(kwargs={"order_id": 1}, queue="other", expires=dt.timedelta(hours=1)).id, str)
+    assert_type(charge.apply(kwargs={"order_id": 1}), EagerResult[dict[str, int]])
+    assert_type(charge.s(1), Signature[dict[str, int]])
+    charge.delay_on_commit(1)
+    result = refund.delay(1)
+    assert_type(api.cancel(result, reason="no stock"), bool)
+    api.cancel(result.id)
+    api.retry(uuid.UUID(result.id))
+    api.get_result(Execution.objects.get(), timeout=5)
