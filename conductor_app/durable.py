@@ -20,12 +20,14 @@ from celery.result import AsyncResult, EagerResult
 from celery.utils.functional import head_from_fun, maybe_list
 from celery.utils.time import maybe_iso8601
 from django.core.exceptions import ImproperlyConfigured
+from django.db import OperationalError
 
 from conductor_app import executor, inline, transitions
 from conductor_app.conf import conductor_settings
 from conductor_app.context import ExecutionContext, check_duration, check_instant, current_context
 from conductor_app.dispatch import HEADER
 from conductor_app.exceptions import (
+    AbandonRun,
     BlockingCallInTask,
     ChildError,
     IdempotencyConflict,
@@ -127,7 +129,12 @@ class DurableTask(_Task[P, R]):
                 f"{self.name} is durable and cannot be called like a function. Use {self.name}.delay(…), or "
                 f"{self.name}.apply(…) in a unit test."
             )
-        return executor.run(self, self._adopt(request, args, kwargs))
+        try:
+            execution_id = self._adopt(request, args, kwargs)
+        except AbandonRun as error:
+            # A message that somebody else published is acknowledged, and not stored: Celery has to record the failure.
+            raise OperationalError(str(error)) from error
+        return executor.run(self, execution_id)
 
     def apply_async(
         self,

@@ -99,11 +99,12 @@ def renew(leases: list[Lease]) -> None:
     held = Execution.objects.using(using).filter(mine, status=ExecutionStatus.RUNNING)
     held.update(lease_expires_at=clock.after(conductor_settings().LEASE_SECONDS))
     now = time.monotonic()
-    flags = dict(held.values_list("pk", "cancel_requested_at"))
+    flags = {(pk, fence): flag for pk, fence, flag in held.values_list("pk", "fence", "cancel_requested_at")}
     for lease in leases:
+        key = (lease.execution_id, lease.fence)
         lease.renewed_at = now
-        lease.lost = lease.execution_id not in flags
-        lease.cancel_requested = flags.get(lease.execution_id) is not None
+        lease.lost = key not in flags
+        lease.cancel_requested = flags.get(key) is not None
 
 
 #: This process's keeper.

@@ -242,9 +242,7 @@ def _check_keys(value: dict[Any, Any], left: int) -> int:
                 refused.before = f"The key {shown(key, 40)} of "
                 raise
         elif isinstance(key, bool) or not isinstance(key, int):
-            raise _Refused(
-                "", f" has the key {shown(key, 40)} of type {type(key).__name__}. Keys must be strings."
-            )
+            raise _Refused("", f" has the key {shown(key, 40)} of type {type(key).__name__}. Keys must be strings.")
         else:
             if key.bit_length() > MAX_INT_BITS:
                 raise _Refused("", " has an integer of more than 4,000 digits as a key. Pass it as a string.")
@@ -371,7 +369,9 @@ def _storable_parts(exc: BaseException) -> tuple[tuple[Any, ...] | None, dict[st
         name: getattr(exc, name)
         for cls in type(exc).__mro__
         for name, member in vars(cls).items()
-        if isinstance(member, types.MemberDescriptorType) and not name.startswith("__") and hasattr(exc, name)
+        if isinstance(member, types.MemberDescriptorType)
+        and not name.startswith("__")
+        and hasattr(exc, name)
         # A builtin's unset slot reads as None, and is not the same as one set to None: OSError words itself by it.
         and not (cls.__module__ == "builtins" and getattr(exc, name) is None)
     }

@@ -11,7 +11,7 @@ from conductor_app.exceptions import Failure
 from conductor_app.models import Execution, Step, database
 from conductor_app.serialization import dump_failure, load_failure, loads
 from conductor_app.sql import Literal
-from conductor_app.states import OnTimeout, StepKind, StepStatus
+from conductor_app.states import FINAL_STATUSES, OnTimeout, StepKind, StepStatus
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,25 @@ def adopt(step: Step) -> None:
     Step.objects.using(database()).filter(pk=step.pk).update(
         status=StepStatus.SUCCEEDED, error=None, finished_at=clock.now()
     )
+
+
+def overlooked(execution_id: uuid.UUID) -> list[tuple[str, str | None, StepStatus]]:
+    """Return pending invocations whose child has ended or is gone: name, error and outcome, as its end would settle them.
+
+    No transition leaves one behind; an UPDATE or DELETE by hand does.
+    """
+    pending = Step.objects.using(database()).filter(
+        execution_id=execution_id, kind=StepKind.INVOKE, status=StepStatus.PENDING
+    )
+    found = []
+    for name, status, error in pending.values_list("name", "child__status", "child__error"):
+        if status is None:
+            gone = Failure(type="Cancelled", message="Cancelled: its row was deleted")
+            found.append((name, dump_failure(gone), StepStatus.CANCELLED))
+        elif status in FINAL_STATUSES:
+            outcome = StepStatus(status)
+            found.append((name, error if outcome == StepStatus.CANCELLED else None, outcome))
+    return found
 
 
 def overdue(limit: int) -> list[Step]:

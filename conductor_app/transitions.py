@@ -618,6 +618,8 @@ def wake_stranded(execution_id: uuid.UUID) -> bool:
             stranded = Execution.objects.using(database()).filter(pk=execution_id).waiting_for_nothing()
             if not stranded.exists():
                 return False
+            for name, error, outcome in steps.overlooked(execution_id):
+                steps.settle(execution_id, name, outcome, error=error)
             _wake(execution_id)
         return True
 
@@ -844,7 +846,7 @@ def _blocking_steps(execution: Execution) -> list[Step]:
 def announced(execution_id: uuid.UUID) -> bool:
     """Note that Celery has been told of a final status; ``False`` if that is noted already, or it was reopened."""
     untold = Execution.objects.using(database()).filter(pk=execution_id, announce_at__isnull=False)
-    return bool(_persist(lambda: untold.update(announce_at=None)))
+    return bool(_persist_briefly(lambda: untold.update(announce_at=None)))
 
 
 def announce_now(execution_id: uuid.UUID) -> bool:

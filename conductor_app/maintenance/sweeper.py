@@ -16,7 +16,7 @@ from django.db import Error, connections
 
 from conductor_app import announcements, dispatch, steps, transitions
 from conductor_app.conf import conductor_settings
-from conductor_app.models import Execution, database
+from conductor_app.models import Execution, Step, database
 from conductor_app.models.querysets import ExecutionQuerySet
 from conductor_app.sql import is_outage
 
@@ -100,8 +100,12 @@ def _each(items: Iterable[T], act: Callable[[T], object]) -> int:
         except Exception as error:
             if is_outage(error) and not _database_answers():
                 raise
-            logger.exception("Sweeping %s failed; it will be tried again.", item)
+            logger.exception("Sweeping %s failed; it will be tried again.", _describe(item))
     return done
+
+
+def _describe(item: object) -> str:
+    return f"step {item.name!r} of execution {item.execution_id}" if isinstance(item, Step) else str(item)
 
 
 def _database_answers() -> bool:

@@ -68,11 +68,12 @@ class ExecutionQuerySet(models.QuerySet["Execution"]):
         return self.filter(announce_at__lte=clock.now()).order_by("announce_at")
 
     def waiting_for_nothing(self) -> Self:
-        """Waiting without a pending step: a lost wake-up, which must not happen."""
+        """Waiting without a pending step, or for a child that has ended or is gone: it must not happen."""
         from conductor_app.models.step import Step  # noqa: PLC0415 - Step refers to Execution
 
         # Two ways to say the same. By the status SQLite would read all pending steps, once for each execution.
         is_sqlite = connections[self.db].vendor == "sqlite"
         is_pending = Q(finished_at__isnull=True) if is_sqlite else Q(status=Literal("pending"))
-        pending = Step.objects.filter(is_pending, execution=OuterRef("pk"))
+        is_awaited = ~Q(kind="invoke") | Q(child__status__in=sorted(OPEN_STATUSES))
+        pending = Step.objects.filter(is_pending, is_awaited, execution=OuterRef("pk"))
         return self.with_status(ExecutionStatus.WAITING).filter(~Exists(pending))

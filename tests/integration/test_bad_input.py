@@ -467,7 +467,15 @@ def test_a_huge_payload_is_refused_quickly(make: Callable[[], Any], cls: type, t
     assert text in str(refusal.value)
     assert len(str(refusal.value)) < 300
     assert counts() == (0, 0, 0)
-    check(refused(lambda ctx: ctx.invoke("a", scenarios.echo, {"value": value})), cls, str(refusal.value))
+
+
+def test_a_childs_payload_that_is_too_large_or_too_deep_is_refused() -> None:
+    deeper, larger = deep(101, lambda value: [value]), "x" * 2_000_000
+    error = refused(lambda ctx: ctx.invoke("a", scenarios.echo, {"value": deeper}))
+    assert isinstance(error, NotSerializable)
+    error = refused(lambda ctx: ctx.invoke("a", scenarios.echo, {"value": larger}))
+    assert isinstance(error, PayloadTooLarge)
+    assert "too large: 2000017 > 1048576 bytes" in str(error)
 
 
 def test_the_limit_of_a_payload_is_exact() -> None:

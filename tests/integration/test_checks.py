@@ -72,8 +72,10 @@ def only(messages: list[CheckMessage], id: str, text: str, hint: str) -> None:  
 
 
 def test_the_project_has_nothing_to_say() -> None:
-    assert system_checks.run_checks(tags=["conductor"], include_deployment_checks=True) == []
-    call_command("check", "--tag", "conductor", "--deploy", "--fail-level", "WARNING")
+    # In a process of its own: other tests have registered tasks that the checks have something to say about.
+    command = [sys.executable, "manage.py", "check", "--tag", "conductor", "--deploy", "--fail-level", "WARNING"]
+    checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (checked.returncode, checked.stderr) == (0, ""), checked.stderr
 
 
 def test_ids_are_used_once_and_documented() -> None:

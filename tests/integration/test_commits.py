@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 from django.db import IntegrityError, OperationalError, connection, transaction
 
-from conductor_app import clock, dispatch, signals, transitions
+from conductor_app import clock, dispatch, signals, sql, transitions
 from conductor_app.conf import conductor_settings
-from conductor_app.exceptions import LeaseLost
+from conductor_app.exceptions import AbandonRun, LeaseLost
+from conductor_app.ids import new_root_id
+from conductor_app.maintenance import pruner
 from conductor_app.models import Execution, FailedExecution, Step
 from conductor_app.transitions import Sleep
+from tests.app.scenarios import echo
 from tests.support.executions import (
     FAILURE,
     OWNER,
@@ -299,3 +302,54 @@ def test_messages_that_were_taken_without_an_answer_come_again(monkeypatch: pyte
     assert row.dispatches == 1
     assert row.dispatch_at is not None
     assert row.dispatch_at - clock.read("default") <= dt.timedelta(seconds=conductor_settings().REDISPATCH_SECONDS)
+
+
+# A database that stays away
+
+
+def test_an_outage_longer_than_a_lease_abandons_a_run_and_is_an_error_to_everybody_else(
+    monkeypatch: pytest.MonkeyPatch, settings: Any
+) -> None:
+    """Only a run can be abandoned: in the sweeper's thread, or in a web process, it would end what serves others."""
+    settings.CONDUCTOR = {**settings.CONDUCTOR, "LEASE_SECONDS": 0.03, "HEARTBEAT_SECONDS": 0.01, "SWEEP_SECONDS": 0.01}
+    monkeypatch.setattr(sql, "_BRIEF_SECONDS", 0)
+    run, waiting = running(), napping()
+
+    def refuse(*_args: Any) -> Any:
+        raise OperationalError(2013, "Lost connection to server during query")
+
+    with connection.execute_wrapper(refuse):
+        with pytest.raises(AbandonRun):
+            transitions.succeed(run, "1")
+        for act in (
+            lambda: transitions.lose(run.pk),
+            lambda: transitions.decide_overdue(Step(execution_id=waiting.pk, name="nap", kind="sleep")),
+            lambda: transitions.take_for_dispatch(10),
+            lambda: transitions.put_back([run], 1),
+            lambda: transitions.take_for_announcement(10),
+            lambda: transitions.announced(run.pk),
+            lambda: transitions.wake_stranded(waiting.pk),
+            lambda: transitions.request_cancel(run.pk, ""),
+            lambda: transitions.cancel_flagged(run.pk),
+            lambda: transitions.expire(run.pk),
+            lambda: transitions.reopen(run.pk),
+            lambda: pruner.prune(dt.timedelta()),
+        ):
+            with pytest.raises(OperationalError):
+                act()
+
+
+def test_a_message_of_others_that_cannot_be_stored_fails_as_any_tasks(
+    monkeypatch: pytest.MonkeyPatch, settings: Any
+) -> None:
+    settings.CONDUCTOR = {**settings.CONDUCTOR, "LEASE_SECONDS": 0.03, "HEARTBEAT_SECONDS": 0.01, "SWEEP_SECONDS": 0.01}
+
+    def refuse(*_args: Any) -> Any:
+        raise OperationalError(2013, "Lost connection to server during query")
+
+    echo.push_request(id=str(new_root_id()), called_directly=False, args=(), kwargs={})
+    try:
+        with connection.execute_wrapper(refuse), pytest.raises(OperationalError):
+            echo(value=1)
+    finally:
+        echo.pop_request()

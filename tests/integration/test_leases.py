@@ -137,6 +137,16 @@ def test_an_old_fence_renews_nothing() -> None:
     assert seconds_left(live) < 0
 
 
+def test_two_runs_of_one_execution_in_one_process_are_told_apart() -> None:
+    """As in the threads pool: the old run's thread goes on while another thread has claimed the execution again."""
+    zombie = running()
+    transitions.lose(zombie.pk, owner=OWNER)
+    live = claimed(zombie)
+    held = [Lease(zombie.pk, zombie.fence), Lease(live.pk, live.fence)]
+    renew(held)
+    assert [lease.lost for lease in held] == [True, False]
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_forked_process_starts_without_its_parents_leases() -> None:
     """It keeps none of them alive, and its own first lease starts a thread of its own."""

@@ -327,6 +327,24 @@ def test_an_execution_that_waits_for_nothing_is_woken_and_reported(caplog: pytes
     assert not caplog.records
 
 
+@pytest.mark.parametrize("how", ["failed by hand", "succeeded by hand", "deleted by hand"])
+def test_a_child_that_somebody_ended_by_hand_does_not_strand_its_parent(how: str) -> None:
+    parent, child = family()
+    fine, _its_child = family()
+    rows = Execution.objects.filter(pk=child.pk)
+    if how == "deleted by hand":
+        rows.delete()
+        Step.objects.filter(execution=parent.pk).update(child=None)
+    else:
+        rows.update(status=how.split()[0], finished_at=clock.now(), lease_owner="", lease_expires_at=None)
+    assert sweeper.sweep(audit=True, publish=False) == {"stranded": 1}
+    assert (fresh(parent).status, fresh(fine).status) == ("queued", "waiting")
+    memory = steps.recall(parent.pk)["child"]
+    assert memory.status == {"deleted": "cancelled"}.get(how.split()[0], how.split()[0])
+    if how == "deleted by hand":
+        assert memory.get_failure().message == "Cancelled: its row was deleted"
+
+
 # Trouble
 
 
@@ -363,7 +381,7 @@ def test_an_error_of_the_database_about_one_finding_does_not_stop_the_others(
     monkeypatch.setattr(transitions, "decide_overdue", refuse_one)
     pass_seconds(1_100)
     assert sweeper.sweep(publish=False) == {"overdue_steps": 1}
-    assert "failed; it will be tried again." in caplog.text
+    assert f"Sweeping step 'nap' of execution {naps[0].pk} failed; it will be tried again." in caplog.text
 
 
 def test_a_database_that_is_away_ends_the_sweep_with_its_error_and_one_line(

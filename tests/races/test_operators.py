@@ -6,7 +6,6 @@ import datetime as dt
 
 import pytest
 from django.db import transaction
-from psycopg import IsolationLevel
 
 from conductor_app import api, clock, transitions
 from conductor_app.exceptions import CancelExecution, Failure, RetryRefused
@@ -14,7 +13,7 @@ from conductor_app.maintenance import pruner, sweeper
 from conductor_app.models import Execution, Step
 from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.transitions import Pending
-from tests.races.harness import BEFORE_COMMIT, Race
+from tests.races.harness import BEFORE_COMMIT, IsolationLevel, Race
 from tests.support.executions import FAILURE, claimed, family, fresh, invoke, running, step_of
 
 pytestmark = pytest.mark.races

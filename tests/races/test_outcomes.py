@@ -8,14 +8,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import pytest
-from psycopg import IsolationLevel
 
 from conductor_app import api, clock, transitions
 from conductor_app.exceptions import LeaseLost
 from conductor_app.maintenance import sweeper
 from conductor_app.models import Execution, FailedExecution, Step
 from conductor_app.states import ExecutionStatus, StepStatus
-from tests.races.harness import BEFORE_COMMIT, Race
+from tests.races.harness import BEFORE_COMMIT, IsolationLevel, Race
 from tests.support import history
 from tests.support.executions import FAILURE, claimed, families, fresh, invoke, running, step_of
 from tests.support.invariants import violations

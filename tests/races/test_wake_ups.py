@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from psycopg import IsolationLevel
 
 from conductor_app import clock, steps, transitions
 from conductor_app.models import Execution
 from conductor_app.sql import locked
 from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.transitions import Pending
-from tests.races.harness import BEFORE_COMMIT, Race
+from tests.races.harness import BEFORE_COMMIT, IsolationLevel, Race
 from tests.support.executions import FAILURE, claimed, family, fresh, invocation, step_of
 
 pytestmark = pytest.mark.races
