@@ -173,7 +173,7 @@ def adopt(step: Step) -> None:
 
 
 def overlooked(execution_id: uuid.UUID) -> list[tuple[str, str | None, StepStatus]]:
-    """Return pending invocations whose child has ended or is gone: name, error and outcome, as its end would settle them.
+    """Return pending invocations whose child has ended or is gone, each with the error and outcome to settle it with.
 
     No transition leaves one behind; an UPDATE or DELETE by hand does.
     """

@@ -56,7 +56,7 @@ def test_a_message_becomes_one_execution_however_often_it_is_delivered(db: None)
     assert (count("body", task_id), Execution.objects.count(), TaskResult.objects.count()) == (2, 2, 1)
 
 
-@pytest.mark.parametrize("task_id", ["order-7", "D3B07384-D113-4EC6-A1B2-8E0F6D1C2A3B", "urn:uuid:c157a79031e1c40f" * 4])
+@pytest.mark.parametrize("task_id", ["order-7", "D3B07384-D113-4EC6-A1B2-8E0F6D1C2A3B", "urn:uuid:c157a790" * 8])
 def test_the_publishers_task_id_names_the_result_whatever_it_looks_like(db: None, task_id: str) -> None:
     for _ in range(2):
         deliveries.deliver(publish(1, 2, task_id=task_id))

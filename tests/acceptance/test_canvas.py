@@ -174,7 +174,7 @@ def test_callbacks_outlive_processes_that_die_between_an_outcome_and_its_announc
         chained = chain(canvas.pass_on.s(canvas.CALLBACKS_SENT), canvas.collect.s(key="next")).apply_async()
         while not (result.ready() and chained.ready()):
             # With memory://, the main process sends the callbacks, and is the one that dies while it does.
-            wait_until(lambda: not alive.is_alive or (result.ready() and chained.ready()), PATIENCE)
+            wait_until(lambda alive=alive: not alive.is_alive or (result.ready() and chained.ready()), PATIENCE)
             if not alive.is_alive:
                 assert is_embedded(app)
                 alive = worker(**options)

@@ -14,8 +14,8 @@ from conductor_app.models import Execution, FailedExecution, Step
 from tests.app import scenarios
 from tests.app.ledger import count, note
 from tests.support import invariants
-from tests.support.watching import frozen, only, wait_for_body, wait_for_status
 from tests.support.polling import wait_until
+from tests.support.watching import frozen, only, wait_for_body, wait_for_status
 from tests.support.worker import pools
 
 pytestmark = pytest.mark.usefixtures("recorded")
@@ -39,7 +39,7 @@ def test_a_killed_pool_process_costs_its_child_one_attempt_and_the_parent_none(w
 
 
 def test_a_process_that_dies_before_or_after_a_commit_loses_nothing(worker: Any) -> None:
-    """Before a commit the run counts for nothing and costs an attempt; after it, only the message has to be replaced."""
+    """Before a commit the run counts for nothing and costs an attempt; after it, only the message is to be replaced."""
     cases = [*((runs, [""]) for runs in _RUNS), ([""], ["before"]), ([""], ["after"])]
     started = worker(pool="prefork", concurrency=4, conductor={**LONG_LEASE, "REDISPATCH_SECONDS": 0.5})
     results = [scenarios.dies_at_commit.delay(runs=runs, child_runs=child_runs) for runs, child_runs in cases]
@@ -153,8 +153,9 @@ def test_time_limits_cost_an_attempt_and_celery_records_no_failure_meanwhile(wor
     hard, soft = scenarios.over_the_hard_limit.delay(), scenarios.over_the_soft_limit.delay()
     seen = set()
     wait_until(
-        lambda: seen.update((hard.state, soft.state))
-        or {row.status for row in Execution.objects.all()} == {"succeeded"},
+        lambda: (
+            seen.update((hard.state, soft.state)) or {row.status for row in Execution.objects.all()} == {"succeeded"}
+        ),
         timeout=40,
     )
     assert states.FAILURE not in seen

@@ -14,8 +14,15 @@ from tests.app import scenarios
 from tests.app.ledger import count
 from tests.app.models import Ledger
 from tests.support import history, invariants
-from tests.support.messages import deliver, doorbell, empty, needs_a_broker, publish_garbage, queue_that_nobody_serves
-from tests.support.messages import ring
+from tests.support.messages import (
+    deliver,
+    doorbell,
+    empty,
+    needs_a_broker,
+    publish_garbage,
+    queue_that_nobody_serves,
+    ring,
+)
 from tests.support.polling import wait_until
 from tests.support.watching import only, wait_for_body, wait_for_status
 

@@ -75,7 +75,13 @@ def test_routes_queues_and_priorities_are_kept_for_each_message(db: None, monkey
 
 def test_headers_stamps_and_limits_outlive_a_suspension(db: None) -> None:
     result = canvas.pass_on.apply_async(
-        (1,), headers={"tenant": "a"}, stamped_headers=["batch"], batch="b-1", time_limit=90, soft_time_limit=60, shadow="s"
+        (1,),
+        headers={"tenant": "a"},
+        stamped_headers=["batch"],
+        batch="b-1",
+        time_limit=90,
+        soft_time_limit=60,
+        shadow="s",
     )
     stamped = canvas.pass_on.s(2)
     stamped.stamp(batch="b-2")

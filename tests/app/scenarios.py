@@ -252,9 +252,7 @@ def over_the_soft_limit(ctx: ExecutionContext) -> int:
 
 
 @durable_task(max_retries=0)
-def waits_for_a_queue(
-    ctx: ExecutionContext, queue: str, value: Any = None, timeout: float | None = None
-) -> Any:
+def waits_for_a_queue(ctx: ExecutionContext, queue: str, value: Any = None, timeout: float | None = None) -> Any:
     """Invoke ``echo`` on another queue."""
     note(ctx, "body")
     return ctx.invoke("echo", echo, {"value": value}, queue=queue, timeout=timeout)

@@ -19,7 +19,6 @@ from celery import Celery, _state
 from celery.concurrency import get_implementation
 from django.core import checks as system_checks
 from django.core.checks import CheckMessage
-from django.core.management import call_command
 from django.db import OperationalError
 
 from conductor_app import checks, durable_task

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
+from collections import Counter
 from collections.abc import Iterator
+from time import monotonic
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from celery import current_app
 from django.db import OperationalError
 
-from conductor_app import announcements, clock, dispatch, steps, transitions
+from conductor_app import announcements, clock, dispatch, steps, transitions, worker
 from conductor_app.maintenance import sweeper
 from conductor_app.models import Execution, FailedExecution, Step
 from conductor_app.states import ExecutionStatus, StepStatus
@@ -327,21 +331,21 @@ def test_an_execution_that_waits_for_nothing_is_woken_and_reported(caplog: pytes
     assert not caplog.records
 
 
-@pytest.mark.parametrize("how", ["failed by hand", "succeeded by hand", "deleted by hand"])
-def test_a_child_that_somebody_ended_by_hand_does_not_strand_its_parent(how: str) -> None:
+@pytest.mark.parametrize("how", ["failed", "succeeded", "deleted"])
+def test_a_child_that_somebody_has_ended_by_hand_does_not_strand_its_parent(how: str) -> None:
     parent, child = family()
     fine, _its_child = family()
     rows = Execution.objects.filter(pk=child.pk)
-    if how == "deleted by hand":
+    if how == "deleted":
         rows.delete()
         Step.objects.filter(execution=parent.pk).update(child=None)
     else:
-        rows.update(status=how.split()[0], finished_at=clock.now(), lease_owner="", lease_expires_at=None)
+        rows.update(status=how, finished_at=clock.now(), lease_owner="", lease_expires_at=None)
     assert sweeper.sweep(audit=True, publish=False) == {"stranded": 1}
     assert (fresh(parent).status, fresh(fine).status) == ("queued", "waiting")
     memory = steps.recall(parent.pk)["child"]
-    assert memory.status == {"deleted": "cancelled"}.get(how.split()[0], how.split()[0])
-    if how == "deleted by hand":
+    assert memory.status == ("cancelled" if how == "deleted" else how)
+    if how == "deleted":
         assert memory.get_failure().message == "Cancelled: its row was deleted"
 
 
@@ -425,3 +429,45 @@ def test_a_failed_execution_is_left_alone_by_every_sweep() -> None:
     transitions.fail(run, FAILURE)
     pass_seconds(100_000)
     assert sweeper.sweep(audit=True) == {}
+
+
+# The worker's thread
+
+
+def test_a_worker_reclaims_only_after_it_has_looked_on_for_half_a_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an outage of the database, or a laptop's sleep, live workers first get the chance to renew their leases."""
+    elapsed, asleep = 0.0, 0.0
+    allowed: list[bool] = []
+    clocks = SimpleNamespace(monotonic=lambda: 500 + elapsed, time=lambda: 1_000_000 + elapsed + asleep)
+    monkeypatch.setattr(worker, "time", clocks)
+    monkeypatch.setattr(sweeper, "sweep", lambda *, reclaim, **_: allowed.append(reclaim) or Counter())
+    thread = worker.SweeperThread(SimpleNamespace(app=current_app), worker.Shutdown())
+
+    def sweep_for(seconds: float) -> list[bool]:
+        nonlocal elapsed
+        allowed.clear()
+        for _ in range(int(seconds / 100)):
+            thread._sweep()
+            elapsed += 100
+        return list(allowed)
+
+    assert sweep_for(700) == [False] * 5 + [True] * 2
+    elapsed += 600  # no sweep came to its end
+    assert sweep_for(700) == [False] * 5 + [True] * 2
+    asleep += 600
+    assert sweep_for(700) == [False] * 5 + [True] * 2
+
+
+def test_a_worker_sweeps_again_at_once_when_there_was_more_than_a_batch(
+    monkeypatch: pytest.MonkeyPatch, settings: Any
+) -> None:
+    settings.CONDUCTOR = {**settings.CONDUCTOR, "SWEEP_BATCH": 2, "SWEEP_SECONDS": 100}
+    naps = [napping(seconds=1) for _ in range(5)]
+    pass_seconds(1_100)
+    thread = worker.SweeperThread(SimpleNamespace(app=current_app), worker.Shutdown())
+    sweeps = 0
+    while thread._next_sweep <= monotonic():
+        thread._sweep()
+        sweeps += 1
+    assert sweeps == 3
+    assert {fresh(execution).status for execution in naps} == {ExecutionStatus.QUEUED}

@@ -418,6 +418,15 @@ def test_a_timed_out_step_keeps_its_outcome_and_the_late_child_keeps_its_result(
     assert not transitions.decide_overdue(step_of(parent))
 
 
+def test_a_late_child_does_not_wake_a_parent_that_waits_for_another() -> None:
+    parent, late = family(timeout=60, on_timeout="abandon")
+    make_overdue(parent)
+    assert transitions.decide_overdue(step_of(parent))
+    invoke(claimed(parent), "another")
+    transitions.succeed(late, '"late"')
+    assert fresh(parent).status == ExecutionStatus.WAITING
+
+
 def test_an_abandoned_child_is_not_cancelled() -> None:
     parent, child = family(timeout=60, on_timeout="abandon")
     make_overdue(parent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import uuid
 from collections.abc import Iterable, Iterator
 
@@ -119,9 +120,9 @@ def _of_child(child: Execution, parent: Execution | None, steps: Iterable[Step])
     named = [step for step in steps if step.execution_id == parent.pk and step.child_id == child.pk]
     if [step.name for step in named] != [child.step]:
         yield f'is step "{child.step}" of its parent, which knows it as {[step.name for step in named]}'
-    if parent.status in FINAL_STATUSES and child.status not in FINAL_STATUSES:
-        if not any(step.status == StepStatus.TIMED_OUT and step.on_timeout == "abandon" for step in named):
-            yield f"is open under a parent that {parent.status}"
+    abandoned = any(step.status == StepStatus.TIMED_OUT and step.on_timeout == "abandon" for step in named)
+    if parent.status in FINAL_STATUSES and child.status not in FINAL_STATUSES and not abandoned:
+        yield f"is open under a parent that {parent.status}"
 
 
 def _of_step(step: Step, executions: dict[uuid.UUID, Execution]) -> Iterator[str]:
@@ -137,9 +138,10 @@ def _of_step(step: Step, executions: dict[uuid.UUID, Execution]) -> Iterator[str
         yield "has lost its child"
     elif step.status in CHILD_STATUS and child.status != CHILD_STATUS[StepStatus(step.status)]:
         yield f"has a child that {child.status}"
-    elif step.status == StepStatus.PENDING and child.status in FINAL_STATUSES:
-        if execution.status not in FINAL_STATUSES:
-            yield f"has a child that {child.status}"
+    elif (
+        step.status == StepStatus.PENDING and child.status in FINAL_STATUSES and execution.status not in FINAL_STATUSES
+    ):
+        yield f"has a child that {child.status}"
 
 
 def _of_results(executions: Iterable[Execution]) -> Iterator[str]:
@@ -161,7 +163,7 @@ def _of_history(moves: list[Move]) -> Iterator[str]:
     if (first.status, first.fence, first.attempt) != (ExecutionStatus.QUEUED, 0, 1):
         yield f"begins with {first}"
     ends = 0
-    for before, move in zip(moves, moves[1:], strict=False):
+    for before, move in itertools.pairwise(moves):
         if (move.old_status, move.old_fence, move.old_attempt) != (before.status, before.fence, before.attempt):
             yield f"has a gap before {move}"
         if move.status not in ALLOWED_MOVES[ExecutionStatus(move.old_status)]:
@@ -170,8 +172,10 @@ def _of_history(moves: list[Move]) -> Iterator[str]:
         if move.fence != move.old_fence + is_claim:
             yield f"has fence {move.fence} after {move.old_fence} at {move.old_status} → {move.status}"
         is_retried = (move.old_status, move.status) == (ExecutionStatus.RUNNING, ExecutionStatus.QUEUED)
-        if move.attempt != move.old_attempt and not _is_reopening(move) and not (
-            is_retried and move.attempt == move.old_attempt + 1
+        if (
+            move.attempt != move.old_attempt
+            and not _is_reopening(move)
+            and not (is_retried and move.attempt == move.old_attempt + 1)
         ):
             yield f"has attempt {move.attempt} after {move.old_attempt} at {move.old_status} → {move.status}"
         ends += (move.status in FINAL_STATUSES) - _is_reopening(move)
@@ -190,5 +194,3 @@ def _of_log(log: str, tracebacks: int) -> Iterator[str]:
     shown = log.count("Traceback (most recent call last)")
     if shown > tracebacks:
         yield f"A worker's log shows {shown} tracebacks, {tracebacks} expected"
-
-

@@ -22,9 +22,7 @@ needs_a_broker = pytest.mark.skipif(
 def ring(execution_id: Any, task: Any, times: int = 1, queue: str = app.conf.task_default_queue) -> None:
     """Publish the message that says that an execution is due."""
     for _ in range(times):
-        app.send_task(
-            task.name, task_id=str(execution_id), queue=queue, ignore_result=True, headers={HEADER: DOORBELL}
-        )
+        app.send_task(task.name, task_id=str(execution_id), queue=queue, ignore_result=True, headers={HEADER: DOORBELL})
 
 
 def deliver(task: Any, task_id: str, args: Any = (), kwargs: Any = None, **request: Any) -> None:
@@ -88,7 +86,7 @@ def _bodies(chosen: random.Random) -> Iterator[tuple[Any, str, str]]:
         "[[1, 2, 3, 4], {}, {}]",
         '[[], {"no_such_argument": 1}, {}]',
         '[[], {"value": {"__type__": "uuid", "__value__": {"hex": "zz"}}}, {}]',
-        "[[], {}, {\"callbacks\": [{\"task\": \"tests.app.tasks.record\", \"args\": [\"forged\"]}]}]",
+        '[[], {}, {"callbacks": [{"task": "tests.app.tasks.record", "args": ["forged"]}]}]',
         "[" * 2_000,
         "DROP TABLE conductor_app_execution; --",
     ):
