@@ -295,6 +295,9 @@ class SweeperThread(threading.Thread):
         self._shutdown = shutdown
         self._stop_requested = threading.Event()
         self._busy = threading.Lock()
+        #: A busy thread would take its lock again before a fork that waits for it gets it.
+        self._no_fork = threading.Event()
+        self._no_fork.set()
         self._settings = conductor_settings()
         self._embedded = dispatch.is_embedded(worker.app)
         self._connection: Any = None
@@ -315,6 +318,7 @@ class SweeperThread(threading.Thread):
     def run(self) -> None:
         """Tick until stopped. A tick that fails is tried again; nothing ends the thread."""
         while not self._stop_requested.is_set():
+            self._no_fork.wait(timeout=1)
             with self._busy:
                 self._tick()
             if self._stop_requested.is_set():
@@ -425,6 +429,7 @@ class SweeperThread(threading.Thread):
         """Wait until the thread is idle, and close its connection."""
         if threading.current_thread() is self or not self.is_alive():
             return False
+        self._no_fork.clear()
         held = self._busy.acquire(timeout=1)
         if held and self._connection is not None:
             self._connection.inc_thread_sharing()
@@ -440,6 +445,7 @@ class SweeperThread(threading.Thread):
         """Let the thread go on."""
         if held:
             self._busy.release()
+        self._no_fork.set()
 
 
 class Shutdown:
@@ -475,6 +481,7 @@ class ConductorStep(bootsteps.StartStopStep):
 
     def start(self, worker: Any) -> None:
         """Begin to sweep; the first tick is immediate."""
+        _let_one_thread_maintain(worker.pool)
         self.thread = SweeperThread(worker, self.shutdown)
         _forks.thread = self.thread
         self.thread.start()
@@ -493,27 +500,45 @@ class ConductorStep(bootsteps.StartStopStep):
         self.shutdown.request()
 
 
+def _let_one_thread_maintain(pool: Any) -> None:
+    """Let one thread at a time replace the processes of a pool.
+
+    Without an event loop (``memory://``), two do: billiard's supervisor and Celery's ``--autoscale``. The one takes a
+    process that the other is just forking for a dead one, and ends with an error; nothing is replaced from then on.
+    """
+    processes = getattr(pool, "_pool", None)
+    original = getattr(processes, "_maintain_pool", None)
+    if original is None:
+        return
+    turn = threading.RLock()
+
+    def maintain() -> None:
+        with turn:
+            original()
+
+    cast(Any, processes)._maintain_pool = maintain
+
+
 class _ForkHooks:
     """Hooks of this process, installed once; they follow the thread that is current."""
 
     def __init__(self) -> None:
         self.thread: SweeperThread | None = None
-        self._held = False
+        #: Of the thread that forks; several may at the same time.
+        self._local = threading.local()
         os.register_at_fork(
             before=self._before, after_in_parent=self._after_in_parent, after_in_child=self._after_in_child
         )
 
     def _before(self) -> None:
-        self._held = self.thread is not None and self.thread.before_fork()
+        self._local.held = self.thread is not None and self.thread.before_fork()
 
     def _after_in_parent(self) -> None:
         if self.thread is not None:
-            self.thread.after_fork_in_parent(self._held)
-        self._held = False
+            self.thread.after_fork_in_parent(self._local.held)
 
     def _after_in_child(self) -> None:
         self.thread = None
-        self._held = False
 
 
 _forks = _ForkHooks()

@@ -28,7 +28,8 @@ OTHER = "celery-test-other"
 def test_processes_that_end_after_one_task(worker: Any) -> None:
     """Each run forks a process, at any time, while the sweeper's thread works."""
     # Celery takes more than a second to replace a process that has ended, whatever it ran.
-    started = worker(concurrency=16, args=["--max-tasks-per-child=1"], conductor={"SWEEP_SECONDS": 0.02})
+    conductor = {"SWEEP_SECONDS": 0.02, "REDISPATCH_SECONDS": 30}
+    started = worker(concurrency=16, args=["--max-tasks-per-child=1"], conductor=conductor)
     numbers = range(int(os.environ.get("CONDUCTOR_TEST_PARENTS", "15")))
     parents = [canvas.pass_on.delay(number) for number in numbers]
     alone = [scenarios.echo.delay(number) for number in numbers]

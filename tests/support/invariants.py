@@ -136,9 +136,7 @@ def _of_step(step: Step, executions: dict[uuid.UUID, Execution]) -> Iterator[str
         return
     if child is None:
         yield "has lost its child"
-    elif step.status in CHILD_STATUS and child.status != CHILD_STATUS[StepStatus(step.status)]:
-        yield f"has a child that {child.status}"
-    elif (
+    elif (step.status in CHILD_STATUS and child.status != CHILD_STATUS[StepStatus(step.status)]) or (
         step.status == StepStatus.PENDING and child.status in FINAL_STATUSES and execution.status not in FINAL_STATUSES
     ):
         yield f"has a child that {child.status}"
