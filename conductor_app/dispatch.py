@@ -14,7 +14,9 @@ import logging
 import struct
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from amqp.exceptions import ChannelError
@@ -31,6 +33,8 @@ from conductor_app.ids import created_at
 from conductor_app.models import Execution, database
 
 logger = logging.getLogger(__name__)
+
+_is_inline: ContextVar[bool] = ContextVar("conductor_app_inline", default=False)
 
 #: Header of our own messages. It only tells a doorbell from a message that somebody else published by task name.
 HEADER = "conductor"
@@ -67,6 +71,16 @@ def is_left_to_sweeper(options: Mapping[str, Any]) -> bool:
     return is_embedded() and any(options.get(name) for name in ("link", "link_error", "chain", "chord"))
 
 
+@contextmanager
+def inline() -> Iterator[None]:
+    """Publish nothing: this process runs what it queues, and other workers are to leave it alone for a while."""
+    token = _is_inline.set(True)
+    try:
+        yield
+    finally:
+        _is_inline.reset(token)
+
+
 def first_instant(due: Combinable, *, is_due: bool, root_id: uuid.UUID | None = None) -> Combinable:
     """Return when the sweeper is to publish an execution that is being queued now.
 
@@ -77,7 +91,7 @@ def first_instant(due: Combinable, *, is_due: bool, root_id: uuid.UUID | None = 
     """
     if not is_due:
         return due
-    if not is_embedded():
+    if not is_embedded() or _is_inline.get():
         return clock.after(conductor_settings().REDISPATCH_SECONDS)
     if root_id is None or root_id.version != 7:
         return due
@@ -88,7 +102,7 @@ def first_instant(due: Combinable, *, is_due: bool, root_id: uuid.UUID | None = 
 
 def on_commit(execution: Execution) -> None:
     """Publish ``execution`` when the current transaction is committed."""
-    if not is_embedded():
+    if not is_embedded() and not _is_inline.get():
         transaction.on_commit(lambda: publish(execution), using=database(), robust=True)
 
 

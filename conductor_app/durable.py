@@ -22,7 +22,7 @@ from celery.utils.time import maybe_iso8601
 from django.core.exceptions import ImproperlyConfigured
 from django.db import OperationalError
 
-from conductor_app import executor, inline, transitions
+from conductor_app import dispatch, executor, inline, transitions
 from conductor_app.conf import conductor_settings
 from conductor_app.context import ExecutionContext, check_duration, check_instant, current_context
 from conductor_app.dispatch import HEADER
@@ -183,7 +183,11 @@ class DurableTask(_Task[P, R]):
             idempotency_key=idempotency_key,
             is_root=True,
         )
-        execution, created = transitions.create(new)
+        if self.app.conf.task_always_eager:
+            with dispatch.inline():
+                execution, created = transitions.create(new)
+        else:
+            execution, created = transitions.create(new)
         if not created:
             _check_same(execution, new)
         result: AsyncResult[R] = self.AsyncResult(str(execution.pk))
@@ -193,10 +197,16 @@ class DurableTask(_Task[P, R]):
             return cast("AsyncResult[R]", inline.run_eagerly(execution, self.app))
         return result
 
-    def apply(self, args: Any = None, kwargs: Any = None, **options: Any) -> EagerResult[R]:  # type: ignore[override]
+    def apply(  # type: ignore[override]
+        self, args: Any = None, kwargs: Any = None, *, throw: bool | None = None, **options: Any
+    ) -> EagerResult[R]:
         """Store an execution and run its whole tree in this process, without waiting for due times.
 
-        Options that concern the eager call only (``throw``, ``logfile`` …) have no effect.
+        Args:
+            args: Positional arguments, without the context.
+            kwargs: Keyword arguments.
+            throw: Whether to raise what fails it; ``CELERY_TASK_EAGER_PROPAGATES`` by default.
+            options: ``task_id``, ``link`` and ``link_error`` have the meaning of ``apply_async``; others no effect.
         """
         kept = {key: value for key, value in options.items() if key in ("task_id", "link", "link_error")}
         kept["ignore_result"] = not self.app.conf.task_store_eager_result
@@ -208,8 +218,9 @@ class DurableTask(_Task[P, R]):
             execution_id=_parse_id(task_id),
             is_root=True,
         )
-        execution, _created = transitions.create(new)
-        return cast("EagerResult[R]", inline.run_eagerly(execution, self.app))
+        with dispatch.inline():
+            execution, _created = transitions.create(new)
+        return cast("EagerResult[R]", inline.run_eagerly(execution, self.app, throw))
 
     def AsyncResult(self, task_id: str, **kwargs: Any) -> AsyncResult[R]:  # noqa: N802
         """Return the result object of an execution's id."""

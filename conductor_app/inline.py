@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
+import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from celery import states
 from celery.app.trace import build_tracer
 from celery.result import EagerResult
 
-from conductor_app import clock
+from conductor_app import clock, dispatch
 from conductor_app.exceptions import ExecutionCancelled
 from conductor_app.maintenance import sweeper
 from conductor_app.models import Execution, FailedExecution, Step, database
@@ -70,19 +71,29 @@ def run_until_idle(app: Celery, root_id: uuid.UUID | None = None) -> int:
     raise RuntimeError(f"{MAX_RUNS} runs and still not idle: do the executions queue each other without an end?")
 
 
-def run_eagerly(execution: Execution, app: Celery) -> EagerResult[Any]:
-    """Run a whole tree at once, skipping over due times, and return its result as Celery's eager mode does."""
+def run_eagerly(execution: Execution, app: Celery, throw: bool | None = None) -> EagerResult[Any]:
+    """Run a whole tree at once, skipping over due times, and return its result as Celery's eager mode does.
+
+    Args:
+        execution: The root.
+        app: The Celery app whose tasks are run.
+        throw: Whether to raise what fails it; ``CELERY_TASK_EAGER_PROPAGATES`` by default.
+    """
     skipped = dt.timedelta()
     try:
         while True:
-            run_until_idle(app, execution.root_id)
+            with dispatch.inline():
+                run_until_idle(app, execution.root_id)
             row = Execution.objects.using(database()).get(pk=execution.pk)
             if row.is_final:
                 result = _eager_result(row)
-                if app.conf.task_eager_propagates:
+                if app.conf.task_eager_propagates if throw is None else throw:
                     result.get()
                 return result
             next_instant = _next_instant(execution.root_id)
+            if next_instant is None and _is_running_elsewhere(execution.root_id):
+                time.sleep(0.05)
+                continue
             if next_instant is None:
                 raise RuntimeError(f"Execution {execution.pk} is {row.status} and nothing in its tree is due.")
             step = next_instant - clock.read(database()) + dt.timedelta(milliseconds=1)
@@ -90,6 +101,12 @@ def run_eagerly(execution: Execution, app: Celery) -> EagerResult[Any]:
             skipped += step
     finally:
         clock.shift(-skipped)
+
+
+def _is_running_elsewhere(root_id: uuid.UUID) -> bool:
+    """Tell whether a worker has taken a part of the tree, as its sweeper may do."""
+    tree = Execution.objects.using(database()).filter(root_id=root_id)
+    return tree.filter(status=ExecutionStatus.RUNNING).exists()
 
 
 def _next_instant(root_id: uuid.UUID) -> Any:

@@ -69,11 +69,11 @@ class LeaseKeeper:
         self.__init__()  # type: ignore[misc]
 
     def _run(self) -> None:
-        interval = conductor_settings().HEARTBEAT_SECONDS
         while True:
             with self._changed:
                 while not self._held:
                     self._changed.wait()
+                interval = conductor_settings().HEARTBEAT_SECONDS
                 oldest = min(lease.renewed_at for lease in self._held)
                 self._changed.wait(max(oldest + interval - time.monotonic(), 0.01))
                 ripe = [lease for lease in self._held if time.monotonic() - lease.renewed_at >= interval]

@@ -22,20 +22,26 @@ from tests.support.watching import wait_for_body, wait_for_status
 LEASE_SECONDS = 3
 
 
-@pytest.fixture
-def postgres(worker: Any) -> Iterator[PrivatePostgres]:
-    """A server of this test's own, in the place of the suite's database."""
-    if connection.vendor == "mysql":
-        pytest.skip("this would only repeat the run on PostgreSQL")
-    with PrivatePostgres() as server, default_database(server.url), history.recording():
+@pytest.fixture(scope="module")
+def server() -> Iterator[PrivatePostgres]:
+    """A PostgreSQL server that tests may crash."""
+    if connection.vendor != "postgresql":
+        pytest.skip("this would only repeat the run on PostgreSQL, whose driver the others do not need")
+    with PrivatePostgres() as server:
         yield server
 
 
-@pytest.mark.parametrize("pool", ["prefork", "threads"])
+@pytest.fixture
+def postgres(worker: Any, server: PrivatePostgres) -> Iterator[PrivatePostgres]:
+    """That server, in the place of the suite's database."""
+    with default_database(server.url), history.recording():
+        yield server
+
+
 def test_a_database_that_crashes_twice_under_a_running_worker_loses_nothing(
-    worker: Any, postgres: PrivatePostgres, pool: str
+    worker: Any, postgres: PrivatePostgres
 ) -> None:
-    started = worker(pool=pool, concurrency=3, env={"DATABASE_URL": postgres.url})
+    started = worker(pool="prefork", concurrency=3, env={"DATABASE_URL": postgres.url})
     napping = scenarios.naps.delay(seconds=1)
     stepping = [scenarios.step_by_step.delay(steps=8, pause=0.1) for _ in range(3)]
     wait_for_body(scenarios.step_by_step)
@@ -84,11 +90,10 @@ def test_a_worker_that_starts_before_its_database_works_when_it_is_there(
 
 
 @pytest.mark.usefixtures("recorded")
-@pytest.mark.parametrize("pool", ["prefork", "threads"])
-def test_sessions_that_the_server_ends_lose_nothing(worker: Any, pool: str) -> None:
+def test_sessions_that_the_server_ends_lose_nothing(worker: Any) -> None:
     if connection.vendor == "sqlite":
         pytest.skip("SQLite has no server and no sessions")
-    started = worker(pool=pool, concurrency=3)
+    started = worker(pool="threads", concurrency=3)
     stepping = [scenarios.step_by_step.delay(steps=10, pause=0.05) for _ in range(3)]
     parents = [scenarios.pass_through.delay(value=value) for value in range(10)]
     wait_for_body(scenarios.step_by_step)
@@ -102,11 +107,10 @@ def test_sessions_that_the_server_ends_lose_nothing(worker: Any, pool: str) -> N
 
 
 @pytest.mark.usefixtures("recorded")
-@pytest.mark.parametrize("pool", ["prefork", "threads"])
-def test_a_database_that_somebody_else_locks_for_longer_than_a_lease_costs_no_attempt(worker: Any, pool: str) -> None:
+def test_a_database_that_somebody_else_locks_for_longer_than_a_lease_costs_no_attempt(worker: Any) -> None:
     if connection.vendor != "sqlite":
         pytest.skip("only SQLite has one lock for all")
-    started = worker(pool=pool, concurrency=2)
+    started = worker(concurrency=2)
     running = scenarios.waits_for_lingerer.delay(seconds=1)
     wait_for_body(scenarios.lingers)
     queued = scenarios.pass_through.delay(value="queued")

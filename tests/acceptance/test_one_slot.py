@@ -12,12 +12,11 @@ from conductor_app.models import Execution, FailedExecution
 from tests.app import scenarios
 from tests.app.ledger import count
 from tests.support import invariants
-from tests.support.worker import pools
 
 pytestmark = pytest.mark.usefixtures("recorded")
 
 
-@pools
+@pytest.mark.parametrize("pool", ["prefork", "solo"])
 def test_twenty_levels_and_three_children_in_a_row_need_one_slot(worker: Any, pool: str) -> None:
     started = worker(pool=pool, concurrency=1)
     deep, three = scenarios.descend.delay(levels=20), scenarios.three_children.delay(value=5)

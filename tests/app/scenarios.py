@@ -221,7 +221,7 @@ def three_children(ctx: ExecutionContext, value: int) -> list[int]:
     return [ctx.invoke(f"echo-{index}", echo, {"value": value + index}) for index in range(3)]
 
 
-@durable_task(max_retries=2)
+@durable_task(max_retries=1)
 def exits(ctx: ExecutionContext, times: int) -> int:
     """End the process from inside, on the first attempts."""
     note(ctx, "body")
@@ -230,7 +230,7 @@ def exits(ctx: ExecutionContext, times: int) -> int:
     return ctx.attempt
 
 
-@durable_task(max_retries=2)
+@durable_task(max_retries=1)
 def raises_a_base_exception(ctx: ExecutionContext, times: int) -> int:
     """Raise what ``except Exception`` does not catch, on the first attempts."""
     note(ctx, "body")

@@ -111,12 +111,13 @@ def _identity() -> dict[str, Any]:
 
 @contextmanager
 def default_database(url: str) -> Iterator[None]:
-    """Let this process use the database at ``url`` in the place of its own, with all tables."""
+    """Let this process use the database at ``url`` in the place of its own, with all tables, and all of them empty."""
     before, own = connections.databases["default"], connections["default"]
     connections.databases["default"] = {**before, "OPTIONS": {}, **dj_database_url.parse(url)}
     connections["default"] = connections.create_connection("default")
     try:
         call_command("migrate", verbosity=0)
+        call_command("flush", verbosity=0, interactive=False)
         yield
     finally:
         connections["default"].close()
