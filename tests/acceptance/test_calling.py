@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,10 +18,10 @@ from tests.app.ledger import count
 
 
 @pytest.fixture
-def eager(db: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+def eager(db: None, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     assert not app.conf.task_always_eager  # and reading it loads the settings
     monkeypatch.setitem(app.conf.changes, "task_always_eager", True)
-    yield monkeypatch
+    return monkeypatch
 
 
 @pytest.mark.django_db(transaction=True)

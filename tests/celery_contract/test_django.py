@@ -26,6 +26,7 @@ class FakeConnections:
     def close_if_unusable_or_obsolete(self) -> None:
         pass
 
+    alias = "default"
     connection: Any = None
     in_atomic_block = False
 

@@ -43,7 +43,11 @@ def told(app: Celery, monkeypatch: pytest.MonkeyPatch) -> Told:
 
 def trace(app: Celery, body: Callable[..., Any], **request: Any) -> Any:
     """Run a bound body as a worker does."""
-    task = app.task(body, bind=True, name="body", shared=False)
+
+    def run(self: Any) -> Any:
+        return body(self)
+
+    task = app.task(run, bind=True, name="body", shared=False)
     return build_tracer(task.name, task, app=app)("some-id", (), {}, {"id": "some-id", "delivery_info": {}, **request})
 
 
@@ -132,7 +136,10 @@ def test_a_base_exception_leaves_the_tracer(app: Celery, told: Told) -> None:
 
 
 def test_the_eager_tracer_stores_and_propagates_nothing(app: Celery, told: Told) -> None:
-    task = app.task(lambda: 1 / 0, name="fails", shared=False)
+    @app.task(shared=False)
+    def task() -> float:
+        return 1 / 0
+
     tracer = build_tracer(task.name, task, app=app, eager=True, propagate=False)
     outcome = tracer("some-id", (), {}, {"id": "some-id", "is_eager": True, "ignore_result": True})
     assert outcome.info.state == states.FAILURE
@@ -171,6 +178,9 @@ def test_a_task_with_a_call_of_its_own_is_called_by_it(app: Celery) -> None:
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             return "called", self.request.called_directly, self.run(*args, **kwargs)
 
-    task = app.task(lambda: 1, base=Durable, name="own", shared=False)
+    @app.task(base=Durable, shared=False)
+    def task() -> int:
+        return 1
+
     assert build_tracer(task.name, task, app=app)("id", (), {}, {}).retval == ("called", False, 1)
     assert task() == ("called", True, 1)

@@ -17,20 +17,22 @@ from celery.apps.worker import Worker
 from celery.concurrency.base import BasePool
 from celery.events.state import State
 from celery.exceptions import Ignore
-from celery.worker import consumer
+from celery.worker import consumer, control, pidbox
 from celery.worker import state as worker_state
-from celery.worker.control import Panel
 from celery.worker.request import Request, create_request_cls
 from celery.worker.strategy import default
 from kombu import Connection
-
-from tests.support import deliveries
 
 
 @pytest.fixture
 def app() -> Celery:
     app = Celery("contract", broker="memory://", backend="cache+memory://", set_as_current=False)
     app.conf.task_default_queue = "contract"
+
+    @app.task(name="body", shared=False)
+    def body() -> int:
+        return 1
+
     return app
 
 
@@ -44,8 +46,7 @@ def published(app: Celery, name: str = "body", **options: Any) -> Any:
 
 
 def request_for(app: Celery, base: type[Request] = Request, **options: Any) -> Request:
-    task = app.task(lambda: 1, name="body", shared=False)
-    return base(published(app, **options), app=app, task=task, on_ack=lambda *_: None)
+    return base(published(app, **options), app=app, task=app.tasks["body"], on_ack=lambda *_: None)
 
 
 def failure(error: BaseException) -> ExceptionInfo:
@@ -55,6 +56,7 @@ def failure(error: BaseException) -> ExceptionInfo:
         return ExceptionInfo()
 
 
+@pytest.mark.filterwarnings("ignore:You're running the worker with superuser privileges")
 def test_a_bootstep_added_when_the_worker_begins_to_start_is_built(
     app: Celery, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,12 +67,12 @@ def test_a_bootstep_added_when_the_worker_begins_to_start_is_built(
         requires = ("celery.worker.components:Pool",)
 
         def __init__(self, worker: Any, **kwargs: Any) -> None:
-            built.append((worker.app, worker.pool_cls.__module__, hasattr(worker, "pool") and worker.pool))
+            built.append((worker.app, worker.pool_cls.__module__, worker.pool))
             super().__init__(worker, **kwargs)
 
     def add(instance: Any, **_kwargs: Any) -> None:
-        assert not hasattr(instance, "blueprint")
-        instance.app.steps["worker"].add(Step)
+        if instance.blueprint is None:
+            instance.app.steps["worker"].add(Step)
 
     monkeypatch.setattr(trace, "setup_worker_optimizations", lambda *_args: None)
     signals.celeryd_init.connect(add)
@@ -85,7 +87,7 @@ def test_a_bootstep_added_when_the_worker_begins_to_start_is_built(
 
 
 def test_a_task_may_name_the_class_of_its_requests_and_its_strategy(app: Celery) -> None:
-    task = app.task(lambda: 1, name="named", shared=False)
+    task = app.tasks["body"]
     assert (task.Request, task.Strategy) == ("celery.worker.request:Request", "celery.worker.strategy:default")
     assert "symbol_by_name(task.Request)" in inspect.getsource(default)
     assert "task.start_strategy(" in inspect.getsource(consumer.Consumer.update_strategies)
@@ -93,9 +95,7 @@ def test_a_task_may_name_the_class_of_its_requests_and_its_strategy(app: Celery)
 
 def test_the_class_made_for_a_task_has_an_on_success_of_its_own(app: Celery) -> None:
     """So overriding it in the base is not enough."""
-    made = create_request_cls(
-        Request, app.task(lambda: 1, name="made", shared=False), BasePool(limit=1), "host", None, app=app
-    )
+    made = create_request_cls(Request, app.tasks["body"], BasePool(limit=1), "host", None, app=app)
     assert issubclass(made, Request)
     assert "on_success" in vars(made)
     assert "on_failure" not in vars(made)
@@ -152,8 +152,9 @@ def test_a_revoked_id_is_remembered_and_asked_for(app: Celery, monkeypatch: pyte
 
 
 def test_remote_commands_are_looked_up_by_name_when_they_arrive() -> None:
-    assert list(inspect.signature(Panel.data["revoke"]).parameters)[:4] == ["state", "task_id", "terminate", "signal"]
-    assert "Panel.data" in inspect.getsource(__import__("celery.worker.pidbox", fromlist=["Pidbox"]))
+    assert list(inspect.signature(control.revoke).parameters)[:4] == ["state", "task_id", "terminate", "signal"]
+    assert control.Panel.data["revoke"].__name__ == "revoke"
+    assert "handlers=control.Panel.data" in inspect.getsource(pidbox.Pidbox.__init__)
 
 
 def test_a_pool_tells_its_size() -> None:
@@ -231,4 +232,3 @@ def test_a_message_is_read_as_a_worker_reads_it(app: Celery) -> None:
     }
     assert (headers["timelimit"], headers["stamps"]) == ([2, 1], {"batch": "b"})
     assert message.properties["priority"] == 3
-    assert deliveries.stranger().main == "stranger"

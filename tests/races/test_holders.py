@@ -23,7 +23,7 @@ def lapse(execution: Execution) -> None:
 
 
 def test_of_eight_claims_one_wins(race: Race) -> None:
-    rows = [transitions._queued_row(new()) for _ in range(150)]
+    rows = [transitions._queued_row(new()) for _ in range(60)]
     for row in rows:
         row.due_at = row.created_at = row.dispatch_at = clock.after(-1)
     Execution.objects.bulk_create(rows)
