@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from celery import _state
 from django.db import connection
 
 from tests.support.broker import purge
@@ -35,6 +36,12 @@ def worker(request: pytest.FixtureRequest, transactional_db: None, tmp_path: Pat
     for started in workers:
         started.__exit__(None, None, None)
     end_other_sessions()
+
+
+@pytest.fixture(autouse=True)
+def _not_in_a_worker() -> None:
+    """Let a test wait for results, although another one has started a pool inside this process."""
+    _state._set_task_join_will_block(False)
 
 
 @pytest.fixture(scope="session")

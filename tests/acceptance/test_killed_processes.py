@@ -10,6 +10,7 @@ import pytest
 from celery import states
 
 from conductor_app import api
+from conductor_app.dispatch import is_embedded
 from conductor_app.exceptions import ExecutionFailed, WorkerLost
 from conductor_app.models import Execution, FailedExecution, Step
 from tests.app import scenarios
@@ -59,6 +60,8 @@ _RUNS: list[list[str]] = [["before"], ["after"], ["", "before"], ["", "after"]]
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGQUIT], ids=["power cut", "cold shutdown"])
 def test_a_worker_that_ends_at_once_is_replaced_by_another_one(worker: Any, signum: int) -> None:
+    if signum == signal.SIGQUIT and is_embedded():
+        pytest.skip("the synchronous pool of memory:// may hang at exit, when a process dies with the queue's lock")
     first = worker(pool="prefork", concurrency=1)
     napping = scenarios.naps.delay(seconds=1)
     wait_for_status(napping, "waiting")
