@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from conductor_app.context import ChildHandle as ChildHandle
     from conductor_app.context import ExecutionContext as ExecutionContext
     from conductor_app.durable import DurableTask as DurableTask
     from conductor_app.durable import durable_task as durable_task
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from conductor_app.exceptions import ChildFailed as ChildFailed
     from conductor_app.exceptions import ChildTimedOut as ChildTimedOut
     from conductor_app.exceptions import ConductorError as ConductorError
+    from conductor_app.exceptions import EventTimedOut as EventTimedOut
     from conductor_app.exceptions import LeaseLost as LeaseLost
     from conductor_app.exceptions import SuspendExecution as SuspendExecution
 
@@ -27,9 +29,11 @@ _EXPORTS = {
     "ChildCancelled": "conductor_app.exceptions",
     "ChildError": "conductor_app.exceptions",
     "ChildFailed": "conductor_app.exceptions",
+    "ChildHandle": "conductor_app.context",
     "ChildTimedOut": "conductor_app.exceptions",
     "ConductorError": "conductor_app.exceptions",
     "DurableTask": "conductor_app.durable",
+    "EventTimedOut": "conductor_app.exceptions",
     "ExecutionContext": "conductor_app.context",
     "LeaseLost": "conductor_app.exceptions",
     "SuspendExecution": "conductor_app.exceptions",

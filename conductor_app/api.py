@@ -11,20 +11,27 @@ from celery import states
 from celery.result import AsyncResult
 
 from conductor_app import announcements, transitions
-from conductor_app.context import check_duration, current_context
+from conductor_app.arguments import MESSAGE_OPTIONS, check_duration
+from conductor_app.conf import conductor_settings
+from conductor_app.context import check_key, check_name, current_context
 from conductor_app.exceptions import (
+    ActionRefused,
     BlockingCallInTask,
     ExecutionCancelled,
     ExecutionFailed,
     InvalidArgument,
     InvalidArgumentType,
 )
+from conductor_app.ids import new_root_id
 from conductor_app.models import Execution, database
-from conductor_app.serialization import shown
+from conductor_app.serialization import dump_options, dumps, shown
 from conductor_app.states import ExecutionStatus
 
 #: How an execution may be named: itself, its id, or the ``AsyncResult`` that ``.delay()`` returned.
 ExecutionRef = Union[Execution, "AsyncResult[Any]", uuid.UUID, str]
+
+#: What a rerun takes over of Celery's options. Callbacks, chains, chords and groups have had their turn.
+_RERUN_OPTIONS = (*MESSAGE_OPTIONS, "headers", "ignore_result", "store_error")
 
 #: ``get_result`` asks the database after these pauses, in seconds; the last one repeats.
 _POLL_PAUSES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
@@ -46,7 +53,7 @@ def cancel(execution: ExecutionRef, reason: str = "") -> bool:
     Raises:
         Execution.DoesNotExist: There is none.
     """
-    found = _find(execution)
+    found = find(execution)
     if not isinstance(reason, str):
         raise InvalidArgumentType(f"reason must be str, got {type(reason).__name__}")
     if not transitions.request_cancel(found.pk, reason):
@@ -74,7 +81,119 @@ def retry(execution: ExecutionRef) -> None:
         Execution.DoesNotExist: There is none.
         RetryRefused: It is not failed or cancelled, or it is a child whose parent has seen the outcome.
     """
-    transitions.reopen(_find(execution).pk, before_commit=lambda row: announcements.show(row, states.PENDING))
+    transitions.reopen(find(execution).pk, before_commit=lambda row: announcements.show(row, states.PENDING))
+
+
+def rerun(execution: ExecutionRef) -> Execution:
+    """Start a new execution like a root that has ended: the same task, payload, queue and priority, and nothing done.
+
+    No step is kept, and idempotency keys are new ones, so side effects happen again. The new one has neither the old
+    one's ``idempotency_key`` nor its callbacks (``link``, ``link_error``, chain, chord). Inside
+    ``transaction.atomic()`` it is created with that transaction.
+
+    Args:
+        execution: The execution, its id, or its ``AsyncResult``.
+
+    Returns:
+        The new execution.
+
+    Raises:
+        Execution.DoesNotExist: There is none.
+        ActionRefused: It has not ended, or it is a child, whose result nobody would wait for.
+    """
+    found = find(execution)
+    if found.parent_id is not None:
+        raise ActionRefused(
+            f"Execution {found.pk} is a child: run again alone, its result would reach nobody. "
+            f"Rerun the root {found.root_id} instead.",
+            reason="a child: rerun the root",
+        )
+    if not found.is_final:
+        raise ActionRefused(
+            f"Execution {found.pk} is {found.status}. Only one that has ended is run again as new; cancel it first.",
+            reason="not ended",
+            is_elsewhere=True,
+        )
+    stored = found.get_options()
+    kept = {name: stored[name] for name in _RERUN_OPTIONS if name in stored}
+    if kept.get("ignore_result") is False or kept.get("store_error"):
+        kept["announce"] = True
+    new = transitions.NewExecution(
+        id=new_root_id(),
+        task=found.task,
+        queue=found.queue,
+        payload=found.payload,
+        max_attempts=found.max_attempts,
+        priority=found.priority,
+        options=dump_options(kept),
+    )
+    created, _is_new = transitions.create(new)
+    return created
+
+
+def wake(execution: ExecutionRef) -> None:
+    """Let an execution go on now that waits for an instant: it sleeps, or is queued for a retry or a countdown.
+
+    Args:
+        execution: The execution, its id, or its ``AsyncResult``.
+
+    Raises:
+        Execution.DoesNotExist: There is none.
+        ActionRefused: It waits for no instant.
+    """
+    transitions.hasten(find(execution).pk)
+
+
+def publish_again(execution: ExecutionRef) -> bool:
+    """Publish the message of a queued execution again, if it is due; workers do this by themselves after a while.
+
+    A message too many changes nothing.
+
+    Args:
+        execution: The execution, its id, or its ``AsyncResult``.
+
+    Returns:
+        Whether the broker took it; ``True`` with ``memory://``, where workers look into the database.
+
+    Raises:
+        Execution.DoesNotExist: There is none.
+        ActionRefused: It is not queued, not due, or to be cancelled.
+    """
+    return transitions.publish_again(find(execution).pk)
+
+
+def send_event(
+    execution: ExecutionRef,
+    event: str,
+    payload: Any = None,
+    *,
+    id: str | None = None,  # noqa: A002 - the sender's word for it
+) -> bool:
+    """Send an event to an execution: ``ctx.wait_for`` returns its payload.
+
+    The event is kept if nobody waits for it yet, and taken once; events of one name are taken in the order in which
+    they were sent. Inside ``transaction.atomic()`` it is sent with that transaction: roll back, and it never was.
+
+    Args:
+        execution: The execution, its id, or its ``AsyncResult``.
+        event: Name of the event.
+        payload: JSON, at most ``CONDUCTOR["MAX_PAYLOAD_BYTES"]`` bytes once encoded.
+        id: The sender's own id of the event, unique per execution and name of the event: sent again, it changes
+            nothing.
+
+    Returns:
+        Whether the event is new; ``False`` if one with this ``id`` was sent before.
+
+    Raises:
+        Execution.DoesNotExist: There is none.
+        ExecutionFinished: It is final and takes no more events.
+        IdempotencyConflict: ``id`` was sent with another payload.
+        NotSerializable, PayloadTooLarge, InvalidArgument, InvalidArgumentType: Nothing is stored.
+    """
+    event = check_name(event, "event name")
+    key = None if id is None else check_key(id, "id")
+    text = dumps(payload, "payload", conductor_settings().MAX_PAYLOAD_BYTES)
+    return transitions.send(find(execution).pk, event, text, key)
 
 
 def get_result(execution: ExecutionRef, timeout: float | dt.timedelta | None = None) -> Any:
@@ -101,7 +220,7 @@ def get_result(execution: ExecutionRef, timeout: float | dt.timedelta | None = N
     pauses = iter(_POLL_PAUSES)
     pause = _POLL_PAUSES[0]
     while True:
-        found = _find(execution)
+        found = find(execution)
         if found.status == ExecutionStatus.SUCCEEDED:
             return found.get_result()
         if found.status == ExecutionStatus.FAILED:
@@ -116,7 +235,16 @@ def get_result(execution: ExecutionRef, timeout: float | dt.timedelta | None = N
         time.sleep(pause)
 
 
-def _find(execution: ExecutionRef) -> Execution:
+def find(execution: ExecutionRef) -> Execution:
+    """Return an execution as it is stored now.
+
+    Args:
+        execution: The execution, its id, or its ``AsyncResult``.
+
+    Raises:
+        Execution.DoesNotExist: There is none.
+        InvalidArgument: It is no UUID.
+    """
     if isinstance(execution, Execution):
         key: Any = execution.pk
     elif isinstance(execution, AsyncResult):

@@ -17,3 +17,5 @@ class ConductorConfig(AppConfig):
     def ready(self) -> None:
         """Connect checks and signal receivers; no query is made and no task imported."""
         from conductor_app import checks, receivers  # noqa: F401, PLC0415
+
+        receivers.observe()

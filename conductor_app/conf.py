@@ -43,8 +43,40 @@ class ConductorSettings:
     MAX_DEPTH: int = 100
     #: Most steps of one execution.
     MAX_STEPS: int = 10_000
+    #: Most children of one ``ctx.map``.
+    MAX_CHILDREN: int = 10_000
     #: Whether a replay that passes another payload than the recorded one raises ``StepMismatch`` instead of a warning.
     STRICT_REPLAY: bool = False
+    #: Whether each process counts what happens in it, for Prometheus; needs the extra ``metrics``.
+    METRICS: bool = False
+    #: ``host:port`` at which a worker serves what its processes have counted; with ``METRICS`` only.
+    METRICS_LISTEN: str = ""
+    #: What a request for ``conductor_app.metrics.view`` has to bear; without one, only users with a permission see it.
+    METRICS_TOKEN: str = ""
+    #: Whether runs and steps are spans of OpenTelemetry; needs the extra ``otel``.
+    TRACING: bool = False
+    #: Keys whose values the admin and ``manage.py conductor show`` mask, at any depth; case and ``-`` or ``_`` do not
+    #: matter.
+    REDACT: tuple[str, ...] = (
+        "password",
+        "passwd",
+        "passphrase",
+        "secret",
+        "client_secret",
+        "token",
+        "access_token",
+        "refresh_token",
+        "id_token",
+        "api_key",
+        "apikey",
+        "private_key",
+        "authorization",
+        "cookie",
+        "set_cookie",
+        "card_number",
+        "cvc",
+        "cvv",
+    )
 
     @classmethod
     def from_dict(cls, values: Any) -> ConductorSettings:
@@ -74,13 +106,26 @@ class ConductorSettings:
                 f'CONDUCTOR["SWEEP_SECONDS"] = {result.SWEEP_SECONDS:g} must not exceed '
                 f'CONDUCTOR["LEASE_SECONDS"] = {result.LEASE_SECONDS:g}.'
             )
+        if result.METRICS_LISTEN:
+            host_and_port(result.METRICS_LISTEN)
+            if not result.METRICS:
+                raise ImproperlyConfigured('CONDUCTOR["METRICS_LISTEN"] needs CONDUCTOR["METRICS"] = True.')
         return result
 
     @staticmethod
     def _check(key: str, value: Any, expected: type[Any]) -> Any:
+        if expected is tuple:
+            if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) and item for item in value):
+                raise ImproperlyConfigured(f'CONDUCTOR["{key}"] must be a tuple of texts, got {value!r}.')
+            return tuple(value)
         if expected is bool:
             if not isinstance(value, bool):
                 raise ImproperlyConfigured(f'CONDUCTOR["{key}"] must be True or False, got {value!r}.')
+            return value
+        if expected is str:
+            # Bearer tokens go through a header.
+            if not isinstance(value, str) or not value.isascii() or not value.isprintable() or value != value.strip():
+                raise ImproperlyConfigured(f'CONDUCTOR["{key}"] must be printable ASCII text, got {_kind(key, value)}.')
             return value
         allowed = int if expected is int else (int, float)
         if isinstance(value, bool) or not isinstance(value, allowed):
@@ -89,6 +134,26 @@ class ConductorSettings:
         if not 0 < value < math.inf:
             raise ImproperlyConfigured(f'CONDUCTOR["{key}"] must be greater than 0 and finite, got {value!r}.')
         return expected(value)
+
+
+def _kind(key: str, value: object) -> str:
+    """Return a wrong value as an error may show it: nothing of a secret."""
+    return f"other text or {type(value).__name__}" if key == "METRICS_TOKEN" else repr(value)
+
+
+def host_and_port(listen: str) -> tuple[str, int]:
+    """Return the two parts of ``METRICS_LISTEN``; port 0 is one that the system chooses.
+
+    Raises:
+        ImproperlyConfigured: It has other parts.
+    """
+    host, _, port = listen.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isdecimal() or int(port) > 65_535:
+        raise ImproperlyConfigured(
+            f'CONDUCTOR["METRICS_LISTEN"] must be "host:port", for example "127.0.0.1:9464", got {listen!r}.'
+        )
+    return host, int(port)
 
 
 @lru_cache(maxsize=1)

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import difflib
+import itertools
 import logging
-import math
 import os
 import re
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NoReturn, ParamSpec, Protocol, TypeVar, overload, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, NoReturn, ParamSpec, Protocol, TypeVar, cast, overload, runtime_checkable
 
 from celery import Task, current_app
 from celery.canvas import Signature
 from django.db import connections, transaction
 
-from conductor_app import clock, steps, transitions
+from conductor_app import observing, steps, transitions
+from conductor_app.arguments import check_duration, check_instant
 from conductor_app.conf import conductor_settings
 from conductor_app.exceptions import (
     CancelExecution,
@@ -30,6 +33,8 @@ from conductor_app.exceptions import (
     ChildFailed,
     ChildTimedOut,
     ContextClosed,
+    EventTimedOut,
+    Failure,
     InvalidArgument,
     InvalidArgumentType,
     InvokeInsideTransaction,
@@ -41,6 +46,7 @@ from conductor_app.exceptions import (
     StepMismatch,
     StepNameReused,
     SuspendExecution,
+    TooManyChildren,
     TooManySteps,
     UnknownTask,
     WrongThread,
@@ -48,23 +54,22 @@ from conductor_app.exceptions import (
 from conductor_app.ids import derive_child_id
 from conductor_app.leases import Lease
 from conductor_app.models import Execution, database
-from conductor_app.serialization import describe, digest, revive, round_trip, shown
+from conductor_app.plain import DjangoTask, PlainTask, is_django_task
+from conductor_app.serialization import describe, digest, dump_call, loads, revive, round_trip, shown
 from conductor_app.sql import is_outage
-from conductor_app.states import OnTimeout, StepKind, StepStatus
+from conductor_app.states import ExecutionStatus, OnTimeout, StepKind, StepStatus
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 #: A timeout longer than this draws a hint: it may have been meant as milliseconds. Seconds.
 LONG_TIMEOUT_SECONDS = 86_400
-#: Longest timeout and longest sleep, in seconds (about 100 years).
-MAX_SECONDS = 100 * 366 * 86_400
 #: ``ctx.checkpoint`` asks the database at most this often, in seconds.
 CHECKPOINT_INTERVAL_SECONDS = 1.0
 
-_STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}\Z")
-_STEP_NAME_PATTERN = "[A-Za-z0-9][A-Za-z0-9_.:-]*"
-_STEP_NAME_LENGTH = 128
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}\Z")
+_NAME_PATTERN = "[A-Za-z0-9][A-Za-z0-9_.:-]*"
+_NAME_LENGTH = 128
 
 logger = logging.getLogger("conductor_app.execution")
 
@@ -74,7 +79,7 @@ current_context: ContextVar[ExecutionContext | None] = ContextVar("conductor_app
 
 @runtime_checkable
 class Invocable(Protocol):
-    """A task that can be a child; ``DurableTask`` is one."""
+    """A task that can be a child; ``DurableTask`` is one, ``plain.PlainTask`` makes one of any other."""
 
     name: str
 
@@ -202,7 +207,8 @@ class ExecutionContext:
 
         Args:
             step: Name of the step, unique within this execution and stable across deployments.
-            child: A durable task, its name, or a signature of it (then without ``payload``).
+            child: A durable task, any other Celery task of the app, a task's name, or a signature (then without
+                ``payload``).
             payload: A mapping, the child's keyword arguments; anything else but ``None`` is its only argument. At most
                 ``CONDUCTOR["MAX_PAYLOAD_BYTES"]`` bytes once encoded as JSON.
             timeout: Seconds, or a ``timedelta``, from the child's creation, its time in the queue and its retries
@@ -220,49 +226,62 @@ class ExecutionContext:
             ChildCancelled: Somebody cancelled the child.
             StepNameReused: ``step`` was used before in this run.
             StepMismatch: ``step`` was recorded for another task or kind.
-            UnknownTask: ``child`` is not a registered durable task.
+            UnknownTask: ``child`` is not a registered task.
             NotSerializable: A part of ``payload`` would not come back from JSON as it went in.
             InvokeInsideTransaction: The call stands inside ``transaction.atomic()``.
         """
+        remembered = self._invocation(
+            f'ctx.invoke("{_step_name(step)}")',
+            StepKind.INVOKE,
+            step,
+            child,
+            payload,
+            _ChildOptions(timeout, on_timeout, queue, priority),
+        )
+        if isinstance(remembered, transitions.Invocation):
+            self._suspend(remembered)
+        return self._child_outcome(remembered)
+
+    def _invocation(
+        self, call: str, kind: StepKind, step: str, child: Any, payload: object, given: _ChildOptions
+    ) -> transitions.Invocation | steps.Memory:
+        """Check a call that stands for one child; return what is remembered of it, or the child to store."""
         step = _step_name(step)
-        call = f'ctx.invoke("{step}")'
         self._enter(step, call)
-        seconds = None if timeout is None else check_duration(timeout, "timeout", allow_zero=False)
-        if on_timeout not in list(OnTimeout):
-            raise InvalidArgument(f'on_timeout must be "cancel" or "abandon", got {shown(on_timeout)}.')
-        invocable, args, kwargs, options = _resolve_child(child, payload, call)
-        if queue is not None:
-            options["queue"] = _check_type(queue, str, "queue")
-        if priority is not None:
-            options["priority"] = _check_type(priority, int, "priority")
+        seconds, on_timeout, options = given.checked()
+        invocable, args, kwargs, own = resolve_child(child, payload, call)
         new = invocable.new_execution(
             args,
             kwargs,
-            options,
+            {**own, **options},
             what=f"payload of {call}",
             execution_id=derive_child_id(self._execution.pk, step),
         )
         payload_digest = digest(new.payload)
-        remembered = self._recall(step, StepKind.INVOKE, task=new.task, payload_digest=payload_digest)
-        if remembered is None:
-            limit = conductor_settings().MAX_DEPTH
-            if self._execution.depth + 1 > limit:
-                raise MaxDepthExceeded(
-                    f"{call} would be execution number {limit + 1} in a chain of parents and children; the limit is "
-                    f'{limit}. Does {new.task} invoke itself without an end? The limit is CONDUCTOR["MAX_DEPTH"].'
-                )
-            if seconds is not None and not isinstance(timeout, dt.timedelta) and _looks_like_milliseconds(seconds):
-                self.logger.warning(
-                    "timeout=%.15g of step %s means %s (timeouts are seconds). Did you mean %.15g?",
-                    seconds,
-                    step,
-                    dt.timedelta(seconds=seconds),
-                    seconds / 1_000,
-                )
-            self._suspend(
-                transitions.Invocation(step, new, payload_digest, seconds, OnTimeout(on_timeout)),
+        remembered = self._recall(step, kind, task=new.task, payload_digest=payload_digest)
+        if remembered is not None:
+            return cast(steps.Memory, remembered)
+        self._check_depth(call, new.task)
+        self._hint_at_milliseconds(step, given.timeout, seconds)
+        return transitions.Invocation(step, new, payload_digest, seconds, on_timeout)
+
+    def _check_depth(self, call: str, task: str) -> None:
+        limit = conductor_settings().MAX_DEPTH
+        if self._execution.depth + 1 > limit:
+            raise MaxDepthExceeded(
+                f"{call} would be execution number {limit + 1} in a chain of parents and children; the limit is "
+                f'{limit}. Does {task} invoke itself without an end? The limit is CONDUCTOR["MAX_DEPTH"].'
             )
-        return self._child_outcome(remembered)
+
+    def _hint_at_milliseconds(self, step: str, timeout: object, seconds: float | None) -> None:
+        if seconds is not None and not isinstance(timeout, dt.timedelta) and _looks_like_milliseconds(seconds):
+            self.logger.warning(
+                "timeout=%.15g of step %s means %s (timeouts are seconds). Did you mean %.15g?",
+                seconds,
+                step,
+                dt.timedelta(seconds=seconds),
+                seconds / 1_000,
+            )
 
     def _child_outcome(self, remembered: steps.Memory) -> Any:
         if remembered.is_pending:
@@ -272,6 +291,227 @@ class ExecutionContext:
         if remembered.status == StepStatus.SUCCEEDED:
             return remembered.get_result()
         raise child_error(remembered)
+
+    # ------------------------------------------------------------------------------------------------------ parallel
+
+    @overload
+    def map(
+        self,
+        step: str,
+        child: Task[..., R],
+        payloads: Iterable[object],
+        *,
+        timeout: float | dt.timedelta | None = ...,
+        on_timeout: str = ...,
+        max_parallel: int | None = ...,
+        return_exceptions: Literal[False] = ...,
+        queue: str | None = ...,
+        priority: int | None = ...,
+    ) -> list[R]: ...
+
+    @overload
+    def map(
+        self,
+        step: str,
+        child: Task[..., Any] | str,
+        payloads: Iterable[object],
+        *,
+        timeout: float | dt.timedelta | None = ...,
+        on_timeout: str = ...,
+        max_parallel: int | None = ...,
+        return_exceptions: bool = ...,
+        queue: str | None = ...,
+        priority: int | None = ...,
+    ) -> list[Any]: ...
+
+    def map(
+        self,
+        step: str,
+        child: Any,
+        payloads: Iterable[object],
+        *,
+        timeout: float | dt.timedelta | None = None,
+        on_timeout: str = "cancel",
+        max_parallel: int | None = None,
+        return_exceptions: bool = False,
+        queue: str | None = None,
+        priority: int | None = None,
+    ) -> list[Any]:
+        """Run one child per payload, in parallel, and return their results in the order of the payloads.
+
+        The children are stored at once. The worker is released, and the body runs again once: when all have ended, or
+        when the first of them has failed for good.
+
+        Args:
+            step: Name of the step, unique within this execution and stable across deployments.
+            child: A task or its name.
+            payloads: One payload per child, each as for ``invoke``; at most ``CONDUCTOR["MAX_CHILDREN"]``.
+            timeout: Seconds, or a ``timedelta``, from the children's creation, for all of them together.
+            on_timeout: ``"cancel"`` cancels the children that are late, ``"abandon"`` lets them go on.
+            max_parallel: So many children may be in flight at once; the others are held back. ``None``: all.
+            return_exceptions: Wait for all, and put ``ChildFailed``, ``ChildTimedOut`` or ``ChildCancelled`` in the
+                place of a result that there is not, instead of raising.
+            queue: Celery queue of the children, instead of their task's own.
+            priority: Priority of the children's messages, instead of their task's own.
+
+        Raises:
+            ChildFailed: A child used up its attempts. Children that no worker had started are cancelled, the others
+                go on.
+            ChildTimedOut: ``timeout`` ended first.
+            ChildCancelled: Somebody cancelled a child.
+            TooManyChildren: There are too many payloads. Nothing is stored.
+        """
+        step = _step_name(step)
+        call = f'ctx.map("{step}")'
+        self._enter(step, call)
+        given = _ChildOptions(timeout, on_timeout, queue, priority)
+        seconds, late, options = given.checked()
+        parallel = None if max_parallel is None else _check_parallel(max_parallel)
+        if isinstance(child, Signature):
+            raise InvalidArgumentType(f"{call} got a signature. Pass the task, and its arguments as payloads.")
+        each = _payloads(payloads, call)
+        resolved = [resolve_child(child, payload, call, f"payloads[{number}]") for number, payload in enumerate(each)]
+        texts = [dump_call(args, kwargs, conductor_settings().MAX_PAYLOAD_BYTES) for _, args, kwargs, _ in resolved]
+        task = resolved[0][0].name if resolved else resolve_child(child, None, call)[0].name
+        payload_digest = digest(" ".join(digest(text) for text in texts))
+        remembered = self._recall(step, StepKind.MAP, task=task, payload_digest=payload_digest)
+        if remembered is None:
+            self._check_depth(call, task)
+            self._hint_at_milliseconds(step, timeout, seconds)
+            children = [
+                invocable.new_execution(
+                    args,
+                    kwargs,
+                    {**own, **options},
+                    what=f"payloads[{number}] of {call}",
+                    execution_id=derive_child_id(self._execution.pk, f"{step}[{number}]"),
+                )
+                for number, (invocable, args, kwargs, own) in enumerate(resolved)
+            ]
+            fails_fast = not return_exceptions
+            self._suspend(
+                transitions.Map(step, task, children, payload_digest, seconds, late, parallel, fails_fast),
+            )
+        if remembered.is_pending:
+            self._replayed -= 1
+            self._suspend(transitions.Pending(step))
+        self._lease_must_hold()
+        return self._map_outcome(remembered, return_exceptions=return_exceptions)
+
+    def _map_outcome(self, remembered: steps.Memory, *, return_exceptions: bool) -> list[Any]:
+        if not return_exceptions and remembered.status != StepStatus.SUCCEEDED:
+            raise child_error(remembered)
+        late = set(loads(remembered.result) or ()) if remembered.status == StepStatus.TIMED_OUT else set()
+        values: list[Any] = []
+        for child in self._recall_map(remembered.name):
+            if child.status == ExecutionStatus.SUCCEEDED and child.position not in late:
+                values.append(loads(child.result))
+                continue
+            is_late = child.position in late or child.is_open
+            outcome = StepStatus.TIMED_OUT if is_late else StepStatus(child.status)
+            error = child_error(
+                dataclasses.replace(remembered, status=outcome, error=child.error, child_id=child.child_id)
+            )
+            if not return_exceptions:
+                raise error
+            values.append(error)
+        if len(values) != remembered.total:
+            raise ChildCancelled(
+                f"A child of step '{remembered.name}' has been deleted, and its outcome with it.", step=remembered.name
+            )
+        return values
+
+    def _recall_map(self, step: str) -> list[steps.ChildOutcome]:
+        return transitions.patiently(lambda: steps.recall_map(self._execution.pk, step))
+
+    def start(
+        self,
+        step: str,
+        child: Task[..., R] | Signature[R] | str,
+        payload: object = None,
+        *,
+        timeout: float | dt.timedelta | None = None,
+        on_timeout: str = "cancel",
+        queue: str | None = None,
+        priority: int | None = None,
+    ) -> ChildHandle[R]:
+        """Start ``child`` as a durable step and go on without waiting; ``ctx.gather`` waits for it.
+
+        A child that is never gathered lives on when this execution has succeeded or failed, and is cancelled when this
+        execution is cancelled.
+
+        Args and errors: as for ``invoke``; the child's own outcome is raised by ``gather``.
+
+        Returns:
+            A handle for ``gather``, good for this run of the body.
+        """
+        remembered = self._invocation(
+            f'ctx.start("{_step_name(step)}")',
+            StepKind.START,
+            step,
+            child,
+            payload,
+            _ChildOptions(timeout, on_timeout, queue, priority),
+        )
+        if isinstance(remembered, transitions.Invocation):
+            wait = remembered
+            remembered = self._start_child(wait)
+            self._memory[remembered.name] = remembered
+            self._replayed += 1
+        self._lease_must_hold()
+        return ChildHandle(remembered.name, remembered.child_id, self)
+
+    def _start_child(self, wait: transitions.Invocation) -> steps.Memory:
+        return transitions.start_child(self._execution, wait)
+
+    def gather(self, *handles: ChildHandle[Any], return_exceptions: bool = False) -> list[Any]:
+        """Wait for started children and return their results, in the order of ``handles``.
+
+        The worker is released, and the body runs again once: when all have ended, or when the first of them has failed
+        for good.
+
+        Args:
+            handles: What ``ctx.start`` returned in this run.
+            return_exceptions: Wait for all, and put ``ChildFailed``, ``ChildTimedOut`` or ``ChildCancelled`` in the
+                place of a result that there is not, instead of raising.
+
+        Raises:
+            ChildFailed, ChildTimedOut, ChildCancelled: The outcome of the first child that has no result. The others
+                go on; those that no worker had started are cancelled.
+        """
+        for handle in handles:
+            if not isinstance(handle, ChildHandle):
+                raise InvalidArgumentType(
+                    f"ctx.gather takes the handles that ctx.start returned, got {type(handle).__name__}. "
+                    "A list of them is passed as ctx.gather(*handles)."
+                )
+            if handle._context is not self:
+                raise InvalidArgument(
+                    f'The handle of step "{handle.step}" is of another run or execution. Call ctx.start in this run; '
+                    "it starts nothing twice."
+                )
+        names = list(dict.fromkeys(handle.step for handle in handles))
+        step = gather_name(names, return_exceptions=return_exceptions)
+        self._used.pop(step, None)
+        self._enter(step, "ctx.gather()")
+        if not names:
+            return []
+        remembered = self._recall(step, StepKind.GATHER)
+        if remembered is None and any(self._memory[name].is_pending for name in names):
+            self._suspend(transitions.Gather(step, names, fails_fast=not return_exceptions))
+        if remembered is not None and remembered.is_pending:
+            self._replayed -= 1
+            self._suspend(transitions.Pending(step))
+        self._lease_must_hold()
+        if remembered is not None and remembered.child_id is not None:
+            # Others may have failed by now. The one that ended the first wait is the one that counts.
+            raise child_error(next(m for n in names if (m := self._memory[n]).child_id == remembered.child_id))
+        values = {name: _outcome_of(self._memory[name]) for name in names}
+        failed = next((value for value in values.values() if isinstance(value, _Failed)), None)
+        if failed is not None and not return_exceptions:
+            raise failed.error
+        outcomes = [values[handle.step] for handle in handles]
+        return [outcome.error if isinstance(outcome, _Failed) else outcome for outcome in outcomes]
 
     # --------------------------------------------------------------------------------------------------------- steps
 
@@ -299,14 +539,14 @@ class ExecutionContext:
         found, value = self._begin_step(step, fn, call)
         if found:
             return value  # type: ignore[no-any-return]
-        with self._nested(call):
+        with self._nested(call), observing.stepping(self._execution, step):
             try:
                 result = fn(*args, **kwargs)
             except Exception as error:
                 self._unrecorded = (step, error)
                 raise
         text, value = _encode_result(result, call)
-        memory = transitions.record_step(self._execution, step, result=text)
+        memory = self._record(step, result=text)
         self._memory[step] = memory
         self._replayed += 1
         return value if memory.result == text else memory.get_result()  # type: ignore[no-any-return]
@@ -324,15 +564,9 @@ class ExecutionContext:
         found, value = self._begin_step(step, fn, call)
         if found:
             return value  # type: ignore[no-any-return]
-        using = database()
-        with self._nested(call):
+        with self._nested(call), observing.stepping(self._execution, step):
             try:
-                with transaction.atomic(using=using):
-                    result = fn(*args, **kwargs)
-                    text, value = _encode_result(result, call)
-                    # The execution's row last: until here only rows of the user's are locked.
-                    cancelled = transitions.lock_held(self._execution)
-                    steps.record(self._execution, step, result=text)
+                text, value, cancelled = self._record_together(step, lambda: _encode_result(fn(*args, **kwargs), call))
             except Exception as error:
                 if not isinstance(error, LeaseLost) and not is_outage(error):
                     self._unrecorded = (step, error)
@@ -388,6 +622,51 @@ class ExecutionContext:
             self._suspend(transitions.Pending(step))
         self._lease_must_hold()
 
+    # --------------------------------------------------------------------------------------------------------- events
+
+    def wait_for(self, step: str, event: str, *, timeout: float | dt.timedelta | None = None) -> Any:
+        """Release the worker until an event of this name is sent to the execution, and return its payload.
+
+        Events are sent with ``api.send_event``. One that was sent before is kept, and taken at once. Each is taken by
+        one step, the oldest of its name first.
+
+        Args:
+            step: Name of the step, unique within this execution and stable across deployments.
+            event: Name of the event; several steps may wait for events of one name, one after another.
+            timeout: Seconds, or a ``timedelta``, from the suspension of the first run that gets here; replays never
+                extend it. ``None`` waits without limit.
+
+        Returns:
+            The payload after a JSON round trip.
+
+        Raises:
+            EventTimedOut: ``timeout`` ended first. Also a builtin ``TimeoutError``. Remembered: each replay raises it,
+                and an event that comes later is kept for the next ``wait_for``.
+            StepNameReused: ``step`` was used before in this run.
+            StepMismatch: ``step`` was recorded for another event or kind.
+            InvokeInsideTransaction: The call stands inside ``transaction.atomic()``.
+        """
+        step = _step_name(step)
+        call = f'ctx.wait_for("{step}")'
+        self._enter(step, call)
+        event = check_name(event, "event name")
+        seconds = None if timeout is None else check_duration(timeout, "timeout", allow_zero=False)
+        remembered = self._recall(step, StepKind.EVENT, task=event)
+        if remembered is None:
+            self._hint_at_milliseconds(step, timeout, seconds)
+            self._suspend(transitions.AwaitEvent(step, event, seconds))
+        if remembered.is_pending:
+            self._replayed -= 1
+            self._suspend(transitions.Pending(step))
+        self._lease_must_hold()
+        if remembered.status == StepStatus.SUCCEEDED:
+            return remembered.get_result()
+        raise EventTimedOut(
+            f"Event '{event}' did not come within {remembered.timeout_seconds:g}s (step '{step}')",
+            step=step,
+            event=event,
+        )
+
     # ------------------------------------------------------------------------------------------- control from outside
 
     def checkpoint(self) -> None:
@@ -405,7 +684,7 @@ class ExecutionContext:
             raise ReleaseExecution
         if time.monotonic() - self._checked_at >= CHECKPOINT_INTERVAL_SECONDS:
             self._checked_at = time.monotonic()
-            transitions.check_held(self._execution)
+            self._check_held()
 
     def retry(
         self, *, exc: BaseException | None = None, countdown: float | dt.timedelta | None = None
@@ -446,7 +725,7 @@ class ExecutionContext:
             step, error = self._unrecorded
             self._unrecorded = None
             failure = describe(error, conductor_settings().MAX_ERROR_BYTES)
-            self._memory[step] = transitions.record_step(self._execution, step, failure=failure)
+            self._memory[step] = self._record(step, failure=failure)
             self._replayed += 1
 
     def _enter(self, step: str, call: str) -> None:
@@ -508,8 +787,9 @@ class ExecutionContext:
                 "Give the new call its own step name."
             )
         if remembered.task != task:
+            noun, verb = ("event", "waits for") if kind == StepKind.EVENT else ("task", "calls")
             raise StepMismatch(
-                f'Step "{step}" recorded task {remembered.task} and the code now calls {task}. '
+                f'Step "{step}" recorded {noun} {remembered.task} and the code now {verb} {task}. '
                 "Give the new call its own step name."
             )
         if remembered.payload_digest != payload_digest:
@@ -518,10 +798,31 @@ class ExecutionContext:
                 "the recorded outcome counts. "
                 "Payloads should follow from the execution's own payload and earlier steps."
             )
-            if conductor_settings().STRICT_REPLAY:
+            if self._is_strict:
                 raise StepMismatch(message)
             logger.warning(message, extra=self._log_extra())
         return remembered
+
+    # What goes to the database from inside a body; the test kit's context keeps it in memory.
+
+    def _record(self, step: str, *, result: str | None = None, failure: Failure | None = None) -> steps.Memory:
+        return transitions.record_step(self._execution, step, result=result, failure=failure)
+
+    def _record_together(self, step: str, work: Callable[[], tuple[str, Any]]) -> tuple[str, Any, bool]:
+        """Run ``work`` and record the text that it returns, in one transaction; tell whether to cancel."""
+        with transaction.atomic(using=database()):
+            text, value = work()
+            # The execution's row last: until here only rows of the user's are locked.
+            cancelled = transitions.lock_held(self._execution)
+            steps.record(self._execution, step, result=text)
+        return text, value, cancelled
+
+    def _check_held(self) -> None:
+        transitions.check_held(self._execution)
+
+    @property
+    def _is_strict(self) -> bool:
+        return conductor_settings().STRICT_REPLAY
 
     def _suspend(self, wait: transitions.Wait) -> NoReturn:
         self._suspension = (wait, self._used[wait.step])
@@ -544,6 +845,36 @@ class ExecutionContext:
         }
 
 
+@dataclass(frozen=True)
+class ChildHandle(Generic[R]):
+    """A started child, for ``ctx.gather``; good for the run that got it from ``ctx.start``."""
+
+    #: Name of the step that started it.
+    step: str
+    #: Id of the child execution.
+    execution_id: uuid.UUID | None
+    _context: ExecutionContext = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class _Failed:
+    error: ChildError
+
+
+def _outcome_of(remembered: steps.Memory) -> Any:
+    if remembered.status == StepStatus.SUCCEEDED:
+        return remembered.get_result()
+    return _Failed(child_error(remembered))
+
+
+def gather_name(members: Sequence[str], *, return_exceptions: bool) -> str:
+    """Return the name under which a gather is remembered; no step of the user's can have it."""
+    name = f"gather({','.join(members)}{',return_exceptions' if return_exceptions else ''})"
+    if len(name) <= _NAME_LENGTH:
+        return name
+    return f"{name[:88]}…{digest(name)})"
+
+
 class ReplayAwareLogger(logging.LoggerAdapter[logging.Logger]):
     """``ctx.logger``: adds the execution's ids, and drops lines that an earlier run has already written."""
 
@@ -559,6 +890,17 @@ class ReplayAwareLogger(logging.LoggerAdapter[logging.Logger]):
         """Add the ids to the record."""
         kwargs["extra"] = {**self._context._log_extra(), **(kwargs.get("extra") or {})}
         return msg, kwargs
+
+
+#: What to tell whoever wrote a body that swallows its suspension.
+SWALLOWED_ADVICE = "Use `except Exception`, or re-raise conductor_app.SuspendExecution; do not return from `finally`."
+
+
+def swallowed_suspension(context: ExecutionContext, task: str, how: str) -> str:
+    """Return where a body swallowed its suspension, and how it went on (``returned``, ``raised ValueError``)."""
+    assert context.suspension is not None
+    wait, place = context.suspension
+    return f"{task} swallowed the suspension at {place} (step {wait.step!r}) and {how}"
 
 
 def child_error(remembered: steps.Memory) -> ChildError:
@@ -579,54 +921,87 @@ def child_error(remembered: steps.Memory) -> ChildError:
 
 
 def _step_name(step: object) -> str:
-    if not isinstance(step, str):
-        raise InvalidArgumentType(f"step name must be str, got {type(step).__name__}")
-    if not step:
-        raise InvalidArgument(f"step name must be 1–{_STEP_NAME_LENGTH} characters")
-    if len(step) > _STEP_NAME_LENGTH:
-        raise InvalidArgument(f"step name must be 1–{_STEP_NAME_LENGTH} characters: {len(step)} > {_STEP_NAME_LENGTH}")
-    if not _STEP_NAME.match(step):
-        raise InvalidArgument(f"step name {step!r} must match {_STEP_NAME_PATTERN}: ASCII letters, digits and _ . : -")
-    return str.__str__(step)  # a member of an Enum is written by its value
+    return check_name(step, "step name")
 
 
-def check_duration(value: object, name: str, *, allow_zero: bool = True, allow_past: bool = False) -> float:
-    """Return a duration in seconds.
+def check_name(name: object, what: str) -> str:
+    """Return the name of a step or an event.
 
     Raises:
-        InvalidArgumentType: It is neither a number nor a ``timedelta``.
-        InvalidArgument: It is NaN, infinite, negative (unless ``allow_past``), or longer than ``MAX_SECONDS``.
+        InvalidArgumentType: It is no text.
+        InvalidArgument: It is empty, too long, or has other characters than ASCII letters, digits and ``_ . : -``.
     """
-    if isinstance(value, dt.timedelta):
-        value = value.total_seconds()
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise InvalidArgumentType(f"{name} must be a number of seconds or a timedelta, got {type(value).__name__}")
-    limit = "" if allow_past else "≥ 0 " if allow_zero else "> 0 "
-    if value != value or value in (math.inf, -math.inf):
-        raise InvalidArgument(f"{name} must be {limit or 'a finite number of '}seconds, got {value!r}")
-    if not allow_past and (value < 0 or (value == 0 and not allow_zero)):
-        raise InvalidArgument(f"{name} must be {limit}seconds, got {_shown(value)}")
-    if abs(value) > MAX_SECONDS:
-        raise InvalidArgument(f"{name} must be at most {MAX_SECONDS} seconds (100 years), got {_shown(value)}")
-    return float(value)
+    if not isinstance(name, str):
+        raise InvalidArgumentType(f"{what} must be str, got {type(name).__name__}")
+    if not name:
+        raise InvalidArgument(f"{what} must be 1–{_NAME_LENGTH} characters")
+    if len(name) > _NAME_LENGTH:
+        raise InvalidArgument(f"{what} must be 1–{_NAME_LENGTH} characters: {len(name)} > {_NAME_LENGTH}")
+    if not _NAME.match(name):
+        raise InvalidArgument(f"{what} {name!r} must match {_NAME_PATTERN}: ASCII letters, digits and _ . : -")
+    return str.__str__(name)  # a member of an Enum is written by its value
 
 
-def check_instant(value: object, name: str) -> dt.datetime:
-    """Return an instant in the form that Django stores.
+def check_key(key: object, name: str) -> str:
+    """Return a key that the caller has chosen.
 
     Raises:
-        InvalidArgumentType: It is no ``datetime``.
-        InvalidArgument: It lies outside of what each database and each time zone can say.
+        InvalidArgumentType: It is no text.
+        InvalidArgument: It is empty, longer than 255 characters, or would not be the same on every database.
     """
-    if not isinstance(value, dt.datetime):
-        raise InvalidArgumentType(f"{name} must be a datetime, got {type(value).__name__}")
-    if not 1900 <= value.year <= 9000:
-        raise InvalidArgument(f"{name} must lie between the years 1900 and 9000, got {value}")
-    return clock.aware(value)
+    if not isinstance(key, str):
+        raise InvalidArgumentType(f"{name} must be str, got {type(key).__name__}")
+    if not 1 <= len(key) <= 255:
+        raise InvalidArgument(f"{name} must have 1–255 characters, got {len(key)}")
+    # MySQL ignores spaces at the end when it compares, so two keys would be one there, and only there.
+    if key != key.strip() or not key.isprintable():
+        raise InvalidArgument(f"{name} must be printable text without spaces at its ends, got {key!r}. Strip it.")
+    return str.__str__(key)
 
 
-def _shown(value: float) -> str:
-    return repr(value) if isinstance(value, float) or value.bit_length() < 64 else "a much larger one"
+@dataclass(frozen=True)
+class _ChildOptions:
+    """What a call says about a child beside its payload, as it was given."""
+
+    timeout: Any
+    on_timeout: Any
+    queue: Any
+    priority: Any
+
+    def checked(self) -> tuple[float | None, OnTimeout, dict[str, Any]]:
+        """Return seconds, what a timeout does, and Celery's options."""
+        seconds = None if self.timeout is None else check_duration(self.timeout, "timeout", allow_zero=False)
+        if self.on_timeout not in list(OnTimeout):
+            raise InvalidArgument(f'on_timeout must be "cancel" or "abandon", got {shown(self.on_timeout)}.')
+        options: dict[str, Any] = {}
+        if self.queue is not None:
+            options["queue"] = _check_type(self.queue, str, "queue")
+        if self.priority is not None:
+            options["priority"] = _check_type(self.priority, int, "priority")
+        return seconds, OnTimeout(self.on_timeout), options
+
+
+def _check_parallel(value: object) -> int:
+    count = _check_type(value, int, "max_parallel")
+    if count < 1:
+        raise InvalidArgument(f"max_parallel must be ≥ 1, got {count}; None is without limit")
+    return count
+
+
+def _payloads(payloads: object, call: str) -> list[Any]:
+    if isinstance(payloads, (str, bytes, Mapping)) or not isinstance(payloads, Iterable):
+        raise InvalidArgumentType(
+            f"{call} needs a list of payloads, one per child, got {type(payloads).__name__}. "
+            "For one child use ctx.invoke."
+        )
+    limit = conductor_settings().MAX_CHILDREN
+    each = list(itertools.islice(payloads, limit + 1))
+    if len(each) > limit:
+        raise TooManyChildren(
+            f"{call} got more than {limit} payloads. Map over parts of the work, in children that map themselves, "
+            'or raise CONDUCTOR["MAX_CHILDREN"].'
+        )
+    return each
 
 
 def _check_type(value: Any, expected: type[R], name: str) -> R:
@@ -639,10 +1014,21 @@ def _looks_like_milliseconds(seconds: float) -> bool:
     return seconds > LONG_TIMEOUT_SECONDS or (seconds >= 10_000 and seconds % 1_000 == 0)
 
 
-def _resolve_child(
-    child: object, payload: object, call: str
+def resolve_child(
+    child: object, payload: object, call: str, what: str = "payload"
 ) -> tuple[Invocable, list[Any], dict[str, Any], dict[str, Any]]:
-    """Return the child's task, its arguments and its own Celery options."""
+    """Return the child's task, its arguments and its own Celery options.
+
+    Args:
+        child: A task, its name, or a signature of it.
+        payload: As ``ctx.invoke`` takes it.
+        call: How the call is named in an error.
+        what: How the payload is.
+
+    Raises:
+        UnknownTask, InvalidArgumentType: There is no such task, or the payload cannot be its arguments.
+    """
+    django_task: Invocable | None = None
     options: dict[str, Any] = {}
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
@@ -659,39 +1045,38 @@ def _resolve_child(
             name = child
         elif isinstance(child, Task):
             name = child.name
+        elif is_django_task(child):
+            django_task, name = DjangoTask(child), ""
         else:
             described = getattr(child, "__qualname__", None) or shown(child)
             raise UnknownTask(
-                f"{call} needs a durable task, its name or a signature, got {type(child).__name__} {described}. "
+                f"{call} needs a task, its name or a signature, got {type(child).__name__} {described}. "
                 "Is @durable_task missing above its definition?"
             )
         if isinstance(payload, Mapping):
             for key in payload:
                 if not isinstance(key, str):
                     raise InvalidArgumentType(
-                        f"payload of {call} has the key {key!r} of type {type(key).__name__}: its keys are the child's "
+                        f"{what} of {call} has the key {key!r} of type {type(key).__name__}: its keys are the child's "
                         "argument names, so they must be strings."
                     )
             kwargs = dict(payload)
         elif payload is not None:
             args = [payload]
+    if django_task is not None:
+        return django_task, args, kwargs, options
     task = current_app.tasks.get(name)
     if task is None:
         raise UnknownTask(_unknown(name))
-    if not isinstance(task, Invocable):
-        raise UnknownTask(
-            f'"{name}" is a plain Celery task. {call} runs durable tasks: put @durable_task above it instead of '
-            "@shared_task."
-        )
-    return task, args, kwargs, options
+    return task if isinstance(task, Invocable) else PlainTask(task), args, kwargs, options
 
 
 def _unknown(name: str) -> str:
-    durable = sorted(key for key, task in current_app.tasks.items() if isinstance(task, Invocable))
-    nearest = difflib.get_close_matches(name, durable, n=1, cutoff=0.6)
+    known = sorted(current_app.tasks)
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     hint = f' Did you mean "{nearest[0]}"?' if nearest else ""
     return (
-        f'No durable task named "{shown(name)[1:-1]}".{hint} Known: {len(durable)}. '
+        f'No task named "{shown(name)[1:-1]}".{hint} Known: {len(known)}. '
         "Is its module imported (tasks.py in an installed app)?"
     )
 

@@ -1,8 +1,9 @@
 """Publish the Celery message of a queued execution.
 
-The message is a doorbell: the task's name and the execution's id. It carries no payload and no authority, so losing,
-doubling or forging one changes nothing. The execution's own row is the outbox: ``dispatch_at`` says when the sweeper
-rings again.
+A durable task's message is a doorbell: the task's name and the execution's id. It carries no payload and no authority,
+so losing, doubling or forging one changes nothing. The execution's own row is the outbox: ``dispatch_at`` says when the
+sweeper rings again. A plain task's message is the one that Celery itself would publish, with the execution's id;
+``plain_runs`` makes a copy of it as harmless as a doorbell's.
 
 With the ``memory://`` broker nobody publishes here: a message in a web process's memory would reach no worker. Each
 worker's feed takes due executions from the database instead (``maintenance.sweeper``).
@@ -14,7 +15,7 @@ import logging
 import struct
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -25,33 +26,39 @@ from django.db import transaction
 from django.db.models import DateTimeField
 from django.db.models.expressions import Combinable, Value
 from django.db.models.functions import Least
-from kombu.exceptions import EncodeError
+from kombu.exceptions import EncodeError, SerializerNotInstalled
 
-from conductor_app import clock
+from conductor_app import clock, observing
+from conductor_app.arguments import MESSAGE_OPTIONS, PLAIN_OPTIONS
 from conductor_app.conf import conductor_settings
 from conductor_app.ids import created_at
 from conductor_app.models import Execution, database
+from conductor_app.serialization import loads
 
 logger = logging.getLogger(__name__)
 
 _is_inline: ContextVar[bool] = ContextVar("conductor_app_inline", default=False)
+#: How many blocks of ``inline(everywhere=True)`` this process is in.
+_inline_everywhere = 0
 
 #: Header of our own messages. It only tells a doorbell from a message that somebody else published by task name.
 HEADER = "conductor"
-#: Its values: an ordinary doorbell, and one whose run may leave callbacks to the sweeper.
-DOORBELL, DOORBELL_WITH_CALLBACKS = "doorbell", "doorbell, callbacks"
+#: Its values: an ordinary doorbell, one whose run may leave callbacks to the sweeper, and a plain task's message.
+DOORBELL, DOORBELL_WITH_CALLBACKS, PLAIN = "doorbell", "doorbell, callbacks", "plain"
 
 #: After a failed publish, leave the broker alone for this many seconds; the sweeper catches up.
 BREAKER_SECONDS = 5.0
+#: Of executions that one commit queues, each thousand more is given another ``REDISPATCH_SECONDS`` to be started.
+REDISPATCH_CROWD = 1_000
+#: How long RabbitMQ may take to confirm a message, in seconds; without a limit, the caller and the sweeper would wait
+#: for a server that has silently gone as long as TCP does. Redis has ``socket_timeout`` for that.
+PUBLISH_SECONDS = 5.0
 _broker_rests_until = 0.0
 #: Errors about one message, its queue or its options. The broker is there, and takes others.
-_MESSAGE_ERRORS = (ChannelError, EncodeError, TypeError, ValueError, struct.error)
+_MESSAGE_ERRORS = (ChannelError, EncodeError, SerializerNotInstalled, LookupError, TypeError, ValueError, struct.error)
 
 #: Fields of a row that ``publish`` reads.
-DOORBELL_FIELDS = ("id", "task", "queue", "priority", "options", "root_id", "parent_id")
-
-#: Options that go into each message of an execution.
-_MESSAGE_OPTIONS = ("time_limit", "soft_time_limit", "exchange", "routing_key", "shadow", "headers")
+DOORBELL_FIELDS = ("id", "task", "queue", "priority", "options", "root_id", "parent_id", "attempt")
 
 
 def is_embedded(app: Celery | None = None) -> bool:
@@ -72,27 +79,41 @@ def is_left_to_sweeper(options: Mapping[str, Any]) -> bool:
 
 
 @contextmanager
-def inline() -> Iterator[None]:
-    """Publish nothing: this process runs what it queues, and other workers are to leave it alone for a while."""
+def inline(*, everywhere: bool = False) -> Iterator[None]:
+    """Publish nothing: this process runs what it queues, and other workers are to leave it alone for a while.
+
+    Args:
+        everywhere: In all threads of this process, such as that of a live test server; else in this one.
+    """
+    global _inline_everywhere  # noqa: PLW0603
     token = _is_inline.set(True)
+    _inline_everywhere += everywhere
     try:
         yield
     finally:
+        _inline_everywhere -= everywhere
         _is_inline.reset(token)
 
 
-def first_instant(due: Combinable, *, is_due: bool, root_id: uuid.UUID | None = None) -> Combinable:
+def is_inline() -> bool:
+    """Tell whether nothing is to be published now."""
+    return _inline_everywhere > 0 or _is_inline.get()
+
+
+def first_instant(due: Combinable, *, is_due: bool, root_id: uuid.UUID | None = None, ahead: int = 0) -> Combinable:
     """Return when the sweeper is to publish an execution that is being queued now.
 
     Args:
         due: When it may be claimed.
         is_due: Whether that is now, so that a message follows the commit.
         root_id: The root of its tree, if it continues one that has begun.
+        ahead: How many the same commit queues before it. Its message is behind theirs, and is not to be taken for lost
+            while they are worked off: the copies took as long as the work (measured with 10,000 children of a map).
     """
     if not is_due:
         return due
-    if not is_embedded() or _is_inline.get():
-        return clock.after(conductor_settings().REDISPATCH_SECONDS)
+    if not is_embedded() or is_inline():
+        return clock.after(conductor_settings().REDISPATCH_SECONDS * (1 + ahead / REDISPATCH_CROWD))
     if root_id is None or root_id.version != 7:
         return due
     # The feed serves the smallest instant first. A tree that has begun goes on before younger ones begin, or a
@@ -100,10 +121,20 @@ def first_instant(due: Combinable, *, is_due: bool, root_id: uuid.UUID | None = 
     return Least(due, Value(created_at(root_id), output_field=DateTimeField()))
 
 
-def on_commit(execution: Execution) -> None:
-    """Publish ``execution`` when the current transaction is committed."""
-    if not is_embedded() and not _is_inline.get():
-        transaction.on_commit(lambda: publish(execution), using=database(), robust=True)
+def on_commit(*executions: Execution) -> None:
+    """Publish ``executions`` when the current transaction is committed."""
+    if executions and not is_embedded() and not is_inline():
+        transaction.on_commit(lambda: publish_all(executions), using=database(), robust=True)
+
+
+def publish_all(executions: Iterable[Execution]) -> None:
+    """Publish the messages of queued executions on one connection, until the broker refuses; the sweeper does the rest.
+
+    Never raises, as ``publish``.
+    """
+    for execution in executions:
+        if not publish(execution) and is_broker_resting():
+            return
 
 
 def publish(execution: Execution) -> bool:
@@ -118,7 +149,8 @@ def publish(execution: Execution) -> bool:
     if is_broker_resting():
         return False
     try:
-        _send(execution)
+        with observing.acting_for(execution):
+            _send(execution)
     except Exception as error:  # noqa: BLE001 - whatever the broker's client raises, the row is safe
         if not isinstance(error, _MESSAGE_ERRORS):
             _broker_rests_until = time.monotonic() + BREAKER_SECONDS
@@ -137,9 +169,17 @@ def publish(execution: Execution) -> bool:
 
 def _send(execution: Execution) -> None:
     stored = execution.get_options()
-    options: dict[str, Any] = {name: stored[name] for name in _MESSAGE_OPTIONS if stored.get(name) is not None}
+    is_plain = "plain" in stored
+    args, kwargs = loads(execution.payload) if is_plain else ((), {})
+    options: dict[str, Any] = {
+        name: stored[name] for name in (*MESSAGE_OPTIONS, "headers") if stored.get(name) is not None
+    }
     kind = DOORBELL_WITH_CALLBACKS if is_left_to_sweeper(stored) else DOORBELL
-    options["headers"] = {**options.get("headers", {}), HEADER: kind}
+    options["headers"] = {**options.get("headers", {}), HEADER: PLAIN if is_plain else kind}
+    if is_plain:
+        options.update({name: stored[name] for name in PLAIN_OPTIONS if name in stored}, retries=execution.attempt - 1)
+        # As a header alone: as an option it would make this process listen for the result, on some result backends.
+        options["headers"]["ignore_result"] = stored["ignore_result"]
     if stored.get("stamps"):
         options.update(stored["stamps"], stamped_headers=list(stored["stamps"]))
     if "exchange" not in options and "routing_key" not in options:
@@ -150,20 +190,29 @@ def _send(execution: Execution) -> None:
         # Try each server once. Left to itself, kombu would go on for 6 seconds, and the caller would wait.
         servers = producer.connection.alt
         producer.connection.ensure_connection(max_retries=max(len(servers) - 1, 0))
-        current_app.send_task(
-            execution.task,
-            args=(),
-            kwargs={},
-            task_id=str(execution.pk),
-            root_id=stored.get("root_id") or str(execution.root_id),
-            parent_id=str(execution.parent_id) if execution.parent_id else stored.get("parent_id"),
-            ignore_result=True,
-            serializer="json",
-            add_to_parent=False,
-            retry=False,
-            producer=producer,
-            **options,
-        )
+        is_amqp = producer.connection.transport.driver_type == "amqp"
+        if is_amqp:
+            options["timeout"] = PUBLISH_SECONDS
+        try:
+            current_app.send_task(
+                execution.task,
+                args=args,
+                kwargs=kwargs,
+                task_id=str(execution.pk),
+                root_id=stored.get("root_id") or str(execution.root_id),
+                parent_id=str(execution.parent_id) if execution.parent_id else stored.get("parent_id"),
+                ignore_result=True,
+                add_to_parent=False,
+                retry=False,
+                producer=producer,
+                **{"serializer": "json", **options},
+            )
+        except Exception as error:
+            if is_amqp and not isinstance(error, _MESSAGE_ERRORS):
+                # Without saying goodbye: it would wait for an answer without limit. And not to be used again: a
+                # confirmation that comes late would be taken for the next message's.
+                producer.connection.collect()
+            raise
 
 
 def _broker_uri() -> str:

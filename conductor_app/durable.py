@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import difflib
 import functools
 import inspect
@@ -18,13 +17,13 @@ from celery.contrib.django.task import DjangoTask
 from celery.local import Proxy
 from celery.result import AsyncResult, EagerResult
 from celery.utils.functional import head_from_fun, maybe_list
-from celery.utils.time import maybe_iso8601
 from django.core.exceptions import ImproperlyConfigured
 from django.db import OperationalError
 
 from conductor_app import dispatch, executor, inline, transitions
+from conductor_app.arguments import call_arguments, check_priority, due_time, expiry, message_options, queue_name
 from conductor_app.conf import conductor_settings
-from conductor_app.context import ExecutionContext, check_duration, check_instant, current_context
+from conductor_app.context import ExecutionContext, check_key, current_context
 from conductor_app.dispatch import HEADER
 from conductor_app.exceptions import (
     AbandonRun,
@@ -47,11 +46,7 @@ _ROUTING_OPTIONS = ("queue", "exchange", "exchange_type", "routing_key", "delive
 _RETRY_OPTIONS = frozenset(RetryPolicy.__dataclass_fields__)
 _CONTEXT_NAMES = ("ctx", "context", "_ctx", "_context", "_")
 #: Options of ``apply_async`` that outlive a suspension, as they are stored.
-_KEPT_OPTIONS = (
-    *("celery_id", "chain", "group_id", "group_index", "root_id", "parent_id"),
-    *("time_limit", "soft_time_limit", "shadow"),
-)
-_KEPT_ROUTING = ("exchange", "routing_key")
+_KEPT_OPTIONS = ("celery_id", "chain", "group_id", "group_index", "root_id", "parent_id")
 #: Where each decorated task was defined, by name: to notice two tasks of one name.
 _defined_at: dict[str, tuple[str, str]] = {}
 
@@ -176,7 +171,7 @@ class DurableTask(_Task[P, R]):
         if self.app.conf.task_always_eager:
             options["ignore_result"] = not self.app.conf.task_store_eager_result
         new = self.new_execution(
-            *_arguments(self.name, args, kwargs),
+            *call_arguments(self.name, args, kwargs),
             options,
             what=f"payload of {self.name}",
             execution_id=_parse_id(task_id),
@@ -212,7 +207,7 @@ class DurableTask(_Task[P, R]):
         kept["ignore_result"] = not self.app.conf.task_store_eager_result
         task_id = kept.pop("task_id", None)
         new = self.new_execution(
-            *_arguments(self.name, args, kwargs),
+            *call_arguments(self.name, args, kwargs),
             kept,
             what=f"payload of {self.name}",
             execution_id=_parse_id(task_id),
@@ -263,24 +258,25 @@ class DurableTask(_Task[P, R]):
         """
         self._check_signature(args, kwargs, what)
         payload = dump_call(args, kwargs, conductor_settings().MAX_PAYLOAD_BYTES)
-        _check_idempotency_key(idempotency_key)
+        if idempotency_key is not None:
+            check_key(idempotency_key, "idempotency_key")
         given = {name: value for name, value in options.items() if value is not None}
         # The decorator's own queue, priority, time limits: of a child as well as of a root.
         exec_options: Mapping[str, Any] = {**cast(Any, self)._get_exec_options(), **self.routing}
         own = {name: value for name, value in exec_options.items() if value is not None}
         options = {**own, **given}
-        countdown, eta = _due(options)
+        countdown, eta = due_time(options)
         return transitions.NewExecution(
             id=execution_id or new_root_id(),
             task=self.name,
-            queue=self._queue_name(options, args, kwargs),
+            queue=queue_name(self, options, args, kwargs),
             payload=payload,
             max_attempts=self.retry_policy.max_attempts,
-            priority=_priority(options.get("priority")),
+            priority=check_priority(options.get("priority")),
             options=dump_options(self._kept_options(options, is_root=is_root)),
             countdown=countdown,
             eta=eta,
-            expires=_expires(options.get("expires")),
+            expires=expiry(options.get("expires")),
             idempotency_key=idempotency_key,
         )
 
@@ -291,22 +287,8 @@ class DurableTask(_Task[P, R]):
             signature = body_signature(self.run)
             raise InvalidArgumentType(f"{what} does not fit {self.name}{signature}: {error}") from None
 
-    def _queue_name(self, options: Mapping[str, Any], args: list[Any], kwargs: Mapping[str, Any]) -> str:
-        queue: Any = options.get("queue")
-        if queue is not None:
-            return _checked_queue(queue if isinstance(queue, str) else getattr(queue, "name", queue))
-        routing = {name: options[name] for name in ("exchange", "routing_key") if name in options}
-        router: Any = self.app.amqp.router
-        route = router.route(routing, self.name, args, dict(kwargs), self)
-        found = route.get("queue")
-        return str(getattr(found, "name", found) or self.app.conf.task_default_queue)
-
     def _kept_options(self, options: Mapping[str, Any], *, is_root: bool) -> dict[str, Any]:
-        kept = {name: options[name] for name in (*_KEPT_OPTIONS, *_KEPT_ROUTING) if name in options}
-        if options.get("headers"):
-            kept["headers"] = dict(options["headers"])
-        if options.get("stamped_headers"):
-            kept["stamps"] = {stamp: options.get(stamp) for stamp in options["stamped_headers"]}
+        kept = {name: options[name] for name in _KEPT_OPTIONS if name in options} | message_options(self.name, options)
         for name in ("link", "link_error"):
             if name in options:
                 kept[name] = _with_ids(options[name])
@@ -344,7 +326,7 @@ class DurableTask(_Task[P, R]):
         delivery = request.delivery_info or {}
         time_limit, soft_time_limit = (*(request.timelimit or ()), None, None)[:2]
         new = self.new_execution(
-            *_arguments(self.name, args, kwargs),
+            *call_arguments(self.name, args, kwargs),
             {
                 **(request.stamps or {}),
                 # Celery goes on to call it by the name that its publisher gave it.
@@ -538,39 +520,6 @@ def _parse_id(task_id: Any) -> uuid.UUID | None:
         ) from None
 
 
-def _arguments(task: str, args: Any, kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
-    if args is not None and not isinstance(args, (list, tuple)):
-        raise InvalidArgumentType(f"args of {task} must be a list or a tuple, got {type(args).__name__}")
-    if kwargs is not None and not isinstance(kwargs, Mapping):
-        raise InvalidArgumentType(f"kwargs of {task} must be a mapping, got {type(kwargs).__name__}")
-    for name in kwargs or ():
-        if not isinstance(name, str):
-            raise InvalidArgumentType(f"kwargs of {task} has the key {name!r} of type {type(name).__name__}, not str")
-    return list(args or ()), dict(kwargs or {})
-
-
-def _check_idempotency_key(key: Any) -> None:
-    if key is None:
-        return
-    if not isinstance(key, str):
-        raise InvalidArgumentType(f"idempotency_key must be str, got {type(key).__name__}")
-    if not 1 <= len(key) <= 255:
-        raise InvalidArgument(f"idempotency_key must have 1–255 characters, got {len(key)}")
-    # MySQL ignores spaces at the end when it compares, so two keys would be one there, and only there.
-    if key != key.strip() or not key.isprintable():
-        raise InvalidArgument(
-            f"idempotency_key must be printable text without spaces at its ends, got {key!r}. Strip it."
-        )
-
-
-def _checked_queue(queue: Any) -> str:
-    if not isinstance(queue, str):
-        raise InvalidArgumentType(f"queue must be str, got {type(queue).__name__}")
-    if not 1 <= len(queue) <= 255 or not queue.isprintable():
-        raise InvalidArgument(f"queue must be 1–255 printable characters, got {shown(queue)}")
-    return str.__str__(queue)
-
-
 def _check_same(execution: Execution, new: transitions.NewExecution) -> None:
     # Decoded, since the order of a mapping's keys is no difference.
     if execution.task == new.task and loads(execution.payload) == loads(new.payload):
@@ -579,40 +528,6 @@ def _check_same(execution: Execution, new: transitions.NewExecution) -> None:
     raise IdempotencyConflict(
         f"The {what} belongs to execution {execution.pk} of {execution.task} with another payload. Use another key."
     )
-
-
-def _due(options: Mapping[str, Any]) -> tuple[float, dt.datetime | None]:
-    countdown, eta = options.get("countdown"), options.get("eta")
-    if countdown is not None:
-        return check_duration(countdown, "countdown", allow_past=True), None
-    if eta is None:
-        return 0.0, None
-    return 0.0, check_instant(_from_iso8601(eta, "eta"), "eta")
-
-
-def _expires(value: Any) -> float | dt.datetime | None:
-    if value is None:
-        return None
-    if isinstance(value, (str, dt.datetime)):
-        return check_instant(_from_iso8601(value, "expires"), "expires")
-    return check_duration(value, "expires", allow_past=True)
-
-
-def _from_iso8601(value: Any, name: str) -> Any:
-    try:
-        return maybe_iso8601(value) if isinstance(value, str) else value
-    except ValueError:
-        raise InvalidArgument(f"{name} must be a datetime or its ISO 8601 text, got {shown(value)}") from None
-
-
-def _priority(value: Any) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise InvalidArgumentType(f"priority must be int, got {type(value).__name__}")
-    if not -32_768 <= value <= 32_767:
-        raise InvalidArgument("priority must lie between -32768 and 32767; brokers know 0 to 9 or 0 to 255")
-    return value
 
 
 #: What Celery and brokers add to a message's headers. RabbitMQ drops a message that comes back with its x-death.

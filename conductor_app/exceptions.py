@@ -7,17 +7,23 @@
     │   ├── ChildFailed
     │   ├── ChildTimedOut              also a builtin TimeoutError
     │   └── ChildCancelled
+    ├── EventTimedOut                  an event did not come in time; also a builtin TimeoutError
     ├── StepFailed                     a remembered failure whose class is gone
     ├── ProgrammingError               the code has to change, so a retry would not help
     │   ├── InvalidArgument            also a builtin ValueError
     │   ├── InvalidArgumentType        also a builtin TypeError
     │   ├── StepNameReused, StepMismatch, NestedDurableCall, InvokeInsideTransaction
-    │   ├── UnknownTask, NotSerializable, PayloadTooLarge, MaxDepthExceeded, TooManySteps
+    │   ├── UnknownTask, NotSerializable, PayloadTooLarge, MaxDepthExceeded, TooManySteps,
+    │   ├── TooManyChildren
     │   ├── ContextClosed, WrongThread, BlockingCallInTask
     │   └── IdempotencyConflict
     ├── LeaseLost                      another run took over
-    ├── ExecutionFailed, ExecutionCancelled, RetryRefused          raised outside of a body
-    └── WorkerLost                     recorded when the process that ran a body died
+    ├── ExecutionFailed, ExecutionCancelled, ExecutionFinished          raised outside of a body
+    ├── ActionRefused                  an operator asked for what is impossible for this execution
+    │   └── RetryRefused
+    ├── RenameRefused                  raised by a migration
+    ├── WorkerLost                     recorded when the process that ran a body died
+    └── TaskEndedWithoutOutcome        recorded when a plain task ends with neither a result nor an error
 
 Control flow (``SuspendExecution`` and its siblings) derives from ``BaseException``, out of reach of a user's
 ``except Exception``.
@@ -80,6 +86,29 @@ class ChildCancelled(ChildError):
     """The child was cancelled by someone other than its parent."""
 
 
+class EventTimedOut(ConductorError, TimeoutError):
+    """An event did not come within ``timeout``.
+
+    Remembered as a child's outcome is: uncaught, it fails the execution at once.
+    """
+
+    retryable = False
+
+    def __init__(self, message: str, *, step: str = "", event: str = "") -> None:
+        super().__init__(message)
+        #: Name of the step that waited.
+        self.step = step
+        #: Name of the event.
+        self.event = event
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild_event_timed_out, (type(self), str(self), self.step, self.event))
+
+
+def _rebuild_event_timed_out(cls: type[EventTimedOut], message: str, step: str, event: str) -> EventTimedOut:
+    return cls(message, step=step, event=event)
+
+
 class StepFailed(ConductorError):
     """A remembered failure of a step, on a replay where the original exception class cannot be found any more."""
 
@@ -137,6 +166,10 @@ class TooManySteps(ProgrammingError):
     """An execution remembers more than ``CONDUCTOR["MAX_STEPS"]`` steps."""
 
 
+class TooManyChildren(ProgrammingError, ValueError):
+    """``ctx.map`` got more than ``CONDUCTOR["MAX_CHILDREN"]`` payloads."""
+
+
 class ContextClosed(ProgrammingError):
     """A context was used after its run had ended."""
 
@@ -150,7 +183,7 @@ class BlockingCallInTask(ProgrammingError):
 
 
 class IdempotencyConflict(ProgrammingError):
-    """An idempotency key belongs to an execution with another payload."""
+    """An idempotency key belongs to an execution, or to an event, with another payload."""
 
 
 # --------------------------------------------------------------------------------------------------- runtime errors
@@ -162,6 +195,10 @@ class LeaseLost(ConductorError):
 
 class WorkerLost(ConductorError):
     """The process that ran the body died, as often as the execution has attempts."""
+
+
+class TaskEndedWithoutOutcome(ConductorError):
+    """A plain task ended with neither a result nor an error, by raising ``celery.exceptions.Ignore`` for example."""
 
 
 class ExecutionFailed(ConductorError):
@@ -176,8 +213,36 @@ class ExecutionCancelled(ConductorError):
     retryable = False
 
 
-class RetryRefused(ConductorError):
+class ExecutionFinished(ConductorError):
+    """An event was sent to an execution that is final; it is not stored."""
+
+    retryable = False
+
+
+class ActionRefused(ConductorError):
+    """What an operator asked for is impossible for this execution, and nothing was changed; the message says why.
+
+    Args:
+        message: What happened, why, and what to do.
+        reason: The same in a few words, to count those that were refused for one reason.
+        is_elsewhere: Whether the execution is just not where the action takes it from, such as a retry of one that has
+            succeeded.
+    """
+
+    retryable = False
+
+    def __init__(self, message: str, *, reason: str = "", is_elsewhere: bool = False) -> None:
+        super().__init__(message)
+        self.reason = reason or message
+        self.is_elsewhere = is_elsewhere
+
+
+class RetryRefused(ActionRefused):
     """An operator's retry is impossible for this execution; the message says which one to retry instead."""
+
+
+class RenameRefused(ConductorError):
+    """A step cannot be renamed in the executions that are stored; the message says why, and nothing was changed."""
 
     retryable = False
 
@@ -190,7 +255,7 @@ class ControlFlow(BaseException):
 
 
 class SuspendExecution(ControlFlow):
-    """The body waits: ``ctx.invoke``, ``ctx.sleep``. The run ends and the worker is free."""
+    """The body waits: ``ctx.invoke``, ``ctx.sleep``, ``ctx.wait_for``. The run ends and the worker is free."""
 
 
 class CancelExecution(ControlFlow):

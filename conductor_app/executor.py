@@ -16,18 +16,18 @@ from collections.abc import Callable
 from typing import Any
 
 from celery import Task
-from celery.app.task import Context
 from celery.exceptions import Ignore
 from django.db import DatabaseError, connections
 
-from conductor_app import announcements, dispatch, steps, transitions
+from conductor_app import announcements, dispatch, observing, steps, transitions
 from conductor_app.conf import conductor_settings
-from conductor_app.context import ExecutionContext
+from conductor_app.context import SWALLOWED_ADVICE, ExecutionContext, swallowed_suspension
 from conductor_app.exceptions import (
     AbandonRun,
     CancelExecution,
     ChildError,
     ControlFlow,
+    EventTimedOut,
     LeaseLost,
     NotSerializable,
     PayloadTooLarge,
@@ -79,9 +79,9 @@ class RunEnded(Ignore):
         return shown[5:-1] if shown.startswith("<run ") and shown.endswith(">") else ""
 
 
-def lease_owner(request: Context) -> str:
+def lease_owner(hostname: str | None) -> str:
     """Return the name under which this process holds leases: the worker's node name and the process id."""
-    return f"{request.hostname or socket.gethostname()}/{os.getpid()}"
+    return f"{hostname or socket.gethostname()}/{os.getpid()}"
 
 
 def run(task: Task[Any, Any], execution_id: uuid.UUID) -> Any:
@@ -106,14 +106,14 @@ def _run(task: Task[Any, Any], execution_id: uuid.UUID, limit: SoftLimit) -> Any
     request = task.request
     _keep_tracer_out(request)
     try:
-        execution = _claim(execution_id, lease_owner(request), task.name)
+        execution = claim(execution_id, lease_owner(request.hostname), task.name)
     except DatabaseError as error:
         # Nothing was claimed, the row is queued: the sweeper rings again.
         logger.warning("Execution %s was not claimed, the database is away: %s", execution_id, error)
         raise RunEnded("abandoned", "the database is away") from None
     if execution is None:
         raise RunEnded("dropped", "not queued, not due, or another run has it")
-    with keeper.hold(execution) as lease:
+    with keeper.hold(execution) as lease, observing.running(execution):
         try:
             return _run_claimed(task, execution, lease, limit)
         except AbandonRun as error:
@@ -124,13 +124,21 @@ def _run(task: Task[Any, Any], execution_id: uuid.UUID, limit: SoftLimit) -> Any
             raise RunEnded("dropped", "its lease is lost") from None
 
 
-def _claim(execution_id: uuid.UUID, owner: str, task: str) -> Execution | None:
+def claim(execution_id: uuid.UUID, owner: str, task: str, attempt: int | None = None) -> Execution | None:
+    """Claim an execution; see ``transitions.claim``.
+
+    Raises:
+        DatabaseError: The database is away. If its COMMIT was made all the same, the lease ends unused.
+    """
     try:
-        return transitions.claim(execution_id, owner, task)
+        return transitions.claim(execution_id, owner, task, attempt)
     except DatabaseError:
-        # With CELERY_DB_REUSE_MAX nobody has looked whether the connection outlived the pause between two runs.
-        _close_broken_connections()
-        return transitions.claim(execution_id, owner, task)
+        # A kept connection may not have outlived the pause between two runs.
+        close_broken_connections()
+        execution = transitions.claim(execution_id, owner, task, attempt)
+        if execution is None and not keeper.holds(execution_id):
+            execution = transitions.claim_again(execution_id, owner, task)
+        return execution
 
 
 def _run_claimed(task: Task[Any, Any], execution: Execution, lease: Lease, limit: SoftLimit) -> Any:
@@ -187,7 +195,7 @@ def _succeed(task: Task[Any, Any], execution: Execution, value: Any) -> Any:
         text = dumps(value, f"result of {execution.task}", conductor_settings().MAX_RESULT_BYTES)
     except (NotSerializable, PayloadTooLarge) as error:
         _end_attempt(task, execution, error)
-    _close_broken_connections()
+    close_broken_connections()
     transitions.succeed(execution, text)
     result = loads(text)
     _tell_celery(task, execution, announcements.Outcome(ExecutionStatus.SUCCEEDED, result))
@@ -197,22 +205,26 @@ def _succeed(task: Task[Any, Any], execution: Execution, value: Any) -> Any:
 def _suspend(task: Task[Any, Any], execution: Execution, context: ExecutionContext) -> None:
     assert context.suspension is not None
     wait, _place = context.suspension
-    _close_broken_connections()
+    close_broken_connections()
     try:
         suspended = transitions.suspend(execution, wait, before_commit=_state_writer(task, execution, wait))
     except CancelExecution:
         _cancel(task, execution)
     if not suspended:
         raise _GoOn
-    due_in = wait.timeout if isinstance(wait, transitions.Invocation) else getattr(wait, "seconds", None)
+    due_in = getattr(wait, "timeout", None) or getattr(wait, "seconds", None)
     detail = f"waiting for step {wait.step!r}"
     if isinstance(wait, transitions.Invocation):
         detail += f" ({wait.child.task} {wait.child.id})"
+    elif isinstance(wait, transitions.Map):
+        detail += f" ({len(wait.children)} of {wait.task})"
+    elif isinstance(wait, transitions.AwaitEvent):
+        detail += f" (event {wait.event!r})"
     raise RunEnded("suspended", detail, due_in, wait.step) from None
 
 
 def _cancel(task: Task[Any, Any], execution: Execution) -> None:
-    _close_broken_connections()
+    close_broken_connections()
     failure = transitions.cancel_running(execution)
     if failure is None:
         raise RunEnded("released", "its cancellation was withdrawn") from None
@@ -229,7 +241,7 @@ def _end_attempt(task: Task[Any, Any], execution: Execution, error: Exception) -
         delay = policy.delay(execution.attempt) if error.countdown is None else error.countdown
         if isinstance(error.exc, Exception):
             error = error.exc
-    _close_broken_connections()
+    close_broken_connections()
     failure = describe(error, limit)
     attempts_left = execution.max_attempts is None or execution.attempt < execution.max_attempts
     if delay is not None and attempts_left:
@@ -246,7 +258,8 @@ def _end_attempt(task: Task[Any, Any], execution: Execution, error: Exception) -
     if isinstance(error, RetryExecution):
         error.args = (f"ctx.retry() asked for another attempt, but attempt {execution.attempt} was the last one.",)
         failure = describe(error, limit)
-    step, child_id = (error.step, error.child_id) if isinstance(error, ChildError) else ("", None)
+    step = error.step if isinstance(error, (ChildError, EventTimedOut)) else ""
+    child_id = error.child_id if isinstance(error, ChildError) else None
     transitions.fail(execution, failure, step=step, child_id=child_id)
     _tell_celery(
         task, execution, announcements.Outcome(ExecutionStatus.FAILED, error=error, traceback=failure.traceback)
@@ -255,14 +268,10 @@ def _end_attempt(task: Task[Any, Any], execution: Execution, error: Exception) -
 
 
 def _report_swallowed(context: ExecutionContext, execution: Execution, how: str) -> None:
-    wait, place = context.suspension or (None, "")
     logger.error(
-        "%s swallowed the suspension at %s (step %r) and %s. It is suspended all the same. "
-        "Use `except Exception`, or re-raise conductor_app.SuspendExecution; do not return from `finally`.",
-        execution.task,
-        place,
-        getattr(wait, "step", ""),
-        how,
+        "%s. It is suspended all the same. %s",
+        swallowed_suspension(context, execution.task, how),
+        SWALLOWED_ADVICE,
         extra={"execution_id": str(execution.pk)},
     )
 
@@ -298,7 +307,7 @@ def _state_writer(task: Task[Any, Any], execution: Execution, wait: transitions.
     return lambda: announcements.show(execution, "SUSPENDED", info, task.request.hostname)
 
 
-def _close_broken_connections() -> None:
+def close_broken_connections() -> None:
     """Close connections that the body left unusable, so that the outcome is written on a new one."""
     for connection in connections.all(initialized_only=True):
         # Not Django's close_if_unusable_or_obsolete(): with CONN_MAX_AGE = 0 every connection is obsolete at once.

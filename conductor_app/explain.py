@@ -6,16 +6,18 @@ Everything here is worked out from rows that the caller has read. Nothing is que
 from __future__ import annotations
 
 import datetime as dt
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from django.utils import timezone
 
 from conductor_app.conf import conductor_settings
 from conductor_app.models import Execution, FailedExecution, Step
 from conductor_app.serialization import load_failure
-from conductor_app.states import ExecutionStatus, StepKind, StepStatus
+from conductor_app.states import ExecutionStatus, OnTimeout, StepKind, StepStatus
 
 #: Shape before the word, so that a status never shows by colour alone.
 MARKS = {
@@ -31,6 +33,21 @@ RETRYING_MARK = "↻"
 UNANSWERED_SECONDS = 60.0
 #: After so many messages without an answer, no worker seems to consume the queue.
 UNDELIVERABLE_DISPATCHES = 8
+
+STEP_MARKS = {
+    StepStatus.PENDING: "⧗",
+    StepStatus.SUCCEEDED: "✓",
+    StepStatus.FAILED: "✕",
+    StepStatus.TIMED_OUT: "✕",
+    StepStatus.CANCELLED: "⊘",
+}
+#: Kinds of steps for which an execution does not hold a worker.
+WAITING_KINDS = frozenset({StepKind.INVOKE, StepKind.MAP, StepKind.GATHER, StepKind.SLEEP, StepKind.EVENT})
+#: Characters that a terminal would obey, that reorder or hide the text around them, and halves of characters, which
+#: cannot be encoded. Tabs and line feeds are none of them.
+_INVISIBLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +75,28 @@ class Headline:
 
 
 @dataclass(frozen=True)
+class Awaited:
+    """One step that an execution waits for, in the words of the admin's panel."""
+
+    step: Step
+    #: Whom or what it waits for.
+    what: str
+    #: What happens when it is decided, in whole sentences.
+    then: tuple[str, ...]
+    #: The child that stands behind it, if it is a single one and known.
+    child: Execution | None = None
+
+
+@dataclass(frozen=True)
+class Census:
+    """How many direct children an execution has."""
+
+    total: int
+    open: int
+    cancelled: int
+
+
+@dataclass(frozen=True)
 class Situation:
     """The rows from which a headline is made."""
 
@@ -72,6 +111,8 @@ class Situation:
     failures: Mapping[uuid.UUID, FailedExecution] = field(default_factory=dict)
     #: What stands after ``celery -A`` in a hint.
     app: str = "project"
+    #: Its direct children, counted; ``None`` if all of them are in ``tree``.
+    counted: Census | None = None
 
     @property
     def pending(self) -> list[Step]:
@@ -82,6 +123,15 @@ class Situation:
     def children(self) -> list[Execution]:
         """The direct children, as far as they are known."""
         return [other for other in self.tree.values() if other.parent_id == self.execution.pk]
+
+    @property
+    def census(self) -> Census:
+        """How many direct children there are."""
+        if self.counted is not None:
+            return self.counted
+        children = self.children
+        cancelled = sum(child.status == ExecutionStatus.CANCELLED for child in children)
+        return Census(len(children), sum(not child.is_final for child in children), cancelled)
 
 
 # ------------------------------------------------------------------------------------------------------------- words
@@ -95,13 +145,42 @@ def label(execution: Execution, now: dt.datetime, pending: Sequence[Step] = ()) 
     """
     status = ExecutionStatus(execution.status)
     word = status.value
-    if status == ExecutionStatus.QUEUED and execution.due_at > now:
+    if status == ExecutionStatus.QUEUED and execution.due_at is None:
+        word = "held back"
+    elif status == ExecutionStatus.QUEUED and execution.due_at is not None and execution.due_at > now:
         if execution.attempt > 1:
             return Label(RETRYING_MARK, "retrying")
         word = "scheduled"
     if status == ExecutionStatus.WAITING and pending and all(step.kind == StepKind.SLEEP for step in pending):
         word = "sleeping"
     return Label(MARKS[status], word)
+
+
+def clean(text: str) -> str:
+    """Return ``text`` as ``visible`` does, and on one line."""
+    return visible(text).replace("\n", "\\n")
+
+
+def document(execution: Execution, now: dt.datetime, pending: Sequence[Step] = ()) -> dict[str, Any]:
+    """Return a row of a list of executions as plain data, for programs."""
+    return {
+        "id": execution.pk,
+        "task": execution.task,
+        "queue": execution.queue,
+        "status": execution.status,
+        "shown_as": label(execution, now, pending).word,
+        "attempt": execution.attempt,
+        "max_attempts": execution.max_attempts,
+        "waiting_for": [step.name for step in pending],
+        "parent": execution.parent_id,
+        "root": execution.root_id,
+        "step_in_parent": execution.step or None,
+        "worker": execution.lease_owner or None,
+        "due_at": execution.due_at if execution.status == ExecutionStatus.QUEUED else None,
+        "created_at": execution.created_at,
+        "started_at": execution.started_at,
+        "finished_at": execution.finished_at,
+    }
 
 
 def short_name(task: str) -> str:
@@ -139,9 +218,22 @@ def attempts(execution: Execution) -> str:
 
 
 def first_line(text: str, limit: int = 200) -> str:
-    """Return the first line of ``text``, cut to ``limit`` characters."""
-    line = text.strip().splitlines()[0] if text.strip() else ""
+    """Return the first line of what a task wrote, cut to ``limit`` characters.
+
+    What would begin another line of a log, or steer a terminal, is written out: ``\\x1b``.
+    """
+    lines = text.strip().splitlines()
+    line = visible(lines[0][: limit + 1]) if lines else ""
     return line if len(line) <= limit else f"{line[: limit - 1]}…"
+
+
+def visible(text: str) -> str:
+    """Return ``text`` with the characters spelled out that a screen would obey instead of showing them."""
+    return _INVISIBLE.sub(_spelled_out, text)
+
+
+def _spelled_out(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode("ascii")
 
 
 def worker_name(lease_owner: str) -> str:
@@ -196,6 +288,8 @@ def _queued(situation: Situation) -> Headline:
     mark = MARKS[ExecutionStatus.QUEUED]
     if execution.cancel_requested_at is not None:
         return Headline(mark, "Queued, and cancelled at the next sweep.")
+    if execution.due_at is None:
+        return Headline(mark, "Held back until another child of its map ends (max_parallel).")
     if execution.due_at > now:
         when = _in(execution.due_at, now)
         if execution.attempt > 1:
@@ -222,24 +316,45 @@ def _running(situation: Situation) -> Headline:
             return Headline(
                 mark,
                 f"Running, but worker {worker_name(execution.lease_owner)} stopped sending heartbeats "
-                f"{duration(silent)} ago. It will be re-queued automatically at "
-                f"{instant(execution.lease_expires_at, now)}.",
+                f"{duration(silent)} ago. {_when_lapsed(execution)} at {instant(execution.lease_expires_at, now)}.",
             )
     text = f"Running on {worker_name(execution.lease_owner)}, {_of(execution.attempt, execution.max_attempts)}"
     if execution.started_at is not None:
         text += f"; first started {_since(execution.started_at, now)} ago"
     if execution.cancel_requested_at is not None:
-        text += (
-            f". Its cancellation was requested {_since(execution.cancel_requested_at, now)} ago: the body stops at "
-            "its next ctx call"
+        text += f". Its cancellation was requested {_since(execution.cancel_requested_at, now)} ago: " + (
+            "a plain Celery task cannot be stopped while it runs, so it runs to its end and keeps its result"
+            if _is_plain(execution)
+            else "the body stops at its next ctx call"
         )
     return Headline(mark, f"{text}.")
+
+
+def _is_plain(execution: Execution) -> bool:
+    try:
+        return execution.is_plain
+    except (ValueError, RecursionError):  # damaged options: whatever they were, the rest can be told
+        return False
+
+
+def _runs_again(execution: Execution) -> bool:
+    try:
+        return execution.runs_again
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return True
+
+
+def _when_lapsed(execution: Execution) -> str:
+    if _runs_again(execution):
+        return "It will be re-queued automatically"
+    return "A plain Celery task without acks_late is not run twice: it will be failed"
 
 
 def _waiting(situation: Situation) -> Headline:
     execution, now = situation.execution, situation.now
     mark = MARKS[ExecutionStatus.WAITING]
-    pending = situation.pending
+    # A child that was started is awaited by its gather alone.
+    pending = [step for step in situation.pending if step.kind != StepKind.START]
     if execution.cancel_requested_at is not None:
         return Headline(mark, "Waiting, and cancelled at the next sweep.")
     if not pending:
@@ -251,6 +366,7 @@ def _waiting(situation: Situation) -> Headline:
             mark,
             f"Waiting for {len(pending)} steps ({names}) since {since} ago. No worker is held. "
             f"It resumes when they are decided{_times_out(pending, now)}.",
+            tuple(_send_hint(step) for step in pending if step.kind == StepKind.EVENT),
         )
     step = pending[0]
     since = _since(step.created_at, now)
@@ -258,16 +374,23 @@ def _waiting(situation: Situation) -> Headline:
         until = "" if step.deadline_at is None else f" until {instant(step.deadline_at, now)}"
         when = "" if step.deadline_at is None else f" ({_in(step.deadline_at, now)})"
         return Headline(mark, f'Sleeping (step "{step.name}"){until}{when}. No worker is held.')
-    if step.kind != StepKind.INVOKE:
+    if step.kind in (StepKind.MAP, StepKind.GATHER):
         return Headline(
             mark,
-            f'Waiting for the event of step "{step.name}" since {since} ago. No worker is held. '
+            f"{_waiting_for_many(step)} since {since} ago. No worker is held. It resumes once, "
+            f"{_when_decided(step)}{_times_out(pending, now)}.",
+        )
+    if step.kind == StepKind.EVENT:
+        return Headline(
+            mark,
+            f'Waiting for the event "{step.task}" (step "{step.name}") since {since} ago. No worker is held. '
             f"It resumes when the event is sent{_times_out(pending, now)}.",
+            (_send_hint(step),),
         )
     name = short_name(step.task)
     child = situation.tree.get(step.child_id) if step.child_id is not None else None
     if child is not None and child.status == ExecutionStatus.QUEUED:
-        waited = (now - child.due_at).total_seconds()
+        waited = (now - (child.due_at or now)).total_seconds()
         if waited >= UNANSWERED_SECONDS or child.dispatches >= UNDELIVERABLE_DISPATCHES:
             return Headline(
                 mark,
@@ -282,6 +405,64 @@ def _waiting(situation: Situation) -> Headline:
     if child is not None:
         text += f" That execution is {label(child, now).word}, {_of(child.attempt, child.max_attempts)}."
     return Headline(mark, text)
+
+
+def awaited(situation: Situation) -> list[Awaited]:
+    """Return what a waiting execution waits for, and what happens then, step by step."""
+    if situation.execution.status != ExecutionStatus.WAITING:
+        return []
+    return [_awaited(step, situation) for step in situation.pending if step.kind != StepKind.START]
+
+
+def _awaited(step: Step, situation: Situation) -> Awaited:
+    child = situation.tree.get(step.child_id) if step.child_id is not None else None
+    name = short_name(step.task)
+    if step.kind == StepKind.SLEEP:
+        return Awaited(step, "The end of a sleep.", ("It resumes by itself.",))
+    if step.kind == StepKind.EVENT:
+        then = ["It resumes with the event's payload.", _send_hint(step)]
+        what = f'The event "{step.task}".'
+    elif step.kind == StepKind.MAP:
+        what = f"{_left(step)} {name}{_parallel(step)}."
+        then = [f"It resumes once, {_when_decided(step)}."]
+        if step.fails_fast:
+            then.append("If one fails, ChildFailed is raised here, and the others are cancelled.")
+    elif step.kind == StepKind.GATHER:
+        what = f"{_left(step)} started children."
+        then = [f"It resumes once, {_when_decided(step)}."]
+    else:
+        what = f"{name}, a child."
+        then = [
+            "When it succeeds, this execution resumes with its result.",
+            "If it fails for good, ChildFailed is raised here: uncaught, it fails this execution, too.",
+        ]
+    if step.deadline_at is not None:
+        error = "EventTimedOut" if step.kind == StepKind.EVENT else "ChildTimedOut"
+        at = instant(step.deadline_at, situation.now)
+        end = f"At {at} ({_in(step.deadline_at, situation.now)}) it times out: {error} is raised here"
+        if step.kind != StepKind.EVENT:
+            goes_on = step.on_timeout == OnTimeout.ABANDON
+            end += ", and what still runs goes on" if goes_on else ", and what still runs is cancelled"
+        then.append(f"{end}.")
+    return Awaited(step, what, tuple(then), child)
+
+
+def _waiting_for_many(step: Step) -> str:
+    if step.kind == StepKind.GATHER:
+        return f"Waiting for {_left(step)} started children"
+    return f'Waiting for {_left(step)} {short_name(step.task)} (step "{step.name}"{_parallel(step)})'
+
+
+def _left(step: Step) -> str:
+    return f"{step.remaining:,} of {step.total:,}" if step.remaining is not None and step.total is not None else "the"
+
+
+def _parallel(step: Step) -> str:
+    return "" if step.max_parallel is None else f", at most {step.max_parallel:,} at once"
+
+
+def _when_decided(step: Step) -> str:
+    return "when all have finished or one has failed" if step.fails_fast else "when all have finished"
 
 
 def _times_out(pending: Sequence[Step], now: dt.datetime) -> str:
@@ -309,7 +490,7 @@ def _failed(situation: Situation) -> Headline:
     if failure is None or not failure.step:
         made = execution.attempt if failure is None else failure.attempts
         text = f"Failed: {message} ({short_name(own.type)}, {_of(made, execution.max_attempts)})."
-        return Headline(mark, text, _retry_hint(situation))
+        return Headline(mark, text, (*_mismatch_hint(own.type), *_retry_hint(situation)))
     step = next((step for step in situation.steps if step.name == failure.step), None)
     if step is not None and step.status == StepStatus.TIMED_OUT:
         text = _sentence(f'Timed out at step "{failure.step}": {message}')
@@ -322,6 +503,15 @@ def _failed(situation: Situation) -> Headline:
         return Headline(mark, text, _retry_hint(situation))
     text = f'Failed at step "{failure.step}": {message}'
     return Headline(mark, _sentence(f"{text}{_root_cause(situation, failure)}"), _retry_hint(situation))
+
+
+def _mismatch_hint(error_class: str) -> tuple[str, ...]:
+    if short_name(error_class) != "StepMismatch":
+        return ()
+    return (
+        "The code changed while this execution was in flight. Before it is run again, give the new call a name of its "
+        "own, or deploy the old code for as long as such executions are open",
+    )
 
 
 def _root_cause(situation: Situation, failure: FailedExecution) -> str:
@@ -350,11 +540,10 @@ def _cancelled(situation: Situation) -> Headline:
         text += f' while waiting for "{undecided[-1].name}"'
     if execution.cancel_reason:
         text += f": {first_line(execution.cancel_reason)}"
-    children = situation.children
-    if children:
-        cancelled = sum(child.status == ExecutionStatus.CANCELLED for child in children)
-        running = sum(not child.is_final for child in children)
-        text += f"; {cancelled} {'child' if cancelled == 1 else 'children'} cancelled, {running} left running"
+    census = situation.census
+    if census.total:
+        noun = "child" if census.cancelled == 1 else "children"
+        text += f"; {census.cancelled:,} {noun} cancelled, {census.open:,} left running"
     return Headline(MARKS[ExecutionStatus.CANCELLED], _sentence(text), _retry_hint(situation))
 
 
@@ -363,7 +552,13 @@ def _retry_hint(situation: Situation) -> tuple[str, ...]:
     root = situation.tree.get(execution.root_id, execution)
     if root.status not in (ExecutionStatus.FAILED, ExecutionStatus.CANCELLED):
         return ()  # the root went on without it
-    return (f"Run it again from where it stopped: manage.py conductor retry {execution.root_id}",)
+    kept = [step.name for step in situation.steps if step.status == StepStatus.SUCCEEDED]
+    keeping = f", keeping {'the results' if len(kept) > 1 else 'the result'} of {_quoted(kept)}" if kept else ""
+    return (f"Run it again from where it stopped{keeping}: manage.py conductor retry {execution.root_id}",)
+
+
+def _send_hint(step: Step) -> str:
+    return f"Send it: manage.py conductor send {step.execution_id} {step.task} --payload JSON"
 
 
 def _start_worker(situation: Situation, queue: str) -> str:

@@ -6,6 +6,8 @@ import datetime as dt
 import hashlib
 import uuid
 
+from django.utils import timezone
+
 from conductor_app import clock
 
 try:
@@ -23,6 +25,23 @@ def created_at(root_id: uuid.UUID) -> dt.datetime:
     """Return the instant in a UUIDv7, by the clock of the machine that made it."""
     instant = dt.datetime.fromtimestamp((root_id.int >> 80) / 1000, tz=dt.UTC)
     return clock.aware(instant)
+
+
+def first_at(instant: dt.datetime) -> uuid.UUID:
+    """Return an id that sorts before those of all trees begun at ``instant`` or later, by a millisecond at most."""
+    if timezone.is_naive(instant):
+        instant = timezone.make_aware(instant)
+    return _first_of(max(int(instant.timestamp() * 1000) - 1, 0))
+
+
+def first_of_tree(execution_id: uuid.UUID) -> uuid.UUID:
+    """Return an id that sorts before those of the whole tree of ``execution_id``, by a millisecond at most."""
+    return _first_of(max((execution_id.int >> 80) - 1, 0))
+
+
+def _first_of(milliseconds: int) -> uuid.UUID:
+    # A version and a variant that MariaDB takes for a UUID.
+    return uuid.UUID(int=milliseconds << 80 | 0x7000 << 64 | 0x81 << 56)
 
 
 def derive_child_id(parent_id: uuid.UUID, step: str, generation: int = 0) -> uuid.UUID:
@@ -43,6 +62,16 @@ def derive_child_id(parent_id: uuid.UUID, step: str, generation: int = 0) -> uui
     # RFC 9562 variant; and never 0x80 itself, which MariaDB 10.11 refuses in a UUID of this version (measured).
     raw[8] = (raw[8] & 0x3F) | 0x81
     return uuid.UUID(bytes=bytes(raw))
+
+
+def as_child_id(task_id: object) -> uuid.UUID | None:
+    """Return the execution's id that a Celery task id may be, if it may be a child's: a UUIDv8. Reads no database."""
+    if not isinstance(task_id, str) or len(task_id) != 36 or task_id[14] != "8":
+        return None
+    try:
+        return uuid.UUID(task_id)
+    except ValueError:
+        return None
 
 
 def of_task_id(task_id: object) -> uuid.UUID:

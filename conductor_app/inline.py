@@ -6,31 +6,38 @@ import datetime as dt
 import logging
 import time
 import uuid
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from celery import states
 from celery.app.trace import build_tracer
 from celery.result import EagerResult
 
-from conductor_app import clock, dispatch
-from conductor_app.exceptions import ExecutionCancelled
+from conductor_app import clock, dispatch, plain_runs
+from conductor_app.context import Invocable
+from conductor_app.exceptions import ExecutionCancelled, UnknownTask
 from conductor_app.maintenance import sweeper
 from conductor_app.models import Execution, FailedExecution, Step, database
 from conductor_app.serialization import load_failure, revive
-from conductor_app.states import ExecutionStatus
+from conductor_app.states import ExecutionStatus, StepStatus
 
 if TYPE_CHECKING:
     from celery import Celery
 
 logger = logging.getLogger(__name__)
 
-#: More runs than this in one go are a loop.
+#: More runs than this in one go are taken for a loop.
 MAX_RUNS = 100_000
 
 
 def run_once(execution: Execution, app: Celery) -> None:
     """Run one queued execution's body once, through Celery's own tracer: signals, result and callbacks included."""
-    task = app.tasks[execution.task]
+    task = app.tasks.get(execution.task)
+    if task is None:
+        raise UnknownTask(
+            f"Execution {execution.pk} is of {execution.task}, which is not registered. "
+            "Is its module imported (tasks.py in an installed app)?"
+        )
     request = {
         "id": str(execution.pk),
         "task": execution.task,
@@ -40,35 +47,49 @@ def run_once(execution: Execution, app: Celery) -> None:
         "delivery_info": {"is_eager": True},
         "is_eager": True,
         "ignore_result": True,
-        "headers": {"conductor": "doorbell"},
+        "headers": {dispatch.HEADER: dispatch.DOORBELL},
         "retries": execution.attempt - 1,
     }
     tracer = build_tracer(task.name, task, app=app, eager=True, propagate=False)
+    if not isinstance(task, Invocable):
+        options = execution.get_options()
+        request.update(callbacks=options.get("link"), errbacks=options.get("link_error"))
+        tracer = plain_runs.guard(task, tracer)
     tracer(str(execution.pk), [], {}, request)
 
 
-def run_until_idle(app: Celery, root_id: uuid.UUID | None = None) -> int:
+def run_until_idle(app: Celery, root_id: uuid.UUID | None = None, max_runs: int = MAX_RUNS) -> int:
     """Run all that is due, with all that follows from it, until nothing is.
 
     Args:
         app: The Celery app whose tasks are run.
         root_id: Only this tree.
+        max_runs: More runs than this are taken for a loop.
 
     Returns:
         How many runs there were.
+
+    Raises:
+        UnknownTask: The task of an execution that is due is not registered.
+        RuntimeError: There were ``max_runs`` runs, and more is due.
     """
-    runs = 0
-    while runs < MAX_RUNS:
+    runs: Counter[str] = Counter()
+    while True:
         sweeper.sweep(reclaim=False, publish=False)
-        rows = Execution.objects.using(database()).claimable().order_by("due_at", "id")
+        rows = Execution.objects.using(database()).claimable().order_by("due_at", "position", "id")
         if root_id is not None:
             rows = rows.filter(root_id=root_id)
         execution = rows.first()
         if execution is None:
-            return runs
+            return runs.total()
+        if runs.total() >= max_runs:
+            task, most = runs.most_common(1)[0] if runs else (execution.task, 0)
+            raise RuntimeError(
+                f"{max_runs} runs, {most} of them of {task}, and still not idle; {execution.task} {execution.pk} is "
+                "next. Do executions queue each other, or retry or sleep for no time, without an end?"
+            )
         run_once(execution, app)
-        runs += 1
-    raise RuntimeError(f"{MAX_RUNS} runs and still not idle: do the executions queue each other without an end?")
+        runs[execution.task] += 1
 
 
 def run_eagerly(execution: Execution, app: Celery, throw: bool | None = None) -> EagerResult[Any]:
@@ -90,15 +111,17 @@ def run_eagerly(execution: Execution, app: Celery, throw: bool | None = None) ->
                 if app.conf.task_eager_propagates if throw is None else throw:
                     result.get()
                 return result
-            next_instant = _next_instant(execution.root_id)
-            if next_instant is None and _is_running_elsewhere(execution.root_id):
+            instant = next_instant(execution.root_id)
+            if instant is None and _is_running_elsewhere(execution.root_id):
                 time.sleep(0.05)
                 continue
-            if next_instant is None:
-                raise RuntimeError(f"Execution {execution.pk} is {row.status} and nothing in its tree is due.")
-            step = next_instant - clock.read(database()) + dt.timedelta(milliseconds=1)
-            clock.shift(step)
-            skipped += step
+            if instant is None:
+                raise RuntimeError(
+                    f"Execution {execution.pk} is {row.status} and nothing in its tree is due. Does it wait for an "
+                    "event? Then start it with .delay(), and send the event between two calls of "
+                    "conductor_app.testing.drain()."
+                )
+            skipped += move_clock_to(instant)
     finally:
         clock.shift(-skipped)
 
@@ -109,19 +132,31 @@ def _is_running_elsewhere(root_id: uuid.UUID) -> bool:
     return tree.filter(status=ExecutionStatus.RUNNING).exists()
 
 
-def _next_instant(root_id: uuid.UUID) -> Any:
-    using = database()
-    due = Execution.objects.using(using).filter(root_id=root_id, status=ExecutionStatus.QUEUED).order_by("due_at")
-    overdue = (
-        Step.objects.using(using)
-        .filter(execution__root_id=root_id, status="pending", deadline_at__isnull=False)
-        .order_by("deadline_at")
-    )
-    instants: list[Any] = [
-        *due.values_list("due_at", flat=True)[:1],
-        *overdue.values_list("deadline_at", flat=True)[:1],
-    ]
-    return min(instants) if instants else None
+def next_instant(root_id: uuid.UUID | None = None, after: dt.datetime | None = None) -> dt.datetime | None:
+    """Return when something is due next: a countdown, a retry, a sleep, a timeout, a start that comes too late.
+
+    Args:
+        root_id: Only in this tree.
+        after: Only later than this.
+    """
+    queued = Execution.objects.using(database()).filter(status=ExecutionStatus.QUEUED)
+    pending = Step.objects.using(database()).filter(status=StepStatus.PENDING)
+    if root_id is not None:
+        queued, pending = queued.filter(root_id=root_id), pending.filter(execution__root_id=root_id)
+    instants: list[dt.datetime] = []
+    unstarted = queued.filter(started_at__isnull=True)
+    for rows, column in ((queued, "due_at"), (pending, "deadline_at"), (unstarted, "deadline_at")):
+        later = {f"{column}__isnull": False} if after is None else {f"{column}__gt": after}
+        instants += rows.filter(**later).order_by(column).values_list(column, flat=True)[:1]
+    return min(instants, default=None)
+
+
+def move_clock_to(instant: dt.datetime) -> dt.timedelta:
+    """Move ``conductor_app``'s clock to just after ``instant``, and return by how much; never back."""
+    # SQLite's clock counts milliseconds.
+    step = max(instant - clock.read(database()) + dt.timedelta(milliseconds=1), dt.timedelta())
+    clock.shift(step)
+    return step
 
 
 def _eager_result(execution: Execution) -> EagerResult[Any]:

@@ -6,10 +6,13 @@ import logging
 from typing import Any
 
 from celery import signals as celery_signals
+from django.core.exceptions import ImproperlyConfigured
 
-from conductor_app import signals
+from conductor_app import plain_runs, signals, tasks  # noqa: F401 - registers our own Celery tasks
+from conductor_app.conf import conductor_settings
 from conductor_app.exceptions import Failure
 from conductor_app.executor import RunEnded
+from conductor_app.explain import first_line
 from conductor_app.models import Execution
 
 logger = logging.getLogger("conductor_app.execution")
@@ -38,7 +41,7 @@ def log_retrying(execution: Execution, failure: Failure, delay: float, **_kwargs
         execution.task,
         execution.attempt,
         failure.type,
-        failure.message.splitlines()[0][:500],
+        first_line(failure.message, 500),
         delay,
         extra=_ids(execution),
     )
@@ -51,6 +54,28 @@ def _ids(execution: Execution) -> dict[str, Any]:
         "task": execution.task,
         "attempt": execution.attempt,
     }
+
+
+def observe() -> None:
+    """Put in the hooks that ``CONDUCTOR`` asks for; without it, not even their modules are imported.
+
+    Raises:
+        ImportError: An extra is not installed.
+    """
+    try:
+        settings = conductor_settings()
+    except ImproperlyConfigured:
+        return  # the system checks say so
+    if settings.METRICS:
+        from conductor_app import metrics  # noqa: PLC0415
+
+        metrics.install()
+        if settings.METRICS_LISTEN:
+            celery_signals.worker_ready.connect(metrics.serve, dispatch_uid="conductor_app.metrics", weak=False)
+    if settings.TRACING:
+        from conductor_app import tracing  # noqa: PLC0415
+
+        tracing.install()
 
 
 class SuspensionWording(logging.Filter):
@@ -67,6 +92,10 @@ class SuspensionWording(logging.Filter):
 
 
 celery_signals.celeryd_init.connect(prepare_worker, dispatch_uid="conductor_app.worker", weak=False)
+celery_signals.worker_process_init.connect(
+    plain_runs.guard_pool_process, dispatch_uid="conductor_app.plain_runs", weak=False
+)
+celery_signals.task_postrun.connect(plain_runs.on_postrun, dispatch_uid="conductor_app.plain_runs", weak=False)
 signals.execution_finished.connect(log_finished, dispatch_uid="conductor_app.log_finished", weak=False)
 signals.execution_retrying.connect(log_retrying, dispatch_uid="conductor_app.log_retrying", weak=False)
 logging.getLogger("celery.app.trace").addFilter(SuspensionWording())

@@ -404,7 +404,7 @@ def load_failure(text: str | None) -> Failure:
             attributes=dict(stored.get("attributes") or {}),
             is_partial=bool(stored.get("is_partial")),
         )
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return Failure(type="Unknown", message=text or "unknown error")
 
 

@@ -16,7 +16,14 @@ execution_created = Signal()
 execution_started = Signal()
 #: The run ended to wait; also ``step``, the name of the awaited step.
 execution_suspended = Signal()
+#: The process that ran it is dead, or its lease has lapsed. What follows has a signal of its own.
+execution_lost = Signal()
 #: An attempt failed or its worker died, and another one is due; also ``failure``, ``delay`` in seconds.
 execution_retrying = Signal()
-#: Final: also ``status``.
+#: Queued, and its message is published again: no worker has answered the last one.
+execution_redispatched = Signal()
+#: Final: also ``status``, and ``failure`` if it failed.
 execution_finished = Signal()
+#: A sweep is over. The sender is the sweeper's module and there is no ``execution``, but ``found``, how often each kind
+#: of finding was acted on, and ``seconds``.
+sweep_finished = Signal()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any, TypeVar
 
+from django.core.exceptions import EmptyResultSet
 from django.db import DatabaseError, InterfaceError, OperationalError, connections, transaction
 from django.db.models import Expression, Model, QuerySet
 from django.db.models.sql import UpdateQuery
@@ -87,7 +88,10 @@ def update_returning(queryset: QuerySet[M], returning: Iterable[str], **values: 
     if connection.vendor in ("postgresql", "sqlite"):
         query: UpdateQuery = queryset.query.chain(UpdateQuery)  # type: ignore[assignment]
         query.add_update_values(values)
-        sql, params = query.get_compiler(queryset.db).as_sql()
+        try:
+            sql, params = query.get_compiler(queryset.db).as_sql()
+        except EmptyResultSet:  # ``pk__in=[]``, for example
+            return []
         quote = connection.ops.quote_name
         columns = ", ".join(quote(str(field.column)) for field in fields)
         return list(queryset.model._base_manager.using(queryset.db).raw(f"{sql} RETURNING {columns}", params))

@@ -29,7 +29,7 @@ class ExecutionStatus(StrEnum):
 class StepStatus(StrEnum):
     """What an execution knows of one of its steps."""
 
-    #: Not decided: a child runs, a sleep lasts.
+    #: Not decided: a child runs, a sleep lasts, an event has not come.
     PENDING = "pending"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
@@ -41,7 +41,14 @@ class StepKind(StrEnum):
     """What stands behind a step."""
 
     STEP = "step"
+    #: One child, and its parent waits for it.
     INVOKE = "invoke"
+    #: One child that runs beside its parent; a gather waits for it, if anything does.
+    START = "start"
+    #: Many children of one task; one row for all of them, with a count of those that have not ended.
+    MAP = "map"
+    #: Started children that are awaited together; it counts those that are undecided.
+    GATHER = "gather"
     SLEEP = "sleep"
     EVENT = "event"
 
@@ -53,10 +60,14 @@ class OnTimeout(StrEnum):
     ABANDON = "abandon"
 
 
+#: Kinds of steps that stand for one child each.
+CHILD_KINDS = frozenset({StepKind.INVOKE, StepKind.START})
+
 OPEN_STATUSES = frozenset({ExecutionStatus.QUEUED, ExecutionStatus.RUNNING, ExecutionStatus.WAITING})
 FINAL_STATUSES = frozenset({ExecutionStatus.SUCCEEDED, ExecutionStatus.FAILED, ExecutionStatus.CANCELLED})
 
-#: Every move that ``transitions.py`` makes. The audit in the tests holds real histories against it.
+#: Every move that ``transitions`` makes from one status to another; ``claim_again`` stays at running. The audit in the
+#: tests holds real histories against it.
 ALLOWED_MOVES: MappingProxyType[ExecutionStatus, frozenset[ExecutionStatus]] = MappingProxyType(
     {
         ExecutionStatus.QUEUED: frozenset(

@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from django.db.models import (
+    Case,
+    DateTimeField,
+    F,
+    OuterRef,
+    Q,
+    QuerySet,
+    Subquery,
+    TextField,
+    UUIDField,
+    Value,
+    When,
+)
 
 from conductor_app import clock
 from conductor_app.exceptions import Failure
 from conductor_app.models import Execution, Step, database
-from conductor_app.serialization import dump_failure, load_failure, loads
-from conductor_app.sql import Literal
-from conductor_app.states import FINAL_STATUSES, OnTimeout, StepKind, StepStatus
+from conductor_app.models.querysets import ExecutionQuerySet
+from conductor_app.serialization import dump_failure, dumps, load_failure, loads
+from conductor_app.sql import Literal, update_returning
+from conductor_app.states import (
+    CHILD_KINDS,
+    FINAL_STATUSES,
+    OPEN_STATUSES,
+    ExecutionStatus,
+    OnTimeout,
+    StepKind,
+    StepStatus,
+)
 
 
 @dataclass(frozen=True)
@@ -25,10 +49,12 @@ class Memory:
     payload_digest: str
     child_id: uuid.UUID | None
     timeout_seconds: float | None
-    #: Stored text; of the child for an invocation.
+    #: Stored text; of the child for one that stands for a child.
     result: str | None
     error: str | None
     fence: int
+    #: Of a map or gather: how many children it has.
+    total: int | None = None
 
     @property
     def is_pending(self) -> bool:
@@ -58,9 +84,11 @@ def recall(execution_id: uuid.UUID, name: str | None = None) -> dict[str, Memory
             payload_digest=row[4],
             child_id=row[5],
             timeout_seconds=row[6],
-            result=row[9] if row[1] == StepKind.INVOKE else row[7],
-            error=row[10] if row[1] == StepKind.INVOKE and row[2] == StepStatus.FAILED else row[8],
+            result=row[9] if row[1] in CHILD_KINDS else row[7],
+            # A child's failure is read from the child; why it was cancelled, or a step failed, from the step.
+            error=row[10] if row[5] is not None and row[2] == StepStatus.FAILED else row[8],
             fence=row[11],
+            total=row[12],
         )
         for row in rows.order_by("id").values_list(
             "name",
@@ -75,22 +103,65 @@ def recall(execution_id: uuid.UUID, name: str | None = None) -> dict[str, Memory
             "child__result",
             "child__error",
             "fence",
+            "total",
         )
     }
 
 
-def record(execution: Execution, name: str, *, result: str | None = None, failure: Failure | None = None) -> None:
-    """Insert the outcome of a function that ``ctx.step`` ran; call it while the execution's row is locked."""
-    Step.objects.using(database()).create(
+@dataclass(frozen=True)
+class ChildOutcome:
+    """How one child of a map ended, or that it has not."""
+
+    child_id: uuid.UUID
+    position: int
+    status: ExecutionStatus
+    result: str | None
+    error: str | None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the child goes on."""
+        return self.status not in FINAL_STATUSES
+
+
+def recall_map(execution_id: uuid.UUID, name: str) -> list[ChildOutcome]:
+    """Return the children of a map in the order of their payloads, in one query."""
+    rows = children_of(execution_id, name)
+    return [
+        ChildOutcome(row[0], row[1] or 0, ExecutionStatus(row[2]), row[3], row[4])
+        for row in rows.order_by("position").values_list("pk", "position", "status", "result", "error")
+    ]
+
+
+def _insert(
+    execution: Execution, name: str, kind: StepKind, *, status: StepStatus = StepStatus.PENDING, **values: Any
+) -> Step:
+    """Insert a step of the run that holds ``execution``."""
+    return Step.objects.using(database()).create(
         execution_id=execution.pk,
         name=name,
-        kind=StepKind.STEP,
-        status=StepStatus.SUCCEEDED if failure is None else StepStatus.FAILED,
-        result=result,
-        error=None if failure is None else dump_failure(failure),
+        kind=kind,
+        status=status,
         attempt=execution.attempt,
         fence=execution.fence,
         created_at=clock.now(),
+        **values,
+    )
+
+
+def _deadline(timeout: float | None) -> Any:
+    return None if timeout is None else clock.after(timeout)
+
+
+def record(execution: Execution, name: str, *, result: str | None = None, failure: Failure | None = None) -> None:
+    """Insert the outcome of a function that ``ctx.step`` ran; call it while the execution's row is locked."""
+    _insert(
+        execution,
+        name,
+        StepKind.STEP,
+        status=StepStatus.SUCCEEDED if failure is None else StepStatus.FAILED,
+        result=result,
+        error=None if failure is None else dump_failure(failure),
         finished_at=clock.now(),
     )
 
@@ -103,72 +174,240 @@ def open_invocation(
     payload_digest: str,
     timeout: float | None,
     on_timeout: OnTimeout,
+    kind: StepKind = StepKind.INVOKE,
 ) -> None:
     """Insert the pending step that ``child`` will settle; in the transaction that inserts the child."""
-    Step.objects.using(database()).create(
-        execution_id=execution.pk,
-        name=name,
-        kind=StepKind.INVOKE,
-        status=StepStatus.PENDING,
+    _insert(
+        execution,
+        name,
+        kind,
         task=child.task,
         payload_digest=payload_digest,
         child_id=child.pk,
         timeout_seconds=timeout,
         on_timeout=on_timeout,
-        deadline_at=None if timeout is None else clock.after(timeout),
-        attempt=execution.attempt,
-        fence=execution.fence,
-        created_at=clock.now(),
+        deadline_at=_deadline(timeout),
     )
+
+
+def open_map(
+    execution: Execution,
+    name: str,
+    *,
+    task: str,
+    payload_digest: str,
+    total: int,
+    timeout: float | None,
+    on_timeout: OnTimeout,
+    max_parallel: int | None,
+    fails_fast: bool,
+) -> None:
+    """Insert the step that the last of ``total`` children will settle; without children it is settled already."""
+    _insert(
+        execution,
+        name,
+        StepKind.MAP,
+        status=StepStatus.PENDING if total else StepStatus.SUCCEEDED,
+        task=task,
+        payload_digest=payload_digest,
+        total=total,
+        remaining=total,
+        max_parallel=max_parallel,
+        fails_fast=fails_fast,
+        timeout_seconds=timeout,
+        on_timeout=on_timeout,
+        deadline_at=_deadline(timeout) if total else None,
+        finished_at=None if total else clock.now(),
+    )
+
+
+def open_gather(execution: Execution, name: str, members: Sequence[str], *, fails_fast: bool) -> Step:
+    """Insert the step that waits for the undecided ones of ``members``, and settle it at once if nothing is awaited.
+
+    The members are locked: one that is just being decided is either counted here as decided, or counts this down.
+    """
+    using = database()
+    gather = _insert(
+        execution,
+        name,
+        StepKind.GATHER,
+        total=len(members),
+        remaining=len(members),
+        fails_fast=fails_fast,
+        result=dumps(list(members), "members"),
+    )
+    rows = Step.objects.using(using).filter(execution_id=execution.pk, name__in=members)
+    gather.remaining = rows.filter(status=StepStatus.PENDING).update(group=gather)
+    failed: dict[str, Step] = {}
+    if fails_fast:
+        undone = rows.exclude(status__in=[StepStatus.PENDING, StepStatus.SUCCEEDED])
+        failed = {step.name: step for step in undone.only("name", "status", "error", "child_id")}
+    values: dict[str, Any] = {"remaining": gather.remaining}
+    first = next((failed[name] for name in members if name in failed), None)
+    if first is not None:
+        gather.status = first.status
+        values.update(status=first.status, error=first.error, child_id=first.child_id, finished_at=clock.now())
+    elif not gather.remaining:
+        gather.status = StepStatus.SUCCEEDED
+        values.update(status=StepStatus.SUCCEEDED, finished_at=clock.now())
+    Step.objects.using(using).filter(pk=gather.pk).update(**values)
+    return gather
 
 
 def open_sleep(execution: Execution, name: str, until: Any) -> None:
     """Insert the pending step that the sweeper settles at the instant ``until``."""
-    Step.objects.using(database()).create(
-        execution_id=execution.pk,
-        name=name,
-        kind=StepKind.SLEEP,
-        status=StepStatus.PENDING,
+    _insert(
+        execution,
+        name,
+        StepKind.SLEEP,
         deadline_at=until,
-        attempt=execution.attempt,
-        fence=execution.fence,
-        created_at=clock.now(),
     )
 
 
+def open_event(execution: Execution, name: str, event: str, *, timeout: float | None) -> Step:
+    """Insert the pending step that an event of the name ``event`` will settle."""
+    return _insert(
+        execution,
+        name,
+        StepKind.EVENT,
+        task=event,
+        timeout_seconds=timeout,
+        deadline_at=_deadline(timeout),
+    )
+
+
+def awaiting(execution_id: uuid.UUID, event: str) -> Step | None:
+    """Return the oldest pending step that waits for an event of this name, as of now."""
+    pending = Step.objects.using(database()).filter(
+        execution_id=execution_id, kind=StepKind.EVENT, task=event, status=StepStatus.PENDING
+    )
+    return pending.order_by("id").only("id", "execution_id", "name").first()
+
+
 def settle(
-    execution_id: uuid.UUID, name: str, status: StepStatus, *, error: str | None = None, only_overdue: bool = False
-) -> bool:
-    """Decide a pending step; ``False`` if it is decided already, so one of child, timeout and cancel wins.
+    execution_id: uuid.UUID,
+    name: str,
+    status: StepStatus,
+    *,
+    error: str | None = None,
+    only_overdue: bool = False,
+    result: str | None = None,
+) -> Step | None:
+    """Decide a pending step; ``None`` if it is decided already, so one of child, timeout and cancel wins.
 
     Args:
         only_overdue: Decide it only past its deadline, which an operator's retry may have moved.
+        result: Stored text; of an event, whose payload it is.
     """
-    pending = Step.objects.using(database()).filter(execution_id=execution_id, name=name, status=StepStatus.PENDING)
+    pending = of(execution_id, name).filter(status=StepStatus.PENDING)
     if only_overdue:
         pending = pending.filter(deadline_at__lte=clock.now())
-    return bool(pending.update(status=status, error=error, finished_at=clock.now()))
+    fields = ("kind", "group_id", "child_id")
+    values: dict[str, Any] = {} if result is None else {"result": result}
+    decided = update_returning(pending, fields, status=status, error=error, finished_at=clock.now(), **values)
+    return decided[0] if decided else None
+
+
+def count_down(
+    counted: QuerySet[Step], status: StepStatus, *, child_id: uuid.UUID | None = None, error: str | None = None
+) -> Step | None:
+    """Count one child of a map or gather as ended; the last one, or the first failure of one that fails fast, decides.
+
+    One statement on one row: of two last children, the second waits for the first, and sees its count.
+
+    Args:
+        counted: The row of the map or gather.
+        status: How the child ended.
+        child_id: The child.
+        error: Why it was cancelled.
+
+    Returns:
+        The row as it is now; ``None`` if it had been decided before.
+    """
+    is_last: Any = Q(remaining__lte=1)
+    decisions = [When(is_last, then=Value(StepStatus.SUCCEEDED.value))]
+    if status != StepStatus.SUCCEEDED:
+        decisions.insert(0, When(fails_fast=True, then=Value(status.value)))
+        is_last |= Q(fails_fast=True)
+    values: dict[str, Any] = {
+        # The count last: MySQL assigns from left to right, and the conditions are about the old one.
+        "status": Case(*decisions, default=Value(StepStatus.PENDING.value)),
+        "finished_at": Case(When(is_last, then=clock.now()), default=None, output_field=DateTimeField()),
+    }
+    if status != StepStatus.SUCCEEDED:
+        values["child_id"] = Case(When(fails_fast=True, then=Value(child_id, output_field=UUIDField())), default=None)
+        values["error"] = Case(When(fails_fast=True, then=Value(error, output_field=TextField())), default=None)
+    values["remaining"] = F("remaining") - 1
+    rows = update_returning(
+        counted.filter(status=StepStatus.PENDING), ("execution_id", "name", "kind", "status", "remaining"), **values
+    )
+    return rows[0] if rows else None
+
+
+def of(execution_id: uuid.UUID, name: str) -> QuerySet[Step]:
+    """Return one step's row as a queryset."""
+    return Step.objects.using(database()).filter(execution_id=execution_id, name=name)
+
+
+def children_of(execution_id: uuid.UUID, name: str) -> ExecutionQuerySet:
+    """Return the children of a map."""
+    return Execution.objects.using(database()).filter(parent_id=execution_id, step=name, position__isnull=False)
+
+
+def awaiting_gather(execution_id: uuid.UUID, name: str) -> int | None:
+    """Return the key of the undecided gather that a failure of this step decides; ``None`` if there is none."""
+    found = of(execution_id, name).filter(group__status=StepStatus.PENDING, group__fails_fast=True)
+    return found.values_list("group_id", flat=True).first()
+
+
+def members_beside(execution_id: uuid.UUID, name: str, gather: int) -> ExecutionQuerySet:
+    """Return the children of the undecided members of a gather, except the step ``name``."""
+    members = Step.objects.using(database()).filter(
+        execution_id=execution_id, group_id=gather, status=StepStatus.PENDING
+    )
+    keys = list(members.exclude(name=name).values_list("child_id", flat=True))
+    return Execution.objects.using(database()).filter(pk__in=[key for key in keys if key is not None])
+
+
+def note_late(step: Step) -> None:
+    """Freeze which children of a map that has just timed out are late; call it while the step's row is locked.
+
+    A child that has ended and is not committed yet is late too: it has still to count the map down, and will be told
+    that it is decided.
+    """
+    children = children_of(step.execution_id, step.name)
+    positions = list(children.open().order_by("position").values_list("position", flat=True))
+    Step.objects.using(database()).filter(pk=step.pk).update(result=dumps(positions, "positions"))
 
 
 def is_pending(execution_id: uuid.UUID, name: str) -> bool:
     """Tell whether a step is still undecided, as of now."""
-    return (
-        Step.objects.using(database()).filter(execution_id=execution_id, name=name, status=StepStatus.PENDING).exists()
-    )
+    return of(execution_id, name).filter(status=StepStatus.PENDING).exists()
 
 
-def reopen(step: Step) -> None:
-    """Make a decided step pending again, with a new deadline of the same length: for an operator's retry."""
-    deadline = None if step.timeout_seconds is None else clock.after(step.timeout_seconds)
+def reopen(step: Step, *, remaining: int | None = None) -> None:
+    """Make a decided step pending again, with a new deadline of the same length: for an operator's retry.
+
+    Args:
+        remaining: Of a map: how many children it waits for.
+    """
+    deadline = _deadline(step.timeout_seconds)
+    values: dict[str, Any] = {} if remaining is None else {"remaining": remaining, "child_id": None, "result": None}
     Step.objects.using(database()).filter(pk=step.pk).update(
-        status=StepStatus.PENDING, error=None, finished_at=None, deadline_at=deadline
+        status=StepStatus.PENDING, error=None, finished_at=None, deadline_at=deadline, **values
     )
+
+
+def forget(step: Step) -> None:
+    """Delete a gather: the next run waits for its members again."""
+    Step.objects.using(database()).filter(pk=step.pk).delete()
 
 
 def adopt(step: Step) -> None:
-    """Take the result of a child that succeeded after its parent had given up: for an operator's retry."""
+    """Take the results of children that succeeded after their parent had given up: for an operator's retry."""
+    values: dict[str, Any] = {"result": None, "child_id": None} if step.kind == StepKind.MAP else {}
     Step.objects.using(database()).filter(pk=step.pk).update(
-        status=StepStatus.SUCCEEDED, error=None, finished_at=clock.now()
+        status=StepStatus.SUCCEEDED, error=None, finished_at=clock.now(), **values
     )
 
 
@@ -178,7 +417,7 @@ def overlooked(execution_id: uuid.UUID) -> list[tuple[str, str | None, StepStatu
     No transition leaves one behind; an UPDATE or DELETE by hand does.
     """
     pending = Step.objects.using(database()).filter(
-        execution_id=execution_id, kind=StepKind.INVOKE, status=StepStatus.PENDING
+        execution_id=execution_id, kind__in=sorted(CHILD_KINDS), status=StepStatus.PENDING
     )
     found = []
     for name, status, error in pending.values_list("name", "child__status", "child__error"):
@@ -191,11 +430,58 @@ def overlooked(execution_id: uuid.UUID) -> list[tuple[str, str | None, StepStatu
     return found
 
 
+def in_vain(limit: int | None = None, *, execution_id: uuid.UUID | None = None) -> list[Step]:
+    """Return undecided maps and gathers that are waited for while no child of theirs is in flight.
+
+    No transition leaves one behind; an UPDATE or DELETE by hand does. A child that a map holds back is not in flight:
+    those that end let it go.
+    """
+    waited_for = Step.objects.using(database()).filter(
+        status=Literal(StepStatus.PENDING.value), execution__status=ExecutionStatus.WAITING
+    )
+    if execution_id is not None:
+        waited_for = waited_for.filter(execution_id=execution_id)
+    is_open = Q(status__in=sorted(OPEN_STATUSES))
+    children = Execution.objects.using(database()).filter(
+        is_open,
+        ~Q(status=ExecutionStatus.QUEUED) | Q(due_at__isnull=False),
+        parent=OuterRef("execution_id"),
+        step=OuterRef("name"),
+        position__isnull=False,
+    )
+    # By execution and not by group: an index has the execution.
+    members = Step.objects.using(database()).filter(
+        execution=OuterRef("execution_id"),
+        group=OuterRef("pk"),
+        status=StepStatus.PENDING,
+        child__status__in=sorted(OPEN_STATUSES),
+    )
+    found: list[Step] = []
+    for kind, in_flight in ((StepKind.MAP, children), (StepKind.GATHER, members)):
+        # One row of each, not EXISTS: PostgreSQL would make that a join, and read all open executions for it.
+        counted = waited_for.filter(kind=kind).annotate(in_flight=Subquery(in_flight.values("pk")[:1]))
+        found += counted.filter(in_flight=None)[:limit]
+    return found
+
+
+def set_remaining(step: Step, remaining: int) -> None:
+    """Set the count of an undecided map or gather right."""
+    Step.objects.using(database()).filter(pk=step.pk, status=StepStatus.PENDING).update(remaining=remaining)
+
+
 def overdue(limit: int) -> list[Step]:
     """Return pending steps past their deadline, the oldest first."""
+    fields = ("id", "execution_id", "name", "kind", "child_id", "on_timeout", "timeout_seconds")
+    return list(overdue_rows().order_by("deadline_at").only(*fields)[:limit])
+
+
+def overdue_rows() -> QuerySet[Step]:
+    """Pending steps past their deadline."""
+    return Step.objects.using(database()).filter(status=Literal(StepStatus.PENDING.value), deadline_at__lte=clock.now())
+
+
+def pending_maps(execution_id: uuid.UUID) -> list[Step]:
+    """Return the maps of an execution that are undecided."""
     return list(
-        Step.objects.using(database())
-        .filter(status=Literal(StepStatus.PENDING.value), deadline_at__lte=clock.now())
-        .order_by("deadline_at")
-        .only("id", "execution_id", "name", "kind", "child_id", "on_timeout", "timeout_seconds")[:limit]
+        Step.objects.using(database()).filter(execution_id=execution_id, kind=StepKind.MAP, status=StepStatus.PENDING)
     )

@@ -18,12 +18,13 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from billiard.einfo import ExceptionInfo
 from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
 from celery import bootsteps, signals
-from celery.exceptions import Ignore
+from celery.exceptions import Ignore, NotRegistered
 from celery.worker import state as worker_state
 from celery.worker.control import Panel
 from celery.worker.request import Request
@@ -31,12 +32,14 @@ from celery.worker.strategy import default as default_strategy
 from django.db import DatabaseError, connections
 from kombu.transport.memory import Transport as MemoryTransport
 
-from conductor_app import api, dispatch, executor, transitions
+from conductor_app import api, dispatch, executor, plain_runs, pools, reuse, transitions
 from conductor_app.conf import conductor_settings
+from conductor_app.exceptions import AbandonRun, CancelExecution, Failure, LeaseLost
 from conductor_app.executor import RunEnded
-from conductor_app.ids import of_task_id
+from conductor_app.ids import as_child_id, of_task_id
 from conductor_app.maintenance import sweeper
 from conductor_app.models import Execution, database
+from conductor_app.states import ExecutionStatus
 
 logger = logging.getLogger("conductor_app.worker")
 
@@ -47,6 +50,12 @@ _acknowledge_directly = False
 MEMORY_POLLING_SECONDS = 0.01
 #: Celery's default of ``worker_lost_wait``, in seconds.
 CELERY_LOST_WAIT_SECONDS = 10.0
+#: How long to wait for the end of a process that Celery reports as dead, in seconds.
+DEATH_SECONDS = 10.0
+#: How often to look meanwhile, in seconds.
+DEATH_POLL_SECONDS = 0.2
+#: Longest pause before a worker is asked again for a task that it did not know, in seconds.
+UNKNOWN_SECONDS = 3_600.0
 #: While runs are shorter than this, in seconds, the feed fetches more executions than there are free slots.
 SHORT_RUN_SECONDS = 0.25
 #: How many executions it fetches for each slot then.
@@ -216,6 +225,22 @@ def strategy(task: Any, app: Any, consumer: Any, **options: Any) -> Callable[...
     return task_message_handler
 
 
+@dataclass(frozen=True)
+class PlainReport:
+    """What Celery's main process says of a plain child, for the sweeper's thread.
+
+    Without ``failure`` and ``unknown_attempt``: the process that ran it is dead, or is being killed.
+    """
+
+    execution_id: uuid.UUID
+    #: What fails it for good.
+    failure: Failure | None = None
+    #: The attempt of a message whose task this worker does not know.
+    unknown_attempt: int | None = None
+    #: When it was reported, by ``time.monotonic()``.
+    reported_at: float = field(default_factory=time.monotonic)
+
+
 class News:
     """What the worker's main process tells the sweeper's thread. No database work is done on the way."""
 
@@ -223,7 +248,9 @@ class News:
         self._wake = threading.Event()
         self._lock = threading.Lock()
         self._deaths: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+        self._ends: queue.SimpleQueue[tuple[int, float]] = queue.SimpleQueue()
         self._revoked: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._reports: queue.SimpleQueue[PlainReport] = queue.SimpleQueue()
         self._next_due = float("inf")
         self._usual_run_seconds = float("inf")
 
@@ -252,9 +279,19 @@ class News:
         self._deaths.put((execution_id, owner))
         self._wake.set()
 
+    def process_ended(self, pid: int) -> None:
+        """A pool process is gone, whatever it was doing."""
+        self._ends.put((pid, time.monotonic()))
+        self._wake.set()
+
     def revoked(self, execution_id: str) -> None:
         """Somebody revoked the task id."""
         self._revoked.put(execution_id)
+        self._wake.set()
+
+    def reported(self, report: PlainReport) -> None:
+        """Celery's main process says something of a plain child."""
+        self._reports.put(report)
         self._wake.set()
 
     def wait(self, timeout: float) -> None:
@@ -274,7 +311,12 @@ class News:
 
     def take(self, kind: str) -> list[Any]:
         """Return and forget the news of one kind."""
-        source = self._deaths if kind == "deaths" else self._revoked
+        source: Any = {
+            "deaths": self._deaths,
+            "ends": self._ends,
+            "revoked": self._revoked,
+            "reports": self._reports,
+        }[kind]
         taken: list[Any] = []
         while True:
             try:
@@ -306,6 +348,10 @@ class SweeperThread(threading.Thread):
         self._swept_at = 0.0
         self._last_problem = ""
         self._next_sweep = 0.0
+        #: Reports of processes that are not dead yet.
+        self._doubtful: list[PlainReport] = []
+        #: Processes that have ended, and when, as long as Celery may tell of it; the first one first.
+        self._ended: list[tuple[int, float]] = []
         self._next_audit = time.monotonic() + self._settings.AUDIT_SECONDS
 
     def stop(self) -> None:
@@ -323,20 +369,30 @@ class SweeperThread(threading.Thread):
                 self._tick()
             if self._stop_requested.is_set():
                 break
-            until_sweep = self._next_sweep - time.monotonic()
-            news.wait(min(until_sweep, self._settings.FEED_SECONDS) if self._embedded else until_sweep)
+            pause = self._next_sweep - time.monotonic()
+            if self._embedded:
+                pause = min(pause, self._settings.FEED_SECONDS)
+            news.wait(min(pause, DEATH_POLL_SECONDS) if self._doubtful else pause)
         self._close()
 
     def _tick(self) -> None:
         try:
             self._connection = connections[database()]
-            deaths, revoked = news.take("deaths"), news.take("revoked")
+            deaths, ends, revoked = news.take("deaths"), news.take("ends"), news.take("revoked")
             # A revoke may have killed the process: what is to be cancelled must not be queued again first. Each death's
             # revoke was announced before it, so it has been taken with it or earlier.
             for execution_id in revoked:
                 _cancel_revoked(execution_id)
             for execution_id, owner in deaths:
                 self._lose(execution_id, owner)
+            reports = [*self._doubtful, *news.take("reports")]
+            self._doubtful = [report for report in reports if not self._settle_plain(report)]
+            for pid, _ended_at in ends:
+                self._lose_all(pid, plain=False)
+            # Celery tells of plain tasks itself, and what ended them, but not if it had stored a result before.
+            self._ended += ends
+            while self._ended and time.monotonic() - self._ended[0][1] > DEATH_SECONDS:
+                self._lose_all(self._ended.pop(0)[0], plain=True)
             if news.take_due() or time.monotonic() >= self._next_sweep:
                 self._sweep()
             if self._embedded and not self._shutdown.is_requested():
@@ -405,6 +461,38 @@ class SweeperThread(threading.Thread):
         except (DatabaseError, ValueError) as error:
             logger.warning("Execution %s of dead process %s is left to its lease: %s", execution_id, owner, error)
 
+    def _lose_all(self, pid: int, *, plain: bool) -> None:
+        """Lose what a process that has ended was still running; when the worker shuts down, others take it over."""
+        owner = f"{self._worker.hostname}/{pid}"
+        if self._shutdown.is_requested() or _is_alive(owner):  # alive: another process has the number by now
+            return
+        running = Execution.objects.using(database()).filter(status=ExecutionStatus.RUNNING, lease_owner=owner)
+        for execution in running.only("options"):
+            if execution.is_plain is plain:
+                self._lose(str(execution.pk), owner)
+
+    def _settle_plain(self, report: PlainReport) -> bool:
+        """Decide what follows for a plain child, if its row bears the report out.
+
+        Returns:
+            Whether that is done; ``False`` asks for another look.
+        """
+        try:
+            if report.unknown_attempt is not None:
+                _retry_unknown(report, self._worker.hostname)
+                return True
+            running = Execution.objects.using(database()).filter(pk=report.execution_id, status=ExecutionStatus.RUNNING)
+            owner = running.values_list("lease_owner", flat=True).first()
+            if owner is None or not owner.startswith(f"{self._worker.hostname}/"):
+                return True  # a copy's process: the one that holds the lease is another worker's
+            if report.failure is None and _is_alive(owner):
+                # The kill takes a moment; or it was a copy's process, too.
+                return time.monotonic() - report.reported_at > DEATH_SECONDS
+            transitions.lose(report.execution_id, owner=owner, failure=report.failure)
+        except (DatabaseError, AbandonRun, LeaseLost) as error:
+            logger.warning("Execution %s of a plain task is left to its lease: %s", report.execution_id, error)
+        return True
+
     def _report(self, error: Exception) -> None:
         """Say each problem once: without its tables, or without its database, a worker must not flood its log."""
         problem = f"{type(error).__name__}: {error}".strip()
@@ -463,6 +551,20 @@ class Shutdown:
         return self._shared[0] == 1
 
 
+class GuardStep(bootsteps.StartStopStep):
+    """The bootstep that guards plain tasks in the pools whose bodies run in the worker's main process.
+
+    A consumer's, since Celery builds all tracers anew on each connection to the broker.
+    """
+
+    requires = ("celery.worker.consumer.tasks:Tasks",)
+    label = "Conductor guard"
+
+    def start(self, consumer: Any) -> None:
+        """Guard all tasks."""
+        plain_runs.guard_tasks(consumer.app)
+
+
 class ConductorStep(bootsteps.StartStopStep):
     """The bootstep that starts and stops the sweeper's thread with the worker."""
 
@@ -472,6 +574,8 @@ class ConductorStep(bootsteps.StartStopStep):
     def __init__(self, worker: Any, **kwargs: Any) -> None:
         global _acknowledge_directly  # noqa: PLW0603
         _acknowledge_directly = worker.pool_cls.__module__.endswith(".solo") or dispatch.is_embedded(worker.app)
+        pools.install(worker.pool_cls)
+        pools.on_process_end = news.process_ended
         # Before the pool forks, so that its processes inherit the shared memory.
         self.shutdown = Shutdown()
         executor.is_draining = self.shutdown.is_requested
@@ -481,7 +585,6 @@ class ConductorStep(bootsteps.StartStopStep):
 
     def start(self, worker: Any) -> None:
         """Begin to sweep; the first tick is immediate."""
-        _let_one_thread_maintain(worker.pool)
         self.thread = SweeperThread(worker, self.shutdown)
         _forks.thread = self.thread
         self.thread.start()
@@ -500,25 +603,6 @@ class ConductorStep(bootsteps.StartStopStep):
         self.shutdown.request()
 
 
-def _let_one_thread_maintain(pool: Any) -> None:
-    """Let one thread at a time replace the processes of a pool.
-
-    Without an event loop (``memory://``), two do: billiard's supervisor and Celery's ``--autoscale``. The one takes a
-    process that the other is just forking for a dead one, and ends with an error; nothing is replaced from then on.
-    """
-    processes = getattr(pool, "_pool", None)
-    original = getattr(processes, "_maintain_pool", None)
-    if original is None:
-        return
-    turn = threading.RLock()
-
-    def maintain() -> None:
-        with turn:
-            original()
-
-    cast(Any, processes)._maintain_pool = maintain
-
-
 class _ForkHooks:
     """Hooks of this process, installed once; they follow the thread that is current."""
 
@@ -531,7 +615,10 @@ class _ForkHooks:
         )
 
     def _before(self) -> None:
-        self._local.held = self.thread is not None and self.thread.before_fork()
+        self._local.held = False
+        if self.thread is not None:
+            self._local.held = self.thread.before_fork()
+            _close_own_connections()
 
     def _after_in_parent(self) -> None:
         if self.thread is not None:
@@ -541,13 +628,30 @@ class _ForkHooks:
         self.thread = None
 
 
+def _close_own_connections() -> None:
+    """Close what this thread, usually Celery's main one, has open: a child process that inherits it would break it.
+
+    A killed process's failure is stored by the main process. Then a new process is forked, and the first thing that
+    Celery's fixup does there is to close the inherited connection. MariaDB's drivers say goodbye on the shared socket:
+    the main process could store no second failure, and the plain child that it is about would never be reported.
+    """
+    for connection in connections.all(initialized_only=True):
+        if connection.connection is not None and not connection.in_atomic_block:
+            try:
+                connection.close()
+            except DatabaseError:
+                logger.debug("Closing a connection before a fork failed.", exc_info=True)
+
+
 _forks = _ForkHooks()
 
 
 def install(instance: Any = None, **_kwargs: Any) -> None:
     """Prepare a worker that begins to start; receiver of ``celery.signals.celeryd_init``."""
     app = instance.app
+    reuse.install()
     app.steps["worker"].add(ConductorStep)
+    app.steps["consumer"].add(GuardStep)
     if dispatch.is_embedded(app):
         # The class's default: an option of the project's own still wins.
         MemoryTransport.polling_interval = MEMORY_POLLING_SECONDS
@@ -555,6 +659,7 @@ def install(instance: Any = None, **_kwargs: Any) -> None:
             # The synchronous pool that memory:// gets reports a dead process only after this wait.
             app.conf.worker_lost_wait = 1.0
     _watch_revokes()
+    _watch_plain_tasks()
 
 
 def _watch_revokes() -> None:
@@ -566,10 +671,109 @@ def _watch_revokes() -> None:
     def revoke(state: Any, task_id: Any, *args: Any, **kwargs: Any) -> Any:
         for item in task_id if isinstance(task_id, (list, tuple, set)) else [task_id]:
             news.revoked(str(item))
-        return original(state, task_id, *args, **kwargs)
+        try:
+            return original(state, task_id, *args, **kwargs)
+        finally:
+            for item in task_id if isinstance(task_id, (list, tuple, set)) else [task_id]:
+                _unrevoke(item)
 
     revoke.is_conductor = True  # type: ignore[attr-defined]
     Panel.data["revoke"] = revoke
+
+
+def _watch_plain_tasks() -> None:
+    """Hear what Celery's main process says of plain children: no pool process is there to say it."""
+    for signal, receiver in (
+        (signals.task_failure, _on_main_failure),
+        (signals.task_retry, _on_main_retry),
+        (signals.task_revoked, _on_main_revoked),
+        (signals.task_unknown, _on_unknown),
+    ):
+        signal.connect(receiver, dispatch_uid="conductor_app.worker", weak=False)
+
+
+def _reported_child(task_id: object) -> uuid.UUID | None:
+    """Return the child that a signal is about, if this is the main process and no run of it tells itself."""
+    is_main = _forks.thread is not None
+    return as_child_id(task_id) if is_main and not plain_runs.is_running(task_id) else None
+
+
+def _on_main_failure(task_id: str, exception: Any = None, **_kwargs: Any) -> None:
+    error = getattr(exception, "exc", exception)
+    child = _reported_child(task_id) if isinstance(error, (WorkerLostError, TimeLimitExceeded)) else None
+    if child is None:
+        return
+    failure = None
+    if isinstance(error, TimeLimitExceeded):
+        cls = type(error)
+        message = f"{error}: the hard time limit has ended its process."
+        failure = Failure(type=f"{cls.__module__}.{cls.__qualname__}", message=message)
+    news.reported(PlainReport(child, failure=failure))
+
+
+def _on_main_retry(request: Any = None, **_kwargs: Any) -> None:
+    """``retry_on_worker_lost``, and the end of a soft shutdown: the process is dead, or is being killed."""
+    child = _reported_child(getattr(request, "id", None))
+    if child is not None:
+        news.reported(PlainReport(child))
+
+
+def _on_main_revoked(request: Any = None, terminated: bool = False, **_kwargs: Any) -> None:
+    child = _reported_child(getattr(request, "id", None))
+    if child is None:
+        return
+    news.revoked(str(child))
+    _unrevoke(str(child))
+    if terminated:
+        news.reported(PlainReport(child))
+
+
+def _on_unknown(id: Any = None, message: Any = None, **_kwargs: Any) -> None:  # noqa: A002 - the signal's name for it
+    child = _reported_child(id)
+    headers = getattr(message, "headers", None) or {}
+    if child is not None and dispatch.HEADER in headers:
+        retries = headers.get("retries")
+        news.reported(PlainReport(child, unknown_attempt=(retries if isinstance(retries, int) else 0) + 1))
+
+
+def _retry_unknown(report: PlainReport, hostname: str) -> None:
+    """Use up an attempt of a plain child whose task this worker does not know; a newer one may, later."""
+    execution = transitions.claim(report.execution_id, executor.lease_owner(hostname), attempt=report.unknown_attempt)
+    if execution is None:
+        return
+    failure = Failure(
+        type=f"{NotRegistered.__module__}.{NotRegistered.__qualname__}",
+        message=f'Worker {hostname} took its message from queue "{execution.queue}" and knows no task '
+        f'"{execution.task}". Is its module imported there, and the worker as new as the parent\'s code?',
+    )
+    if execution.max_attempts is not None and execution.attempt >= execution.max_attempts:
+        transitions.fail(execution, failure)
+        return
+    delay = min(conductor_settings().REDISPATCH_SECONDS * 2 ** min(execution.attempt - 1, 10), UNKNOWN_SECONDS)
+    try:
+        transitions.retry_later(execution, failure, delay)
+    except CancelExecution:
+        transitions.cancel_running(execution)
+
+
+def _is_alive(owner: str) -> bool:
+    """Tell whether a process of this machine, which holds leases as ``owner``, is there."""
+    try:
+        os.kill(int(owner.rpartition("/")[2]), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, ValueError):
+        pass
+    return True
+
+
+def _unrevoke(task_id: object) -> None:
+    """Let Celery forget that a child was revoked: its row knows, and an operator's retry can undo it there.
+
+    Celery would drop the id for as long as any worker remembers it. On the main thread alone: the set has no lock.
+    """
+    if as_child_id(task_id) is not None:
+        worker_state.revoked.discard(task_id)
 
 
 def _cancel_revoked(execution_id: str) -> None:

@@ -12,6 +12,12 @@ from tests.support.broker import purge
 from tests.support.databases import end_other_sessions
 from tests.support.worker import Worker
 
+ACCEPTANCE = Path(__file__).parent / "acceptance"
+#: Modules of it about what passes between a database and a broker.
+MESSAGING = {
+    f"test_{name}" for name in ("adoption", "broker_outage", "canvas", "messages", "origin", "results", "revoke")
+}
+BROWSER = Path(__file__).parent / "browser"
 WORKERS = pytest.StashKey[list[Worker]]()
 #: Queues that workers of this session have consumed, besides the default one.
 QUEUES: set[str] = set()
@@ -52,10 +58,21 @@ def django_db_setup(django_db_setup: None, django_db_blocker: Any) -> Iterator[N
         end_other_sessions()
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave the browser tests to ``make test-browser``, which names them: they need what others do not."""
+    if collection_path != BROWSER or any("browser" in str(word) for word in config.invocation_params.args):
+        return None
+    return True
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "worker" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.worker)
+        if item.get_closest_marker("worker") or item.path.is_relative_to(ACCEPTANCE):
+            item.add_marker(pytest.mark.combination)
+        if item.path.parent == ACCEPTANCE and item.path.stem in MESSAGING:
+            item.add_marker(pytest.mark.messaging)
         if item.get_closest_marker("races") and connection.vendor != "postgresql":
             item.add_marker(pytest.mark.skip(reason="needs two connections to PostgreSQL"))
 
@@ -68,3 +85,19 @@ def pytest_runtest_makereport(item: pytest.Item) -> Any:
         for worker in item.stash.get(WORKERS, []):
             report.sections.append((f"Log of worker {worker.name} ({worker.pool})", worker.log_tail()))
     return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Any:
+    """Let pytest-xdist send a report with half a surrogate pair in a log: it takes nothing but UTF-8."""
+    return _encodable((yield))
+
+
+def _encodable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, list | tuple):
+        return type(value)(map(_encodable, value))
+    if isinstance(value, dict):
+        return {_encodable(key): _encodable(item) for key, item in value.items()}
+    return value

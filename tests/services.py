@@ -1,10 +1,14 @@
-"""Run the test suite once for each combination of database and broker server.
+"""Run the test suite on each combination of database and broker server.
 
     python -m tests.services [--only postgres-redis ...] [-- pytest arguments]
 
 The servers' addresses come from ``CONDUCTOR_TEST_{POSTGRES,MARIADB,REDIS,RABBITMQ}_URL``; by default all are on the
 loopback interface. A local server that is installed but does not answer is started. A combination whose server cannot
 be reached is skipped, or, with ``CI=true``, fails.
+
+Each server sees the whole suite once. PostgreSQL without a broker runs the tests marked ``combination``: those that
+start workers, and those whose outcome the broker decides. PostgreSQL with Redis, which have both seen the whole suite,
+runs those marked ``messaging``, about what passes between the two; ``make chaos`` has the same servers.
 
 Exit code: 0 if every combination passed, 1 if one failed, 3 if none failed but some were skipped.
 """
@@ -35,6 +39,8 @@ START_SECONDS = 60
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 EXIT_FAILED = 1
 EXIT_SKIPPED = 3
+#: What pytest returns when no test is left to run.
+NOTHING_CHOSEN = 5
 
 console = Console(soft_wrap=True)
 
@@ -178,6 +184,8 @@ class Combination:
     name: str
     database: Server
     broker: Server | None
+    #: The pytest arguments that choose the tests; none for the whole suite.
+    selection: tuple[str, ...] = ()
 
     @property
     def servers(self) -> list[Server]:
@@ -193,9 +201,9 @@ class Combination:
 
 COMBINATIONS = [
     Combination("postgres-rabbitmq", POSTGRES, RABBITMQ),
-    Combination("postgres-redis", POSTGRES, REDIS),
-    Combination("postgres-memory", POSTGRES, None),
     Combination("mariadb-redis", MARIADB, REDIS),
+    Combination("postgres-redis", POSTGRES, REDIS, ("-m", "messaging")),
+    Combination("postgres-memory", POSTGRES, None, ("-m", "combination")),
 ]
 
 
@@ -211,8 +219,8 @@ class Outcome:
 
 
 def run(combination: Combination, pytest_args: list[str]) -> Outcome:
-    """Run the suite on one combination, with pytest's output passed through."""
-    console.rule(combination.name)
+    """Run the suite, or what depends on the combination, with pytest's output passed through."""
+    console.rule(f"{combination.name}: what depends on the combination" if combination.selection else combination.name)
     reasons = [reason for server in combination.servers if (reason := unreachable(server))]
     if reasons:
         verdict = "failed" if os.environ.get("CI", "").lower() == "true" else "skipped"
@@ -222,11 +230,14 @@ def run(combination: Combination, pytest_args: list[str]) -> Outcome:
         report = Path(directory, "report.xml")
         start = time.monotonic()
         exit_code = subprocess.run(
-            [sys.executable, "-m", "pytest", f"--junit-xml={report}", *pytest_args],
+            [sys.executable, "-m", "pytest", f"--junit-xml={report}", *combination.selection, *pytest_args],
             env={**os.environ, **combination.environment},
             check=False,
         ).returncode
         seconds = time.monotonic() - start
+        if exit_code == NOTHING_CHOSEN and combination.selection:
+            # The caller's arguments name tests that do not depend on it.
+            exit_code = 0
         reason = f"pytest ended with {exit_code}" if exit_code else ""
         return Outcome(combination, "failed" if exit_code else "passed", reason, _counts(report), seconds)
 
@@ -244,6 +255,7 @@ def _counts(report: Path) -> dict[str, int]:
 def summary(outcomes: list[Outcome]) -> Table:
     table = Table(title="Services", title_justify="left")
     table.add_column("combination", no_wrap=True)
+    table.add_column("tests", no_wrap=True)
     for column in ("passed", "failed", "skipped", "seconds"):
         table.add_column(column, justify="right")
     table.add_column("verdict")
@@ -252,7 +264,8 @@ def summary(outcomes: list[Outcome]) -> Table:
         counts = [str(outcome.counts.get(key, "–")) for key in ("passed", "failed", "skipped")]
         colour = colours[outcome.verdict]
         verdict = f"[{colour}]{outcome.verdict}[/{colour}]"
-        table.add_row(outcome.combination.name, *counts, f"{outcome.seconds:.1f}", verdict)
+        tests = "part" if outcome.combination.selection else "all"
+        table.add_row(outcome.combination.name, tests, *counts, f"{outcome.seconds:.1f}", verdict)
     return table
 
 

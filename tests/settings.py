@@ -36,14 +36,17 @@ CONDUCTOR = {
     **json.loads(os.environ.get("CONDUCTOR_TEST_OVERRIDES", "{}")),
 }
 
-# A queue and keys of its own, so that the suite takes nothing from a broker that others use too.
-CELERY_TASK_DEFAULT_QUEUE = "celery-test"
+# Queues, keys and a control exchange of its own, so that the suite takes nothing from a broker that others use too, nor
+# one of its processes from another (pytest-xdist names them; the workers that they start inherit the variable).
+CELERY_TASK_DEFAULT_QUEUE = "-".join(["celery-test", *os.environ.get("PYTEST_XDIST_WORKER", "").split()])
+CELERY_CONTROL_EXCHANGE = CELERY_TASK_DEFAULT_QUEUE
+CELERY_TASK_ROUTES = {"tests.app.plain.routed": {"queue": f"{CELERY_TASK_DEFAULT_QUEUE}-plain"}}
 if project.CELERY_BROKER_URL.startswith("redis"):
     CELERY_BROKER_TRANSPORT_OPTIONS = {
         **getattr(project, "CELERY_BROKER_TRANSPORT_OPTIONS", {}),
-        "unacked_key": "celery-test.unacked",
-        "unacked_index_key": "celery-test.unacked_index",
-        "unacked_mutex_key": "celery-test.unacked_mutex",
+        "unacked_key": f"{CELERY_TASK_DEFAULT_QUEUE}.unacked",
+        "unacked_index_key": f"{CELERY_TASK_DEFAULT_QUEUE}.unacked_index",
+        "unacked_mutex_key": f"{CELERY_TASK_DEFAULT_QUEUE}.unacked_mutex",
     }
 
 PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]

@@ -10,7 +10,7 @@ from django.db import transaction
 from django.db.models import Exists, OuterRef
 
 from conductor_app import clock
-from conductor_app.models import Execution, FailedExecution, Step, database
+from conductor_app.models import Event, Execution, FailedExecution, Step, database
 from conductor_app.models.querysets import ExecutionQuerySet
 from conductor_app.sql import locked, persist_briefly
 from conductor_app.states import FINAL_STATUSES
@@ -58,7 +58,7 @@ def _delete(roots: ExecutionQuerySet, found: list[uuid.UUID]) -> int:
         ids = list(locked(roots.filter(pk__in=found), skip=True).values_list("pk", flat=True))
         tree = Execution.objects.using(using).filter(root_id__in=ids).order_by()
         # Table by table instead of Django's cascade, which would read every row first.
-        for dependent in (Step, FailedExecution):
+        for dependent in (Event, Step, FailedExecution):
             of_tree = dependent.objects.using(using).filter(execution_id__in=tree.values("pk"))
             of_tree.order_by()._raw_delete(using)
         for depth in sorted(set(tree.values_list("depth", flat=True).distinct()), reverse=True):

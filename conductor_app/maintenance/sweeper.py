@@ -7,6 +7,7 @@ finding is taken by a guarded statement, so it is acted on once.
 from __future__ import annotations
 
 import logging
+import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -14,7 +15,7 @@ from typing import TypeVar
 
 from django.db import Error, connections
 
-from conductor_app import announcements, dispatch, steps, transitions
+from conductor_app import announcements, dispatch, observing, signals, steps, transitions
 from conductor_app.conf import conductor_settings
 from conductor_app.models import Execution, Step, database
 from conductor_app.models.querysets import ExecutionQuerySet
@@ -36,6 +37,7 @@ def sweep(*, reclaim: bool = True, audit: bool = False, publish: bool = True) ->
     Returns:
         How often each kind of finding was acted on.
     """
+    started = time.perf_counter()
     found: Counter[str] = Counter()
     if reclaim:
         found["lapsed_leases"] = _each(_ids(Execution.objects.using(database()).lapsed()), transitions.lose)
@@ -43,12 +45,14 @@ def sweep(*, reclaim: bool = True, audit: bool = False, publish: bool = True) ->
     found["expired"] = _each(_ids(Execution.objects.using(database()).expired()), transitions.expire)
     found["cancelled"] = cancel_flagged()
     if audit:
-        found["stranded"] = _each(_ids(Execution.objects.using(database()).waiting_for_nothing()), _wake_stranded)
+        found["stranded"] = _each(_stranded(), _wake_stranded)
     if not announcements.is_resting():
         found["announced"] = _each(transitions.take_for_announcement(conductor_settings().SWEEP_BATCH), _deliver)
     if publish:
         found["published"] = publish_due()
-    return +found
+    found = +found
+    signals.sweep_finished.send_robust(sender=__name__, found=found, seconds=time.perf_counter() - started)
+    return found
 
 
 def publish_due(limit: int | None = None, queues: list[str] | None = None) -> int:
@@ -58,18 +62,26 @@ def publish_due(limit: int | None = None, queues: list[str] | None = None) -> in
         limit: At most so many; ``CONDUCTOR["SWEEP_BATCH"]`` by default.
         queues: Only of these Celery queues.
     """
-    if dispatch.is_broker_resting():
+    if dispatch.is_broker_resting() or dispatch.is_inline():
         return 0
     taken = transitions.take_for_dispatch(limit or conductor_settings().SWEEP_BATCH, queues)
     published = 0
     for number, execution in enumerate(taken):
         if dispatch.publish(execution):
             published += 1
+            _tell_redispatched(execution)
         elif dispatch.is_broker_resting():
             # The broker is away. Nobody's pause before the next publish is to grow with that.
             transitions.put_back(taken[number:], dispatch.BREAKER_SECONDS)
             break
     return published
+
+
+def _tell_redispatched(execution: Execution) -> None:
+    # What became due later than it was stored, such as a retry, is published here for the first time, at that instant.
+    is_again = execution.dispatches or execution.dispatch_at != execution.due_at
+    if is_again and not dispatch.is_embedded() and signals.execution_redispatched.has_listeners(execution.task):
+        signals.execution_redispatched.send_robust(sender=execution.task, execution=execution)
 
 
 def cancel_flagged() -> int:
@@ -87,6 +99,13 @@ def _ids(executions: ExecutionQuerySet) -> list[uuid.UUID]:
     return list(executions.values_list("pk", flat=True)[: conductor_settings().SWEEP_BATCH])
 
 
+def _stranded() -> list[uuid.UUID]:
+    """Return executions that wait for nothing, or for children that are not in flight."""
+    ids = _ids(Execution.objects.using(database()).waiting_for_nothing())
+    ids += [step.execution_id for step in steps.in_vain(conductor_settings().SWEEP_BATCH)]
+    return list(dict.fromkeys(ids))
+
+
 def _each(items: Iterable[T], act: Callable[[T], object]) -> int:
     """Act on each item in a transaction of its own; one that fails does not stop the others.
 
@@ -98,9 +117,13 @@ def _each(items: Iterable[T], act: Callable[[T], object]) -> int:
         try:
             done += bool(act(item))
         except Exception as error:
-            if is_outage(error) and not _database_answers():
+            if not is_outage(error):
+                logger.exception("Sweeping %s failed; it will be tried again.", _describe(item))
+                continue
+            if not _database_answers():
                 raise
-            logger.exception("Sweeping %s failed; it will be tried again.", _describe(item))
+            # One session was ended.
+            logger.warning("Sweeping %s failed (%s); it will be tried again.", _describe(item), error)
     return done
 
 
@@ -129,5 +152,6 @@ def _wake_stranded(execution_id: uuid.UUID) -> bool:
 def _deliver(execution: Execution) -> bool:
     if announcements.is_resting():
         return False  # one of these was slow to fail; the others are taken again later
-    announcements.deliver(execution)
+    with observing.acting_for(execution):
+        announcements.deliver(execution)
     return True

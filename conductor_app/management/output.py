@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import re
 import shutil
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +12,15 @@ from django.core.serializers.json import DjangoJSONEncoder
 from rich.console import Console, RenderableType
 from rich.text import Text
 
+from conductor_app.explain import clean
+
 if TYPE_CHECKING:
     from django.core.management.base import OutputWrapper
 
+__all__ = ["STYLES", "Output", "clean", "plain", "status"]
+
 #: Without a terminal nothing is cut or wrapped, so that each row stays one line for ``grep``.
 PIPE_WIDTH = 4_000
-#: Characters that could move a terminal's cursor, start an escape sequence, or reorder the text around them.
-_CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 STYLES = {
     "queued": "cyan",
@@ -95,11 +96,6 @@ class Output:
 def plain(text: object, style: str = "") -> Text:
     """Return text that comes from the database, without anything that a terminal would obey."""
     return Text(clean(str(text)), style=style)
-
-
-def clean(text: str) -> str:
-    """Return ``text`` on one line, with control characters spelled out."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def status(mark: str, word: str) -> Text:

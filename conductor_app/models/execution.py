@@ -46,13 +46,21 @@ class Execution(models.Model):
     #: The last failure, or why it was cancelled.
     error = models.TextField(_("error"), null=True, blank=True)  # noqa: DJ001
     parent = models.ForeignKey(
-        "self", models.CASCADE, verbose_name=_("parent"), null=True, blank=True, related_name="children"
+        "self",
+        models.CASCADE,
+        verbose_name=_("parent"),
+        null=True,
+        blank=True,
+        related_name="children",
+        db_index=False,
     )
     #: The top of the tree; a root names itself.
     root = models.ForeignKey("self", models.CASCADE, verbose_name=_("root"), related_name="tree", db_constraint=False)
     depth = models.PositiveIntegerField(_("depth"), default=0)
     #: Name of the step in the parent that this child stands for.
     step = ExactCharField(_("step in parent"), max_length=128, blank=True, default="")
+    #: The child's place among the payloads of ``ctx.map``, counted from 0; null for other executions.
+    position = models.PositiveIntegerField(_("position"), null=True, blank=True)
 
     #: Counts claims. A run may write only while it holds the row's fence, so a zombie cannot.
     fence = models.BigIntegerField(_("fence"), default=0)
@@ -60,8 +68,8 @@ class Execution(models.Model):
     lease_owner = models.CharField(_("worker"), max_length=255, blank=True, default="")
     lease_expires_at = models.DateTimeField(_("lease expires"), null=True, blank=True)
 
-    #: While queued: not to be claimed before.
-    due_at = models.DateTimeField(_("due"))
+    #: While queued: not to be claimed before. Null holds a child back until ``max_parallel`` of its map lets it go.
+    due_at = models.DateTimeField(_("due"), null=True, blank=True)
     #: Celery's ``expires``: not to be started after.
     deadline_at = models.DateTimeField(_("start deadline"), null=True, blank=True)
     #: While queued: when the sweeper publishes the message (again).
@@ -86,6 +94,13 @@ class Execution(models.Model):
         verbose_name = _("execution")
         verbose_name_plural = _("executions")
         ordering: ClassVar[list[str]] = ["-id"]
+        #: What people may do in the admin, beside Django's own `view_execution`.
+        permissions: ClassVar[list[tuple[str, Any]]] = [
+            ("retry_execution", _("Can retry, rerun, wake and publish executions")),
+            ("cancel_execution", _("Can cancel executions")),
+            ("send_event", _("Can send events to executions")),
+            ("view_payload", _("Can see payloads and results of executions")),
+        ]
         indexes: ClassVar[list[models.Index]] = [
             # The embedded feed and the sweeper: what is to be published.
             PartialIndex(fields=["status", "dispatch_at"], where=Q(status="queued"), name="conductor_ex_dispatch"),
@@ -105,6 +120,8 @@ class Execution(models.Model):
                 where=Q(status="queued", deadline_at__isnull=False),
                 name="conductor_ex_deadline",
             ),
+            # The children of one parent, those of a map in the order of their payloads.
+            models.Index(fields=["parent", "step", "position"], name="conductor_ex_children"),
             # The audit: who waits.
             PartialIndex(fields=["status", "id"], where=Q(status="waiting"), name="conductor_ex_waiting"),
         ]
@@ -125,6 +142,7 @@ class Execution(models.Model):
             ),
             models.CheckConstraint(
                 condition=Q(status="queued", dispatch_at__isnull=False)
+                | Q(status="queued", due_at__isnull=True)
                 | (~Q(status="queued") & Q(dispatch_at__isnull=True)),
                 name="conductor_ex_queued_is_dispatched",
             ),
@@ -142,6 +160,17 @@ class Execution(models.Model):
     def is_final(self) -> bool:
         """Whether nothing but an operator's retry will change it."""
         return self.status in FINAL_STATUSES
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a plain Celery task's: Celery runs and retries it."""
+        # Without a look at most options: the sweeper asks this of each row that it publishes.
+        return '"plain"' in self.options and "plain" in self.get_options()
+
+    @property
+    def runs_again(self) -> bool:
+        """Whether a dead process costs it one attempt, and not its life: not a plain task without ``acks_late``."""
+        return not self.is_plain or bool(self.get_options()["plain"]["acks_late"])
 
     @property
     def args(self) -> list[Any]:

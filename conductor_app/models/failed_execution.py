@@ -23,7 +23,7 @@ class FailedExecution(models.Model):
     error_class = models.CharField(_("error class"), max_length=255)
     message = models.TextField(_("message"))
     traceback = models.TextField(_("traceback"), blank=True, default="")
-    #: The step at which it failed, if the failure is a child's.
+    #: The step at which it failed, if the failure is a child's, or an event's that did not come.
     step = ExactCharField(_("failing step"), max_length=128, blank=True, default="")
     #: The deepest descendant whose failure is behind this one; null if the failure is its own.
     root_cause = models.ForeignKey(

@@ -31,14 +31,21 @@ class ExecutionQuerySet(models.QuerySet["Execution"]):
         """The execution, if the run with this fence still holds it."""
         return self.filter(pk=execution_id, fence=fence, status=ExecutionStatus.RUNNING)
 
-    def claimable(self) -> Self:
-        """Queued, due, neither cancelled nor expired."""
-        return self.filter(
+    def claimable(self, attempt: int | None = None) -> Self:
+        """Queued, due, neither cancelled nor expired.
+
+        Args:
+            attempt: That of a plain task's message. Celery's own retry message comes by a worker's clock, so being due
+                does not count; being about this attempt does, or a copy of the last one's message would take it early.
+        """
+        ready = self.filter(
             Q(deadline_at__isnull=True) | Q(deadline_at__gt=clock.now()) | Q(started_at__isnull=False),
             status=ExecutionStatus.QUEUED,
-            due_at__lte=clock.now(),
             cancel_requested_at__isnull=True,
         )
+        if attempt is None:
+            return ready.filter(due_at__lte=clock.now())
+        return ready.filter(due_at__isnull=False, attempt=attempt)
 
     def to_dispatch(self) -> Self:
         """Queued, and its message is to be published (again)."""
@@ -74,6 +81,8 @@ class ExecutionQuerySet(models.QuerySet["Execution"]):
         # Two ways to say the same. By the status SQLite would read all pending steps, once for each execution.
         is_sqlite = connections[self.db].vendor == "sqlite"
         is_pending = Q(finished_at__isnull=True) if is_sqlite else Q(status=Literal("pending"))
-        is_awaited = ~Q(kind="invoke") | Q(child__status__in=sorted(OPEN_STATUSES))
+        # A started child is awaited by its gather alone. A map or gather that is undecided counts as awaited
+        # (``steps.in_vain`` looks at its children): beside OR, that makes PostgreSQL read whole tables.
+        is_awaited = ~Q(kind__in=["invoke", "start"]) | Q(kind="invoke", child__status__in=sorted(OPEN_STATUSES))
         pending = Step.objects.filter(is_pending, is_awaited, execution=OuterRef("pk"))
         return self.with_status(ExecutionStatus.WAITING).filter(~Exists(pending))

@@ -16,6 +16,9 @@ from conductor_app.states import OnTimeout, StepKind, StepStatus
 _KIND_CHOICES = [
     (StepKind.STEP.value, _("step")),
     (StepKind.INVOKE.value, _("invoke")),
+    (StepKind.START.value, _("start")),
+    (StepKind.MAP.value, _("map")),
+    (StepKind.GATHER.value, _("gather")),
     (StepKind.SLEEP.value, _("sleep")),
     (StepKind.EVENT.value, _("event")),
 ]
@@ -40,7 +43,7 @@ class Step(models.Model):
     name = ExactCharField(_("name"), max_length=128)
     kind = models.CharField(_("kind"), max_length=16, choices=_KIND_CHOICES)
     status = models.CharField(_("status"), max_length=16, choices=_STATUS_CHOICES)
-    #: The task that an invocation names, to notice that the code has changed.
+    #: The task that an invocation names, or the event that is waited for: to notice that the code has changed.
     task = ExactCharField(_("task"), max_length=255, blank=True, default="")
     payload_digest = models.CharField(_("payload digest"), max_length=32, blank=True, default="")
     child = models.ForeignKey(
@@ -53,6 +56,25 @@ class Step(models.Model):
         db_constraint=False,
         db_index=False,
     )
+    #: The gather that waits for this invocation; it is counted down when this is decided.
+    group = models.ForeignKey(
+        "self",
+        models.SET_NULL,
+        verbose_name=_("gather"),
+        null=True,
+        blank=True,
+        related_name="members",
+        db_constraint=False,
+        db_index=False,
+    )
+    #: Of a map or gather: how many children it has.
+    total = models.PositiveIntegerField(_("children"), null=True, blank=True)
+    #: Of a map or gather: how many of them have not ended.
+    remaining = models.PositiveIntegerField(_("remaining"), null=True, blank=True)
+    #: Of a map: how many children may be in flight at once.
+    max_parallel = models.PositiveIntegerField(_("at most in parallel"), null=True, blank=True)
+    #: Of a map or gather: whether the first failure decides it.
+    fails_fast = models.BooleanField(_("fails fast"), default=True, db_default=True)
     result = models.TextField(_("result"), null=True, blank=True)  # noqa: DJ001 - no result is not an empty one
     error = models.TextField(_("error"), null=True, blank=True)  # noqa: DJ001
     #: Seconds, as the caller gave them: for the error's text, and for a new deadline when an operator retries.

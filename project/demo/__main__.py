@@ -17,8 +17,10 @@ from rich.console import Console
 
 ROOT = Path(__file__).resolve().parents[2]
 DATABASE = ROOT / "var" / "demo.sqlite3"
-#: Enough for some 15 seconds on two cores.
-ORDERS = 60
+#: Enough for some 30 seconds on two cores.
+ORDERS = 100
+#: Seconds; for machines that are slow or busy. Less than the 10 minutes after which ``fulfil`` gives up a charge.
+DEADLINE = 240
 
 
 def main() -> int:
@@ -70,7 +72,11 @@ def parse_arguments() -> argparse.Namespace:
         "--database-url", metavar="URL", help="use this database; what it holds is kept (default: an SQLite file)"
     )
     parser.add_argument(
-        "--deadline", type=positive, default=60, metavar="SECONDS", help="give up after so long (default: 60)"
+        "--deadline",
+        type=positive,
+        default=DEADLINE,
+        metavar="SECONDS",
+        help=f"give up after so long (default: {DEADLINE})",
     )
     return parser.parse_args()
 

@@ -33,10 +33,11 @@ class Crash:
     bank_had_charged: bool
 
 
-def kill_a_process(batch: Batch, worker: Worker, *, patience: float = 3) -> Crash | None:
+def kill_a_process(batch: Batch, worker: Worker, *, patience: float = 5) -> Crash | None:
     """Kill a pool process of ``worker`` with SIGKILL, while it runs an execution.
 
-    For ``patience`` seconds, look for one that has charged a card and not noted it yet. After that any will do.
+    For ``patience`` seconds, look for one that has charged a card and not noted it yet, for an order of several items:
+    it will be drawn. After that any will do.
 
     Returns:
         What was killed; ``None`` if no execution was running, which the caller may try again.
@@ -46,7 +47,7 @@ def kill_a_process(batch: Batch, worker: Worker, *, patience: float = 3) -> Cras
         is_patient = time.monotonic() < give_up_at
         for execution in _running(batch, worker):
             order = batch.orders[execution.root_id]
-            if is_patient and not _has_charged_unnoted(execution, order):
+            if is_patient and not (_has_charged_unnoted(execution, order) and order.items.count() > 1):
                 continue
             if crash := _kill_if_still_running(execution, order, must_have_charged=is_patient):
                 return crash

@@ -19,6 +19,9 @@ from project.shop.models import BankCall
 WAITING, WORKING, KILLED = "░", "▓", "☠"
 LEGEND = f"{WORKING} on a worker   {WAITING} queued or waiting, no worker held   {KILLED} killed"
 
+#: What a parent of the shop waits for.
+SUSPENDING = {StepKind.INVOKE, StepKind.MAP, StepKind.EVENT}
+
 _MARKS = {ExecutionStatus.SUCCEEDED: "[green]✓[/]", ExecutionStatus.FAILED: "[red]✗[/]"}
 
 
@@ -41,11 +44,19 @@ def draw_tree(root_id: UUID, crash: Crash | None) -> Tree:
 def _add_children(tree: Tree, execution: Execution, crash: Crash | None) -> None:
     for step in execution.steps.order_by("id").select_related("child"):
         if step.kind == StepKind.INVOKE and step.child is not None:
-            _add_children(tree.add(_label(step.child)), step.child, crash)
+            _add_child(tree, step.child, crash)
+        elif step.kind == StepKind.MAP:
+            items = tree.add(f"[dim]map {escape(step.name)}, at most {step.max_parallel} at once[/]")
+            for child in execution.children.filter(step=step.name).order_by("position"):
+                _add_child(items, child, crash)
         else:
             tree.add(f"[dim]{step.kind} {escape(step.name)}: {escape(repr(step.get_result()))}[/]")
     if crash is not None and crash.execution_id == execution.pk:
         tree.add(f"[yellow]{KILLED} attempt 1 was killed with process {crash.pid}[/]")
+
+
+def _add_child(tree: Tree, child: Execution, crash: Crash | None) -> None:
+    _add_children(tree.add(_label(child)), child, crash)
 
 
 def _label(execution: Execution) -> str:
@@ -60,7 +71,7 @@ def draw_time_line(root_id: UUID, crash: Crash | None, width: int) -> Table:
     """Draw when each execution of a tree was on a worker, and when it held none; ``width`` is in characters."""
     root = Execution.objects.get(pk=root_id)
     begin, end = root.created_at, root.finished_at or root.created_at
-    executions = [root, *root.tree.exclude(pk=root.pk).order_by("created_at")]
+    executions = [root, *root.tree.exclude(pk=root.pk).order_by("created_at", "position")]
     names = [f"{'  ' * execution.depth}{short_name(execution.task)}" for execution in executions]
     bar_width = max(width - max(map(len, names)) - 12, 20)
     table = Table.grid(padding=(0, 2, 0, 0))
@@ -77,9 +88,9 @@ def _spans(execution: Execution, crash: Crash | None) -> Iterator[Span]:
     yield Span(execution.created_at, end, WAITING)
     if execution.started_at is None:
         return
-    suspensions = [step.created_at for step in execution.steps.all() if step.kind == StepKind.INVOKE]
+    suspensions = [step.created_at for step in execution.steps.all() if step.kind in SUSPENDING]
     if suspensions:
-        # A parent's runs are moments: it begins, it suspends for one child after the other, it ends.
+        # A parent's runs are moments: it begins, it suspends for one child, map or event after the other, it ends.
         for moment in [execution.started_at, *suspensions, end]:
             yield Span(moment, moment, WORKING)
     elif crash is not None and crash.execution_id == execution.pk:

@@ -14,12 +14,14 @@ from uuid import UUID
 from django.conf import settings
 from django.contrib.auth import get_user_model
 from django.core.management import call_command
+from django.utils import timezone
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 
 from conductor_app.models import Execution
-from project.demo.batch import Batch
+from project.demo.approver import Approver
+from project.demo.batch import Batch, is_refused
 from project.demo.checks import Check, check_all
 from project.demo.crash import Crash, kill_a_process
 from project.demo.report import LEGEND, draw_time_line, draw_tree, short_name
@@ -54,6 +56,9 @@ class Demo:
         self.deadline = deadline
         self.owns_database = owns_database
         self.batch = Batch()
+        self.approver = Approver(self.batch)
+        #: Which answers the approver has given so far.
+        self._answers: set[str] = set()
         self.screen = Screen(console, orders)
         self.worker = Worker(Path(settings.VAR_DIR) / "demo-worker.log")
         self.crash: Crash | None = None
@@ -99,6 +104,7 @@ class Demo:
             raise DemoFailed("the worker has ended by itself")
         if self.screen.seconds > self.deadline:
             raise DemoFailed(f"not done after {self.deadline:g} s")
+        self._answer_approvals()
         progress = self.batch.progress()
         self.screen.show(progress, self.batch.expected_executions)
         if self.crash is not None:
@@ -106,6 +112,16 @@ class Demo:
         elif self.batch.payments.count() >= int(KILL_AT * self.order_count):
             self._kill_a_process()
         return progress.orders_done == self.order_count
+
+    def _answer_approvals(self) -> None:
+        for order in self.approver.answer():
+            answer = "refused" if is_refused(order) else "approved"
+            if answer not in self._answers:  # the first of each kind is told
+                self._answers.add(answer)
+                waited = (timezone.now() - order.updated_at).total_seconds()
+                self.screen.say(
+                    f"[bold]{answer}[/]: {order} over {order.total} waited {waited:.1f} s, without a worker"
+                )
 
     def _kill_a_process(self) -> None:
         self.crash = crash = kill_a_process(self.batch, self.worker)

@@ -12,6 +12,9 @@ class Order(models.Model):
         """The stages of an order."""
 
         NEW = "new"
+        AWAITING_APPROVAL = "awaiting approval"
+        APPROVED = "approved"
+        REFUSED = "refused"
         PAID = "paid"
         SHIPPED = "shipped"
         DECLINED = "declined"
@@ -22,10 +25,15 @@ class Order(models.Model):
     email = models.EmailField()
     #: The bank's token for the card; a shop never sees the card's number.
     card = models.CharField(max_length=64)
+    #: The sum of the items.
     total = models.DecimalField(max_digits=9, decimal_places=2)
-    status = models.CharField(max_length=16, choices=Status, default=Status.NEW)
+    status = models.CharField(max_length=20, choices=Status, default=Status.NEW)
     #: Why the order stands where it stands, if that needs a word.
     note = models.CharField(max_length=200, blank=True)
+    #: The execution that has asked for an approval: whom to tell.
+    execution_id = models.UUIDField(null=True, editable=False)
+    #: Who has approved or refused the order.
+    answered_by = models.CharField(max_length=150, blank=True)
     created_at = models.DateTimeField(auto_now_add=True)
     updated_at = models.DateTimeField(auto_now=True)
 
@@ -34,6 +42,38 @@ class Order(models.Model):
 
     def __str__(self) -> str:
         return f"Order {self.number}"
+
+
+class OrderItem(models.Model):
+    """One line of an order."""
+
+    order = models.ForeignKey(Order, models.CASCADE, related_name="items")
+    name = models.CharField(max_length=60)
+    quantity = models.PositiveIntegerField(default=1)
+    #: Of one piece.
+    price = models.DecimalField(max_digits=9, decimal_places=2)
+    #: How many pieces have been taken from the stock for it.
+    picked = models.PositiveIntegerField(default=0)
+
+    class Meta:
+        ordering = ["id"]
+
+    def __str__(self) -> str:
+        return f"{self.quantity} × {self.name}"
+
+
+class Stock(models.Model):
+    """How many pieces of one thing are on the shelf."""
+
+    name = models.CharField(max_length=60, unique=True)
+    quantity = models.PositiveIntegerField(default=0)
+
+    class Meta:
+        ordering = ["name"]
+        verbose_name_plural = "stock"
+
+    def __str__(self) -> str:
+        return self.name
 
 
 class Receipt(models.Model):

@@ -15,11 +15,12 @@ from conductor_app import api, clock, dispatch
 from conductor_app.maintenance import sweeper
 from conductor_app.models import Execution
 from project.celery import app
-from tests.app import scenarios
+from tests.app import plain, scenarios
 from tests.support import invariants
+from tests.support.broker import broker_at
 from tests.support.messages import needs_a_broker
 from tests.support.polling import wait_until
-from tests.support.proxy import Proxy, broker_at
+from tests.support.proxy import Proxy
 from tests.support.watching import only, wait_for_body, wait_for_status
 
 pytestmark = [pytest.mark.usefixtures("recorded"), needs_a_broker]
@@ -70,11 +71,42 @@ def test_a_worker_whose_broker_goes_away_finishes_its_bodies_and_goes_on_when_it
     assert started.is_alive
 
 
+def test_plain_tasks_are_guarded_on_each_new_connection(worker: Any, broker: Proxy) -> None:
+    """In a pool whose bodies run in the main process: Celery builds all tracers anew when it connects again."""
+    started = worker(pool="threads", env={"CELERY_BROKER_URL": broker.url})
+    for value in (1, 2):
+        result = plain.invokes.delay(child=plain.echo.name, payload={"value": value})
+        assert api.get_result(result, timeout=60) == {"child": value}
+        broker.close()
+        wait_until(lambda: "Connection to broker lost" in started.log, message="The worker has not missed the broker")
+        broker.open()
+
+
 @pytest.fixture
 def moving_clock(transactional_db: None) -> Iterator[Callable[[float], None]]:
     """A function that moves the clock of this process by so many seconds."""
     yield lambda seconds: clock.shift(dt.timedelta(seconds=seconds))
     clock.reset()
+
+
+def test_a_silent_broker_holds_nobody_up(
+    moving_clock: Callable[[float], None], broker: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither refused nor closed: a frozen host, or a firewall that has forgotten the connection."""
+    monkeypatch.setattr(dispatch, "PUBLISH_SECONDS", 1.0)
+    with broker_at(broker.url):
+        scenarios.echo.delay(value=1)
+        broker.silence()
+        begun = time.monotonic()
+        silent = scenarios.echo.delay(value=2)
+        assert time.monotonic() - begun < 8, "The caller waited for the broker"
+        assert dispatch.is_broker_resting()
+        broker.speak()
+        moving_clock(60)
+        dispatch.reset_breaker()
+        assert sweeper.publish_due() == 2
+        # Each on a connection of its own: no confirmation is taken for another message's.
+        assert Execution.objects.get(pk=silent.id).dispatches == 1
 
 
 def test_a_long_outage_does_not_delay_the_first_publish_after_it(

@@ -59,7 +59,8 @@ def test_a_database_that_crashes_twice_under_a_running_worker_loses_nothing(
 
 def test_an_outage_longer_than_a_lease_costs_running_bodies_no_attempt(worker: Any, postgres: PrivatePostgres) -> None:
     started = worker(concurrency=2, env={"DATABASE_URL": postgres.url})
-    waiting = scenarios.waits_for_the_nap.delay(seconds=1)
+    # Due during the outage: a run that were just claimed when it begins would give up, and count as lost.
+    waiting = scenarios.waits_for_the_nap.delay(seconds=LEASE_SECONDS + 0.5)
     wait_for_status(waiting, "waiting")
     running = scenarios.has_one_attempt.delay(seconds=LEASE_SECONDS + 4)
     wait_for_body(scenarios.has_one_attempt)

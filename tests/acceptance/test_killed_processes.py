@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 from celery import states
 
 from conductor_app import api
-from conductor_app.dispatch import is_embedded
 from conductor_app.exceptions import ExecutionFailed, WorkerLost
 from conductor_app.models import Execution, FailedExecution, Step
-from tests.app import scenarios
+from tests.app import crashes, scenarios
 from tests.app.ledger import count, note
 from tests.support import invariants
 from tests.support.polling import wait_until
@@ -54,14 +55,61 @@ def test_a_process_that_dies_before_or_after_a_commit_loses_nothing(worker: Any)
     assert {result.state for result in results} == {states.SUCCESS}
 
 
+#: Trees whose points are few enough to be visited one by one, and what they return.
+PROGRAMS: dict[Any, Any] = {crashes.mapping: 6, crashes.gathering: 6, crashes.waiting: [3, "second", 6]}
+#: Trees that are under way at the same time.
+TREES_AT_ONCE = 12
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+def test_a_process_may_die_at_any_point_of_a_program(worker: Any, tmp_path: Path, program: Any) -> None:
+    """Before and after everything that is committed, one after another, as many as there are."""
+    started = worker(
+        pool="prefork",
+        concurrency=6,
+        conductor={**LONG_LEASE, "REDISPATCH_SECONDS": 0.5, "SWEEP_SECONDS": 0.5},
+        env={crashes.DIRECTORY: str(tmp_path)},
+    )
+
+    def begin(point: int) -> Any:
+        result = crashes.start(program, tmp_path, point)
+        if program is crashes.waiting:
+            api.send_event(result.id, "item", 3)
+            api.send_event(result.id, "item", "second")
+        return result
+
+    undisturbed = begin(0)
+    assert api.get_result(undisturbed, timeout=30) == PROGRAMS[program]
+    wait_until(lambda: not invariants.unsettled(), 20)
+    number = crashes.points(tmp_path, undisturbed.id)
+    assert number > 20, "The points are not counted"
+    deaths = 0
+    for first in range(1, number + 1, TREES_AT_ONCE):
+        trees = {point: begin(point) for point in range(first, min(first + TREES_AT_ONCE, number + 1))}
+        for point, tree in trees.items():
+            where = f"{point}: {crashes.died_at(tmp_path, tree.id)}"
+            assert api.get_result(tree, timeout=60) == PROGRAMS[program], where
+            attempts = Execution.objects.filter(root_id=tree.id).values_list("attempt", flat=True)
+            assert sum(attempts) <= len(attempts) + 1, where
+        # The last points are those of a process that tells Celery of the end.
+        wait_until(lambda: not invariants.unsettled(), 30)
+        for point, tree in trees.items():
+            # A tree passes fewer points when two children end together, or the sweeper tells Celery of an end.
+            assert crashes.died_at(tmp_path, tree.id) or crashes.points(tmp_path, tree.id) < point
+            deaths += bool(crashes.died_at(tmp_path, tree.id))
+    assert deaths > 0.8 * number
+    # Celery shows the deaths of plain tasks with two tracebacks each.
+    invariants.check(started, timeout=60, tracebacks=2 * started.log.count("raised error: WorkerLostError"))
+    for leaf in Execution.objects.filter(task=crashes.leaf.name):
+        assert count("inside", leaf.pk) == 1
+
+
 #: How the runs of one execution end: the first suspends it or ends it, the last ends it.
 _RUNS: list[list[str]] = [["before"], ["after"], ["", "before"], ["", "after"]]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGQUIT], ids=["power cut", "cold shutdown"])
 def test_a_worker_that_ends_at_once_is_replaced_by_another_one(worker: Any, signum: int) -> None:
-    if signum == signal.SIGQUIT and is_embedded():
-        pytest.skip("the synchronous pool of memory:// may hang at exit, when a process dies with the queue's lock")
     first = worker(pool="prefork", concurrency=1)
     napping = scenarios.naps.delay(seconds=1)
     wait_for_status(napping, "waiting")
@@ -77,6 +125,18 @@ def test_a_worker_that_ends_at_once_is_replaced_by_another_one(worker: Any, sign
     assert only(scenarios.waits_for_lingerer).attempt == 1
     assert count("late") == 0
     invariants.check(second)
+
+
+def test_idle_processes_that_are_killed_take_nothing_with_them(worker: Any) -> None:
+    """One of them waits for the pool's next message, and holds what guards it from the others."""
+    started = worker(pool="prefork", concurrency=3)
+    for round_number in range(3):
+        for pid in started.pool_pids():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        results = [scenarios.pass_through.delay(value=number) for number in range(4)]
+        assert [api.get_result(result, timeout=40) for result in results] == [0, 1, 2, 3], round_number
+    invariants.check(started)
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads"])
@@ -99,7 +159,8 @@ def test_a_worker_that_wakes_up_after_its_lease_has_lapsed_writes_nothing(worker
 
 def test_a_worker_that_slept_through_its_leases_does_not_take_them_from_itself(worker: Any) -> None:
     """As on a laptop whose lid was closed: every lease has lapsed, although the bodies still run."""
-    started = worker(pool="prefork", concurrency=2)
+    # Half a lease is what the processes have to renew it in, on a machine that may have other work.
+    started = worker(pool="prefork", concurrency=2, conductor={"LEASE_SECONDS": 6})
     napping = scenarios.naps.delay(seconds=1)
     wait_for_status(napping, "waiting")
     results = [scenarios.has_one_attempt.delay(seconds=1) for _ in range(2)]

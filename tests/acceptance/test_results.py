@@ -38,7 +38,8 @@ def test_async_result_follows_an_execution_through_its_suspensions(worker: Any, 
         none = scenarios.pass_through.delay(value=None)
         ignored = scenarios.pass_through.apply_async((1,), ignore_result=True)
         wait_until(lambda: waiting.state == cancelled.state == "SUSPENDED")
-        child = Execution.objects.get(parent_id=waiting.id)
+        # A backend outside of the database shows it before the suspension's commit.
+        child = wait_until(Execution.objects.filter(parent_id=waiting.id).first)
         assert waiting.info == {"waiting_for": "go", "child": str(child.pk)}
         assert cancelled.info == {"waiting_for": "nap", "child": None}
         assert not waiting.ready()

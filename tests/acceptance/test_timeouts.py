@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from conductor_app import api, clock, inline, transitions
+from conductor_app import api, clock, inline
 from conductor_app.exceptions import ChildTimedOut, ExecutionFailed
 from conductor_app.models import Execution, FailedExecution, Step
+from conductor_app.transitions import waking
 from project.celery import app
 from tests.app import scenarios
 from tests.app.ledger import count
@@ -22,10 +23,11 @@ from tests.support.watching import wait_for_body
 pytestmark = pytest.mark.usefixtures("recorded")
 
 TIMED_OUT = "Child execution timed out after 1s (step 'slow')"
+NOBODYS = f"{app.conf.task_default_queue}-nobody"
 
 
 def test_a_timeout_fails_the_parent_and_cancels_the_child_wherever_it_is(worker: Any) -> None:
-    with queue_that_nobody_serves("celery-test-nobody") as nobody:
+    with queue_that_nobody_serves(NOBODYS) as nobody:
         started = worker(pool="threads", concurrency=5)
         uncaught = scenarios.waits_for_slow.delay(seconds=3, timeout=1)
         caught = scenarios.catches_timeout.delay(seconds=3, timeout=1)
@@ -97,12 +99,12 @@ def moving_clock(transactional_db: None) -> Iterator[Callable[[float], None]]:
 
 def test_replays_do_not_extend_a_timeout(moving_clock: Callable[[float], None]) -> None:
     """Whatever wakes a waiting parent: it finds its step pending, and waits again for what is left."""
-    parent = scenarios.waits_for_a_queue.delay(queue="celery-test-nobody", timeout=30)
+    parent = scenarios.waits_for_a_queue.delay(queue=NOBODYS, timeout=30)
     _run(parent.id)
     step = Step.objects.get(execution_id=parent.id)
     for bodies in (2, 3, 4):
         moving_clock(9)
-        transitions._wake(step.execution_id)
+        waking.wake(step.execution_id)
         _run(parent.id)
         assert count("body", parent.id) == bodies
         assert Step.objects.get(pk=step.pk).deadline_at == step.deadline_at

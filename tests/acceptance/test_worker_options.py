@@ -21,7 +21,7 @@ from tests.support.broker import purge
 from tests.support.polling import wait_until
 
 PATIENCE = 60
-OTHER = "celery-test-other"
+OTHER = f"{app.conf.task_default_queue}-other"
 
 
 def test_processes_that_end_after_one_task(worker: Any) -> None:

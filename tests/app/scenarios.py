@@ -11,7 +11,7 @@ from typing import Any
 from celery.exceptions import SoftTimeLimitExceeded
 from django.db import connection
 
-from conductor_app import ChildCancelled, ChildFailed, ChildTimedOut, ExecutionContext, durable_task
+from conductor_app import ChildCancelled, ChildFailed, ChildTimedOut, EventTimedOut, ExecutionContext, durable_task
 from tests.app.ledger import count, note
 
 
@@ -312,3 +312,31 @@ def _die_at_commit(ctx: ExecutionContext, runs: list[str]) -> None:
 
     if moment:
         connection._commit = commit_and_die
+
+
+@durable_task(retry_backoff=0.1)
+def waits_for_events(ctx: ExecutionContext, number: int, timeout: float | None = None) -> list[Any]:
+    """Wait for that many events, and note each."""
+    note(ctx, "body")
+    values = []
+    for index in range(number):
+        values.append(ctx.wait_for(f"event-{index}", "item", timeout=timeout))
+        ctx.step(f"noted-{index}", note, ctx.execution_id, "event", values[-1])
+    return values
+
+
+@durable_task(max_retries=0)
+def catches_a_late_event(ctx: ExecutionContext, timeout: float) -> dict[str, Any]:
+    """Wait in vain, then for as long as it takes."""
+    note(ctx, "body")
+    try:
+        return {"in time": ctx.wait_for("first", "item", timeout=timeout)}
+    except EventTimedOut as error:
+        return {"caught": str(error), "late": ctx.wait_for("second", "item")}
+
+
+@durable_task(max_retries=2)
+def dies_before_it_waits(ctx: ExecutionContext, moment: str) -> Any:
+    """Kill the process around the commit with which the first run takes its event, or suspends."""
+    _die_at_commit(ctx, [moment])
+    return [ctx.wait_for("event", "item"), ctx.attempt]

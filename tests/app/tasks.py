@@ -2,10 +2,12 @@
 
 import os
 
-from celery import shared_task
+from celery import current_app, shared_task
 
-from tests.app import bench, canvas, origin, scenarios  # noqa: F401 - registers their tasks
+from tests.app import bench, canvas, crashes, operators, origin, parallel, plain, scenarios  # noqa: F401 - registers their tasks
 from tests.app.models import Ledger
+
+current_app.register_task(plain.Hooked())
 
 
 @shared_task

@@ -26,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Languages that a block may have; anything else would slip past the tests.
-LANGUAGES = {"python", "pycon", "console", "text", "mermaid", "ini", "toml", "cron", "diff"}
+LANGUAGES = {"python", "pycon", "console", "text", "mermaid", "ini", "toml", "cron", "diff", "yaml"}
 
 _FENCE = re.compile(r"^(?P<indent> *)(?P<fence>`{3,}|~{3,})(?P<language>[^`\s]*)\s*$")
 _FILE = re.compile(r"# (?P<path>[\w./-]+\.py)(?:\s.*)?$")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import doctest
+import inspect
 import io
 import sys
 import traceback
@@ -16,6 +17,7 @@ from typing import Any
 from celery import _state
 
 from conductor_app import clock, durable, inline
+from conductor_app.testing import Conductor
 from project.celery import app
 from tests.docs.pages import Block
 
@@ -51,6 +53,7 @@ class Session:
         exec(_compile(block, tree), module.__dict__)
         work()
         _run_test_cases(module, [node.name for node in tree.body if isinstance(node, ast.ClassDef)])
+        _run_test_functions(module, [node.name for node in tree.body if isinstance(node, ast.FunctionDef)])
 
     def _run_statements(self, block: Block) -> None:
         for node in ast.parse(block.text, str(block)).body:
@@ -88,6 +91,16 @@ def _run_test_cases(module: ModuleType, names: list[str]) -> None:
         unittest.defaultTestLoader.loadTestsFromTestCase(case).run(result)
         assert result.testsRun, f"{case.__name__} has no tests"
         assert result.wasSuccessful(), "\n".join(trace for _test, trace in (*result.errors, *result.failures))
+
+
+def _run_test_functions(module: ModuleType, names: list[str]) -> None:
+    """Run the tests for pytest that a page shows, with the fixtures that they name."""
+    for name in names:
+        if name.startswith("test_"):
+            test = getattr(module, name)
+            with Conductor() as conductor:
+                fixtures = {"conductor": conductor, "db": None}
+                test(**{parameter: fixtures[parameter] for parameter in inspect.signature(test).parameters})
 
 
 def work() -> None:

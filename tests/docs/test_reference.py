@@ -10,10 +10,10 @@ import pytest
 from django.dispatch import Signal
 
 import conductor_app
-from conductor_app import api, signals
+from conductor_app import api, signals, testing
 from conductor_app.conf import ConductorSettings
 from conductor_app.context import ExecutionContext
-from conductor_app.models import Execution, FailedExecution, Step
+from conductor_app.models import Event, Execution, FailedExecution, Step
 from conductor_app.retries import RetryPolicy
 from conductor_app.states import CELERY_STATES, ExecutionStatus, StepKind, StepStatus
 from tests.docs.pages import blocks, pages, prose, read
@@ -41,9 +41,11 @@ def test_every_member_of_the_context_is_in_the_reference() -> None:
 
 
 def test_every_argument_of_the_contexts_calls_is_in_the_reference() -> None:
-    shown = code(API)
-    for name in ("invoke", "step", "atomic_step", "sleep", "sleep_until", "retry"):
-        call = next(line for line in shown.splitlines() if line.startswith(f"ctx.{name}("))
+    headings = [line for line in prose(API).splitlines() if line.startswith("### ")]
+    shown = re.findall(r"`(ctx\.[^`]+)`", "\n".join(headings))
+    calls = ("invoke", "map", "start", "gather", "step", "atomic_step", "sleep", "sleep_until", "wait_for", "retry")
+    for name in calls:
+        call = next(heading for heading in shown if heading.startswith(f"ctx.{name}("))
         for parameter in list(inspect.signature(getattr(ExecutionContext, name)).parameters)[1:]:
             assert re.search(rf"\b{parameter}\b", call), f"{call} does not show {parameter}"
 
@@ -63,12 +65,22 @@ def test_every_function_of_the_api_is_in_the_reference() -> None:
     assert not missing
 
 
+def test_every_name_of_the_test_kit_is_in_the_reference_with_its_arguments() -> None:
+    shown = code(API)
+    for name in testing.__all__:
+        line = next((line for line in shown.splitlines() if re.match(rf"{name}(\(|$)", line)), None)
+        assert line is not None, name
+        if inspect.isfunction(value := getattr(testing, name)):
+            for parameter in inspect.signature(value).parameters:
+                assert re.search(rf"\b{parameter}\b", line), f"{line} does not show {parameter}"
+
+
 def test_every_signal_is_in_the_reference() -> None:
     missing = [name for name, value in vars(signals).items() if isinstance(value, Signal) and name not in code(API)]
     assert not missing
 
 
-@pytest.mark.parametrize("model", [Execution, Step, FailedExecution])
+@pytest.mark.parametrize("model", [Execution, Step, Event, FailedExecution])
 def test_every_column_is_in_the_reference(model: type) -> None:
     shown = set(re.findall(r"^\| `(\w+)`", prose(MODELS), re.MULTILINE))
     assert not {field.name for field in model._meta.concrete_fields} - shown

@@ -652,16 +652,16 @@ def test_a_result_that_cannot_be_stored_fails_the_execution_without_running_it_a
         (
             "tests.app.scenarios.ehco",
             UnknownTask,
-            'No durable task named "tests.app.scenarios.ehco". Did you mean "tests.app.scenarios.echo"?',
+            'No task named "tests.app.scenarios.ehco". Did you mean "tests.app.scenarios.echo"?',
         ),
-        ("os.system", UnknownTask, 'No durable task named "os.system". Known: '),
-        ("", UnknownTask, 'No durable task named "". Known: '),
-        ("x" * 100_000, UnknownTask, 'No durable task named "xxxxxxxx'),
-        ("a\x00b", UnknownTask, 'No durable task named "a\\x00b".'),
+        ("os.system", UnknownTask, 'No task named "os.system". Known: '),
+        ("", UnknownTask, 'No task named "". Known: '),
+        ("x" * 100_000, UnknownTask, 'No task named "xxxxxxxx'),
+        ("a\x00b", UnknownTask, 'No task named "a\\x00b".'),
         (
             print,
             UnknownTask,
-            'ctx.invoke("a") needs a durable task, its name or a signature, got builtin_function_or_method print. '
+            'ctx.invoke("a") needs a task, its name or a signature, got builtin_function_or_method print. '
             "Is @durable_task missing above its definition?",
         ),
         (lambda ctx: 1, UnknownTask, "got function <lambda>. Is @durable_task missing above its definition?"),
@@ -703,7 +703,7 @@ def test_a_task_of_another_celery_app_is_refused_by_its_name() -> None:
     @other.task(name="other.work")
     def foreign() -> None: ...
 
-    assert 'No durable task named "other.work".' in str(refused(lambda ctx: ctx.invoke("a", foreign)))
+    assert 'No task named "other.work".' in str(refused(lambda ctx: ctx.invoke("a", foreign)))
 
 
 def test_a_signature_brings_its_arguments_and_takes_no_payload_besides() -> None:

@@ -6,6 +6,7 @@ import datetime as dt
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -23,11 +24,11 @@ from django.core.management.base import CommandError, CommandParser
 from django.db import connection
 from django.test.utils import CaptureQueriesContext
 
-from conductor_app import api, checks, clock, dispatch, inline, transitions
+from conductor_app import api, checks, clock, dispatch, inline, story, transitions
 from conductor_app.exceptions import Failure
 from conductor_app.management.commands.conductor import SUBCOMMANDS, Command
-from conductor_app.management.subcommands import doctor, show
-from conductor_app.models import Execution, FailedExecution, Step
+from conductor_app.management.subcommands import doctor
+from conductor_app.models import Event, Execution, FailedExecution, Step
 from conductor_app.states import ExecutionStatus
 from project.celery import app
 from tests.app import origin, scenarios
@@ -35,7 +36,7 @@ from tests.support import executions
 from tests.support.polling import wait_until
 from tests.support.worker import ROOT
 
-pytestmark = pytest.mark.django_db
+pytestmark = [pytest.mark.django_db, pytest.mark.combination]
 EMBEDDED = dispatch.is_embedded(app)
 NOBODY = "01a204e4-550f-76ed-ae8b-b0cbcb0a4470"
 
@@ -216,6 +217,25 @@ def test_show_lists_the_steps_with_results_and_the_timeline() -> None:
     assert len(document["tree"]) == 2
 
 
+def test_show_tells_what_event_is_waited_for_and_how_to_send_it(quiet_broker: None) -> None:
+    execution = executions.running()
+    assert transitions.suspend(execution, transitions.AwaitEvent("approval", "approved", 3_000))
+    out = told("show", execution.pk).out
+    first, hint = out.splitlines()[:2]
+    assert first.startswith('⧗ Waiting for the event "approved" (step "approval") since ')
+    assert "times out at " in first
+    assert hint == f"  → Send it: manage.py conductor send {execution.pk} approved --payload JSON"
+    assert 'step "approval": waits for the event "approved"; no worker is held' in out
+    assert out[out.index("\n  #  name") :].splitlines()[2].split()[1:5] == ["approval", "event", "⧗", "pending"]
+    document = told("show", execution.pk, "--json").json
+    assert (document["steps"][0]["event"], document["steps"][0]["task"]) == ("approved", None)
+    clock.shift(dt.timedelta(seconds=3_001))
+    transitions.decide_overdue(Step.objects.get())
+    transitions.fail(executions.claimed(execution), executions.FAILURE, step="approval")
+    answer = told("retry", execution.pk)
+    assert answer.out.strip().endswith("It waits again for the event 'approved'.")
+
+
 @pytest.mark.parametrize("arrange", ["sleeping", "retrying", "scheduled", "cancelled", "timed out", "worker lost"])
 def test_show_says_in_plain_words_how_things_stand(arrange: str, quiet_broker: None) -> None:
     if arrange == "sleeping":
@@ -255,6 +275,7 @@ def test_show_takes_as_many_queries_for_a_large_tree_as_for_a_small_one() -> Non
         return parent
 
     small, large = tree_of(2), tree_of(30)
+    told("show", small.pk)  # a new connection has one more
     with CaptureQueriesContext(connection) as few:
         told("show", small.pk)
     with CaptureQueriesContext(connection) as many:
@@ -265,7 +286,7 @@ def test_show_takes_as_many_queries_for_a_large_tree_as_for_a_small_one() -> Non
 def test_show_draws_what_fits_of_a_large_tree_and_always_the_execution_itself(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(show, "MOST_NODES", 5)
+    monkeypatch.setattr(story, "MOST_NODES", 5)
     parent = executions.running()
     for number in range(12):
         child = executions.claimed(executions.invoke(parent, f"child-{number}"))
@@ -273,7 +294,7 @@ def test_show_draws_what_fits_of_a_large_tree_and_always_the_execution_itself(
         parent = executions.claimed(parent)
     out = told("show", child.pk).out
     assert "child-11: echo ✓ succeeded" in out
-    assert "… 8 more" in out
+    assert "… 7 more" in out
     assert len(told("show", child.pk, "--json").json["tree"]) == 13
 
 
@@ -299,6 +320,40 @@ def test_show_cuts_long_values_and_json_keeps_them() -> None:
     document = told("show", execution.pk, "--json").json
     assert document["steps"][0]["result"] == executions_step
     assert document["execution"]["payload"] == [["x" * 5_000], {}]
+
+
+def test_show_masks_what_the_settings_name_also_in_json() -> None:
+    execution = executions.running(payload=json.dumps([[], {"card": {"CVC": "hunter2"}, "token": "hunter2"}]))
+    transitions.record_step(execution, "login", result='{"Authorization": "hunter2", "ok": true}')
+    transitions.succeed(execution, '{"secret": ["hunter2"], "total": 7}')
+    out = told("show", execution.pk).out
+    assert "hunter2" not in out
+    assert 'token="********"' in out
+    assert '{"secret": "********", "total": 7}' in out
+    document = told("show", execution.pk, "--json")
+    assert "hunter2" not in document.out
+    assert document.json["execution"]["payload"] == [[], {"card": {"CVC": "********"}, "token": "********"}]
+
+
+def test_json_has_the_whole_tree_all_steps_and_whole_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MOST_NODES", "MOST_STEPS", "MOST_WAITS", "MOST_CHILDREN", "MOST_SIBLINGS"):
+        monkeypatch.setattr(story, name, 2)
+    parent, children = executions.mapping(7, fails_fast=False)
+    failure = Failure(type="builtins.ValueError", message="x" * 3_000, traceback="Traceback of a child")
+    for child in children:
+        transitions.fail(executions.claimed(child), failure)
+    run = executions.claimed(parent)
+    for number in range(7):
+        transitions.record_step(run, f"step-{number}", result="1")
+    transitions.fail(run, failure, step="child", child_id=children[0].pk)
+    document = told("show", parent.pk, "--json").json
+    assert len(document["tree"]) == 8
+    assert len(document["steps"]) == 8
+    assert [len(cause["message"]) for cause in document["errors"]] == [3_000, 3_000]
+    assert document["tree"][1]["error"] == "x" * 3_000
+    out = told("show", parent.pk).out
+    assert re.search("… [45] more", out), "two children, and the root cause if it is none of them"
+    assert "… 6 more, earlier ones: --json has them" in out
 
 
 def test_show_survives_rows_that_are_damaged() -> None:
@@ -352,6 +407,74 @@ def test_cancel_says_for_each_id_what_became_of_it() -> None:
     assert answer.json["results"][0]["message"] == "It is succeeded already."
     assert told("cancel", parent.pk).code == 0
     assert Execution.objects.get(pk=child.pk).cancel_requested_at is not None
+
+
+def test_rerun_names_the_new_execution(quiet_broker: None) -> None:
+    run, done = executions.running(), executions.running()
+    transitions.succeed(done, "1")
+    answer = told("rerun", done.pk, run.pk, NOBODY, "--json")
+    assert answer.code == 1
+    assert [result["outcome"] for result in answer.json["results"]] == ["started", "refused", "not found"]
+    created = Execution.objects.exclude(pk__in=[run.pk, done.pk]).get()
+    assert answer.json["results"][0]["message"] == f"The new execution is {created.pk}."
+    assert told("rerun", done.pk).code == 0
+
+
+def test_wake_ends_a_sleep(quiet_broker: None) -> None:
+    asleep, run = executions.napping(), executions.running()
+    answer = told("wake", asleep.pk, run.pk, "--json")
+    assert [result["outcome"] for result in answer.json["results"]] == ["woken", "refused"]
+    assert answer.json["results"][1]["message"].startswith(f"Execution {run.pk} is running. Only one that sleeps")
+    assert Execution.objects.get(pk=asleep.pk).status == ExecutionStatus.QUEUED
+
+
+def test_publish_says_whether_the_broker_took_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = [True, False]
+    monkeypatch.setattr(dispatch, "is_embedded", lambda app=None: False)
+    due, later = executions.queued(), executions.queued(countdown=100)
+    monkeypatch.setattr(dispatch, "publish", lambda execution: taken.pop(0))
+    answer = told("publish", due.pk, later.pk, "--json")
+    assert [result["outcome"] for result in answer.json["results"]] == ["published", "refused"]
+    answer = told("publish", due.pk)
+    assert answer.code == 1
+    assert "The broker did not take it." in answer.out
+
+
+def test_send_sends_an_event_and_says_what_became_of_it() -> None:
+    execution = executions.running()
+    assert transitions.suspend(execution, transitions.AwaitEvent("approval", "approved", None))
+    answer = told("send", execution.pk, "approved", "--payload", '{"by": "ana"}', "--id", "mail-7")
+    assert (answer.code, answer.out.split()[1]) == (0, "sent")
+    assert answer.out.strip().endswith("The step that waited for it has taken it.")
+    assert Step.objects.get(name="approval").get_result() == {"by": "ana"}
+    answer = told("send", execution.pk, "approved", "--payload", '{"by": "ana"}', "--id", "mail-7", "--json")
+    assert (answer.code, answer.json["results"][0]["outcome"]) == (0, "unchanged")
+    assert answer.json["results"][0]["message"] == "An event with the id 'mail-7' was sent before."
+    answer = told("send", execution.pk, "approved", "--id", "mail-7", "--json")
+    assert (answer.code, answer.json["results"][0]["outcome"]) == (1, "refused")
+    answer = told("send", execution.pk, "approved")
+    assert answer.out.strip().endswith("It is kept until a step waits for it.")
+    assert Event.objects.get(taken_at__isnull=True).payload == "null"
+
+
+def test_send_refuses_what_it_cannot_send() -> None:
+    execution, done = executions.queued(), executions.running()
+    transitions.succeed(done, "1")
+    answer = told("send", done.pk, "approved", "--json")
+    assert (answer.code, answer.json["results"][0]["outcome"]) == (1, "refused")
+    assert "has succeeded and takes no more events" in answer.json["results"][0]["message"]
+    assert told("send", NOBODY, "approved", "--json").json["results"][0]["outcome"] == "not found"
+    for words, message in [
+        (["a b"], "event name 'a b' must match [A-Za-z0-9][A-Za-z0-9_.:-]*: ASCII letters, digits and _ . : -"),
+        (["approved", "--payload", "NaN"], "NaN at payload is not JSON. Pass None or a string."),
+        (["approved", "--id", ""], "id must have 1–255 characters, got 0"),
+    ]:
+        answer = told("send", execution.pk, *words)
+        assert (answer.code, answer.error) == (2, message)
+    answer = told("send", execution.pk, "approved", "--payload", "yes")
+    assert answer.error.startswith("Error: argument --payload: 'yes' is not JSON (")
+    assert told("send", "not-an-id", "approved").code == 2
+    assert not Event.objects.exists()
 
 
 def test_an_id_that_is_none_stops_a_call_before_it_does_anything() -> None:
@@ -645,7 +768,11 @@ def test_every_subcommand_writes_one_json_document() -> None:
         "ls": [],
         "show": [execution.pk],
         "retry": [execution.pk],
+        "rerun": [execution.pk],
         "cancel": [execution.pk],
+        "wake": [execution.pk],
+        "publish": [execution.pk],
+        "send": [executions.queued().pk, "approved"],
         "sweep": [],
         "prune": ["--older-than", "1d"],
     }

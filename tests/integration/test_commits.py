@@ -10,17 +10,21 @@ from typing import Any
 import pytest
 from django.db import IntegrityError, OperationalError, connection, transaction
 
-from conductor_app import clock, dispatch, signals, sql, transitions
+from conductor_app import clock, dispatch, executor, signals, sql, transitions
 from conductor_app.conf import conductor_settings
 from conductor_app.exceptions import AbandonRun, LeaseLost
 from conductor_app.ids import new_root_id
+from conductor_app.leases import keeper
 from conductor_app.maintenance import pruner
 from conductor_app.models import Execution, FailedExecution, Step
-from conductor_app.transitions import Sleep
+from conductor_app.states import OnTimeout
+from conductor_app.transitions import Gather, Map, Sleep
+from conductor_app.transitions.suspending import Wait
 from tests.app.scenarios import echo
 from tests.support.executions import (
     FAILURE,
     OWNER,
+    TASK,
     claimed,
     committing,
     family,
@@ -31,6 +35,7 @@ from tests.support.executions import (
     new,
     queued,
     running,
+    starting,
     step_of,
 )
 
@@ -258,6 +263,36 @@ def test_another_end_whose_commit_got_no_answer_is_made_once(end: str, monkeypat
     assert all(child.dispatch_at for child in Execution.objects.filter(parent=run.pk))
 
 
+def _gather_of_ended_children() -> tuple[Execution, Wait]:
+    parent, children = starting(2)
+    for child in children:
+        transitions.succeed(child, "1")
+    return parent, Gather("both", ["child-0", "child-1"], fails_fast=True)
+
+
+def _map_of_nothing() -> tuple[Execution, Wait]:
+    wait = Map("all", TASK, [], "", timeout=None, on_timeout=OnTimeout.CANCEL, max_parallel=None, fails_fast=True)
+    return running(), wait
+
+
+#: What is decided when it is recorded, so that the body goes on.
+DECIDED: dict[str, Callable[[], tuple[Execution, Wait]]] = {
+    "gather": _gather_of_ended_children,
+    "map": _map_of_nothing,
+}
+
+
+@pytest.mark.parametrize("kind", DECIDED)
+def test_what_is_decided_at_once_is_recorded_once_when_the_commit_got_no_answer(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, wait = DECIDED[kind]()
+    with answers_lost(monkeypatch):
+        assert transitions.suspend(run, wait) is False
+    assert fresh(run).status == "running"
+    assert step_of(run, wait.step).status == "succeeded"
+
+
 #: A sweeper's acts: what is tried again finds nothing to do.
 SWEPT: dict[str, tuple[Callable[[], Execution], Callable[[Execution], object], str]] = {
     "lose": (lambda: lapse(running()), lambda row: transitions.lose(row.pk), "queued"),
@@ -291,6 +326,39 @@ def test_a_claim_whose_commit_got_no_answer_is_taken_back_with_its_lease(monkeyp
     assert fresh(execution).status == "running"
     assert transitions.lose(lapse(execution).pk)
     assert claimed(execution).fence == 2
+
+
+def test_a_run_takes_its_own_claim_when_the_commit_got_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be nobody's until the lease ends, and cost an attempt: the only one, with ``max_retries=0``."""
+    execution = queued()
+    with answers_lost(monkeypatch):
+        run = executor.claim(execution.pk, OWNER, execution.task)
+    assert run is not None
+    assert (run.fence, run.attempt) == (2, 1)
+    transitions.succeed(run, "1")
+    assert fresh(execution).status == "succeeded"
+
+
+def fails_once(act: Callable[..., Any]) -> Callable[..., Any]:
+    failures = [OperationalError(2013, "Lost connection to server during query")]
+
+    def fail_first(*args: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return act(*args)
+
+    return fail_first
+
+
+def test_a_lost_answer_takes_no_lease_from_a_run_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, others = running(), running()
+    Execution.objects.filter(pk=others.pk).update(lease_owner="another@host/1")
+    with keeper.hold(mine):
+        for execution in (mine, others):
+            with monkeypatch.context() as patched:
+                patched.setattr(transitions, "claim", fails_once(transitions.claim))
+                assert executor.claim(execution.pk, OWNER, execution.task) is None
+    assert (fresh(mine).fence, fresh(others).fence) == (1, 1)
 
 
 def test_messages_that_were_taken_without_an_answer_come_again(monkeypatch: pytest.MonkeyPatch) -> None:

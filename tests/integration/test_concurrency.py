@@ -19,7 +19,7 @@ from conductor_app.exceptions import CancelExecution, LeaseLost
 from conductor_app.maintenance import sweeper
 from conductor_app.models import Execution
 from conductor_app.states import ALLOWED_MOVES, FINAL_STATUSES, ExecutionStatus
-from conductor_app.transitions import Pending
+from conductor_app.transitions import Pending, waking
 from tests.support import history
 from tests.support.executions import OWNER, committing, families
 from tests.support.polling import wait_until
@@ -109,7 +109,7 @@ def end_children(pairs: list[tuple[Execution, Execution]], part: int) -> None:
             lambda child=child: transitions.succeed(child, "1"),
             lambda child=child: transitions.lose(child.pk, owner=OWNER),
             lambda parent=parent: api.cancel(parent.pk),
-            lambda parent=parent: transitions._wake(parent.pk),
+            lambda parent=parent: waking.wake(parent.pk),
         ]
         for act in (acts[number // 2 % 4], acts[0]):
             with suppress(LeaseLost):

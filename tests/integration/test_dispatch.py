@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import types
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -11,13 +12,15 @@ import pytest
 from amqp.exceptions import PreconditionFailed
 from celery import current_app
 from django.db import transaction
-from kombu.exceptions import OperationalError
+from kombu.exceptions import OperationalError, SerializerNotInstalled
 
-from conductor_app import dispatch, transitions
+from conductor_app import clock, dispatch, transitions
+from conductor_app.maintenance import sweeper
 from conductor_app.models import Execution
 from conductor_app.serialization import dump_options
 from tests.support.executions import TASK, committing, fresh, invoke, new, queued, running
 
+pytestmark = pytest.mark.combination
 #: As it is without the fixture ``broker``.
 is_embedded = dispatch.is_embedded
 
@@ -43,6 +46,11 @@ class Messages(list[Any]):
 
     error: Exception | None = None
     tried = 0
+    dropped_connections = 0
+
+    def __init__(self, transport: types.SimpleNamespace) -> None:
+        super().__init__()
+        self.transport = transport
 
     def send(self, _producer: Any, name: str, message: Any, **options: Any) -> None:
         self.tried += 1
@@ -57,9 +65,13 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Messages:
 
     class Connection:
         alt: tuple[str, ...] = ()
+        transport = types.SimpleNamespace(driver_type="redis")
 
         def ensure_connection(self, **_options: Any) -> None:
             pass
+
+        def collect(self) -> None:
+            messages.dropped_connections += 1
 
         def _reraise_as_library_errors(self) -> Any:
             return nullcontext()
@@ -73,7 +85,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Messages:
         def __exit__(self, *_error: object) -> None:
             pass
 
-    messages = Messages()
+    messages = Messages(Connection.transport)
     monkeypatch.setattr(current_app, "producer_or_acquire", lambda producer=None: Producer())
     monkeypatch.setattr(current_app.amqp, "send_task_message", messages.send)
     return messages
@@ -208,6 +220,33 @@ def test_options_that_cannot_be_read_do_not_raise(sent: Messages) -> None:
     assert not dispatch.is_broker_resting()
 
 
+def test_a_serializer_that_is_not_there_is_no_fault_of_the_broker(sent: Messages) -> None:
+    execution = queued()
+    sent.error = SerializerNotInstalled("nowhere")
+    assert dispatch.publish(execution) is False
+    assert not dispatch.is_broker_resting()
+
+
+def test_a_plain_tasks_message_carries_its_arguments_and_its_retries(sent: Messages) -> None:
+    options = {"plain": {"acks_late": False}, "ignore_result": False, "serializer": "json", "headers": {"trace": "abc"}}
+    execution = queued(options=dump_options(options), payload='[[1],{"y":2}]')
+    execution.attempt = 3
+    assert dispatch.publish(execution)
+    _task, message, sent_options = sent[-1]
+    assert message.body[:2] == ([1], {"y": 2})
+    assert message.headers["retries"] == 2
+    assert sent_options["headers"] == {"trace": "abc", "conductor": "plain", "ignore_result": False}
+
+
+def test_a_row_whose_options_cannot_be_read_does_not_keep_others_from_being_published(sent: Messages) -> None:
+    broken, fine = queued(), queued()
+    Execution.objects.filter(pk=broken.pk).update(options="{not json")
+    Execution.objects.update(dispatch_at=clock.after(-1))
+    del sent[:]
+    assert sweeper.publish_due() == 1
+    assert sent[0][1].headers["id"] == str(fine.pk)
+
+
 @pytest.mark.parametrize(
     ("url", "write_url", "embedded"),
     [
@@ -228,3 +267,22 @@ def test_embedded_is_what_has_no_broker_server(url: Any, write_url: Any, embedde
             broker_write_url = write_url
 
     assert is_embedded(App()) is embedded
+
+
+@pytest.mark.parametrize(
+    ("error", "is_dropped"),
+    [(OperationalError("timed out"), True), (PreconditionFailed(None, "no", None, ""), False)],
+    ids=["timeout", "refusal"],
+)
+def test_rabbitmq_has_so_long_to_confirm_and_a_connection_that_failed_is_used_no_more(
+    sent: Messages, error: Exception, is_dropped: bool
+) -> None:
+    """A confirmation that comes late would be taken for the next message's."""
+    dispatch.publish(queued())
+    assert "timeout" not in sent[-1][2], "Redis has socket_timeout"
+    sent.transport.driver_type = "amqp"
+    dispatch.publish(queued())
+    assert sent[-1][2]["timeout"] == dispatch.PUBLISH_SECONDS
+    sent.error = error
+    assert not dispatch.publish(queued())
+    assert sent.dropped_connections == is_dropped

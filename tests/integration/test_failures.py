@@ -399,7 +399,7 @@ def test_jitter_spreads_the_delay_from_nothing_to_the_whole() -> None:
 
 
 def test_a_body_may_ask_for_a_retry() -> None:
-    @durable(autoretry_for=(), max_retries=2)
+    @durable(autoretry_for=(), max_retries=2, retry_backoff=30, retry_jitter=False)
     def failing(ctx: ExecutionContext, how: str) -> Any:
         if ctx.attempt == 3:
             return "done"
@@ -417,7 +417,7 @@ def test_a_body_may_ask_for_a_retry() -> None:
             raise ctx.retry(countdown=50) from None
 
     for how, delay, message in [
-        ("plain", 2, "retry requested"),
+        ("plain", 60, "retry requested"),  # 30 s, and twice as long before the last attempt
         ("countdown", 3_600, "retry requested"),
         ("timedelta", 86_400, "retry requested"),
         ("handled", 50, "'handled'"),

@@ -1,4 +1,4 @@
-"""Beside 100,000 finished executions, whatever runs all the time reads the few that are open."""
+"""Beside 100,000 finished executions, whatever runs all the time, or is looked at, reads the few that are open."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from django.db import connection, transaction
 
-from conductor_app import steps, transitions
+from conductor_app import steps, story, transitions
 from conductor_app.leases import Lease, renew
 from conductor_app.maintenance import sweeper
-from conductor_app.models import Execution, FailedExecution, Step
+from conductor_app.metrics import DatabaseCollector
+from conductor_app.models import Event, Execution, FailedExecution, Step
 from tests.support.executions import OWNER
 
 pytestmark = [
@@ -22,7 +23,7 @@ pytestmark = [
 FINISHED = 100_000
 OPEN = 1_000
 
-EXECUTIONS, STEPS, FAILURES = (model._meta.db_table for model in (Execution, Step, FailedExecution))
+EXECUTIONS, STEPS, FAILURES, EVENTS = (model._meta.db_table for model in (Execution, Step, FailedExecution, Event))
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def open_ids(django_db_setup: None, django_db_blocker: Any) -> Iterator[dict[str
         rows = Execution.objects.filter(finished_at=None).order_by("id")
         yield {row.status: row.pk for row in rows.only("status")}
         if connection.vendor == "postgresql":
-            cursor.execute(f"TRUNCATE {EXECUTIONS}, {STEPS}, {FAILURES}")
+            cursor.execute(f"TRUNCATE {EXECUTIONS}, {STEPS}, {FAILURES}, {EVENTS}")
         else:
             cursor.execute(f"DELETE FROM {STEPS}")
             cursor.execute(f"DELETE FROM {EXECUTIONS}")
@@ -112,6 +113,19 @@ def cancel_one(ids: dict[str, Any]) -> None:
     assert transitions.cancel_flagged(ids["waiting"])
 
 
+def send_an_event(ids: dict[str, Any]) -> None:
+    assert transitions.send(ids["waiting"], "approved", "1", "mail-7")
+    assert not transitions.send(ids["waiting"], "approved", "1", "mail-7")
+
+
+def scrape_the_gauges(ids: dict[str, Any]) -> None:
+    assert list(DatabaseCollector().collect())
+
+
+def tell_about_one(ids: dict[str, Any]) -> None:
+    assert story.read(ids["waiting"], preview=500)
+
+
 @pytest.mark.parametrize(
     "act",
     [
@@ -123,6 +137,9 @@ def cancel_one(ids: dict[str, Any]) -> None:
         renew_a_lease,
         take_from_a_dead_process,
         cancel_one,
+        send_an_event,
+        scrape_the_gauges,
+        tell_about_one,
     ],
 )
 def test_it_reads_only_what_is_open(open_ids: dict[str, Any], act: Callable[[dict[str, Any]], None]) -> None:

@@ -12,9 +12,10 @@ from django.test.utils import CaptureQueriesContext
 
 from conductor_app import clock, dispatch, steps, transitions
 from conductor_app.exceptions import CancelExecution, Failure, LeaseLost, RetryRefused
+from conductor_app.ids import created_at
 from conductor_app.models import Execution, FailedExecution, Step
 from conductor_app.states import ALLOWED_MOVES, ExecutionStatus, StepStatus
-from conductor_app.transitions import Pending, Sleep
+from conductor_app.transitions import Pending, Sleep, creating
 from tests.support.executions import (
     FAILURE,
     OWNER,
@@ -24,6 +25,7 @@ from tests.support.executions import (
     fresh,
     invocation,
     invoke,
+    mapping,
     napping,
     new,
     queued,
@@ -726,7 +728,7 @@ def test_the_database_refuses_a_second_execution_of_one_idempotency_key() -> Non
     queued(idempotency_key="order-7")
     queued(idempotency_key="Order-7")
     queued(task="another.task", idempotency_key="order-7")
-    second = transitions._queued_row(new(idempotency_key="order-7"))
+    second = creating.queued_row(new(idempotency_key="order-7"))
     with pytest.raises(IntegrityError), transaction.atomic():
         second.save(force_insert=True)
 
@@ -756,3 +758,53 @@ def test_each_transition_costs_no_more_statements_than_it_needs() -> None:
     assert statements(lambda: transitions.succeed(parent, "1")) == 1
     assert statements(lambda: transitions.suspend(running(), Sleep("nap", seconds=1))) == 2 + statements(running)
     assert statements(lambda: transitions.take_for_dispatch(100)) <= 2
+
+
+@pytest.mark.parametrize("put_back", [lambda run: transitions.lose(run.pk, owner=OWNER), transitions.release])
+def test_what_had_begun_goes_before_younger_trees_when_it_is_queued_again(
+    monkeypatch: pytest.MonkeyPatch, put_back: Any
+) -> None:
+    """In the order in which the feed of ``memory://`` serves them."""
+    monkeypatch.setattr(dispatch, "is_embedded", lambda app=None: True)
+    run = running()
+    put_back(run)
+    assert fresh(run).dispatch_at == created_at(run.pk)
+
+
+# Started children and cancellation
+
+
+def test_what_is_to_be_cancelled_starts_no_child() -> None:
+    run = flag(running())
+    with pytest.raises(CancelExecution):
+        transitions.start_child(run, invocation(run))
+    assert not Execution.objects.filter(parent=run).exists()
+    assert not Step.objects.filter(execution=run.pk).exists()
+
+
+def test_a_run_that_is_cancelled_takes_its_started_children_with_it() -> None:
+    run = running()
+    started = transitions.start_child(run, invocation(run))
+    transitions.cancel_running(flag(run))
+    child = Execution.objects.get(pk=started.child_id)
+    assert child.cancel_requested_at is not None
+    assert child.cancel_reason == "its parent was cancelled"
+
+
+def test_a_place_in_a_map_goes_to_a_sibling_that_is_not_to_be_cancelled() -> None:
+    _, children = mapping(3, max_parallel=1, fails_fast=False)
+    flag(children[1])
+    transitions.succeed(claimed(children[0]), "1")
+    assert fresh(children[1]).due_at is None
+    assert fresh(children[2]).due_at is not None
+
+
+def test_what_has_been_queued_anew_is_not_put_back() -> None:
+    execution = queued()
+    Execution.objects.update(dispatch_at=clock.after(-1))
+    taken = transitions.take_for_dispatch(1)
+    assert taken == [execution]
+    transitions.release(claimed(execution))
+    before = fresh(execution)
+    transitions.put_back(taken, 60)
+    assert (fresh(execution).dispatch_at, fresh(execution).dispatches) == (before.dispatch_at, 0)

@@ -12,6 +12,7 @@ from conductor_app.exceptions import LeaseLost
 from conductor_app.ids import derive_child_id, new_root_id
 from conductor_app.models import Execution, Step
 from conductor_app.states import ExecutionStatus, StepKind
+from conductor_app.transitions import creating
 from tests.races.harness import IsolationLevel, Race
 from tests.support.executions import claimed, fresh, invocation, new, queued, running
 
@@ -23,7 +24,7 @@ def lapse(execution: Execution) -> None:
 
 
 def test_of_eight_claims_one_wins(race: Race) -> None:
-    rows = [transitions._queued_row(new()) for _ in range(60)]
+    rows = [creating.queued_row(new()) for _ in range(60)]
     for row in rows:
         row.due_at = row.created_at = row.dispatch_at = clock.after(-1)
     Execution.objects.bulk_create(rows)
@@ -142,10 +143,12 @@ def test_a_child_can_be_inserted_while_its_parents_row_is_locked(race: Race, hol
     """The locks are weak ones (``FOR NO KEY UPDATE``), so a foreign key's check does not wait."""
     parent = running()
     if holder == "a step":
-        holding = race.hold("parent", transitions.record_step, parent, "charge", stop="after transitions.lock_held")
+        holding = race.hold(
+            "parent", transitions.record_step, parent, "charge", stop="after transitions.running.lock_held"
+        )
     else:
         holding = race.hold("parent", transitions.suspend, parent, invocation(parent))
-    child = transitions._queued_row(new(id=derive_child_id(parent.pk, "other")), parent, "other")
+    child = creating.queued_row(new(id=derive_child_id(parent.pk, "other")), parent, "other")
     race.start("child", lambda: child.save(force_insert=True)).result()
     remembered = Step(execution_id=parent.pk, name="other", kind=StepKind.INVOKE, status="pending", child_id=child.pk)
     remembered.created_at = clock.now()

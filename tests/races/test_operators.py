@@ -12,7 +12,7 @@ from conductor_app.exceptions import CancelExecution, Failure, RetryRefused
 from conductor_app.maintenance import pruner, sweeper
 from conductor_app.models import Execution, Step
 from conductor_app.states import ExecutionStatus, StepStatus
-from conductor_app.transitions import Pending
+from conductor_app.transitions import Pending, waking
 from tests.races.harness import BEFORE_COMMIT, IsolationLevel, Race
 from tests.support.executions import FAILURE, claimed, family, fresh, invoke, running, step_of
 
@@ -76,7 +76,7 @@ def test_a_body_that_notices_a_withdrawn_cancellation_runs_again(race: Race) -> 
     parent, child = timed_out("cancel")
     assert fresh(child).cancel_requested_at is not None
     cancelling = race.start(
-        "child", transitions.cancel_running, child, stop="before transitions._flag_children"
+        "child", transitions.cancel_running, child, stop="before transitions.cancelling.flag_children"
     ).wait_stopped()
     race.start("operator", transitions.reopen, parent.pk).result()
     assert cancelling.go_on().result() is None
@@ -102,7 +102,7 @@ def test_a_retry_and_a_grandchilds_end_do_not_wait_for_each_other(race: Race) ->
     grandchild = claimed(invoke(child))
     api.cancel(root)
     assert fresh(child).status == ExecutionStatus.CANCELLED
-    ending = race.hold("grandchild", transitions.succeed, grandchild, "1", stop="before transitions._wake")
+    ending = race.hold("grandchild", transitions.succeed, grandchild, "1", stop="before transitions.waking.wake")
     retrying = race.start("operator", transitions.reopen, root.pk).wait_blocked(by=ending)
     ending.go_on().result()
     retrying.result()
@@ -157,7 +157,7 @@ def test_a_tree_is_pruned_or_retried_but_not_both(race: Race, pruned_first: bool
 
 def test_a_cancel_while_the_body_suspends_is_carried_out(race: Race) -> None:
     parent, child = family()
-    transitions._wake(parent.pk)
+    waking.wake(parent.pk)
     parent = claimed(parent)
     suspending = race.hold("parent", transitions.suspend, parent, Pending("child"))
     cancelling = race.start("operator", api.cancel, parent.pk).wait_blocked(by=suspending)
@@ -169,7 +169,7 @@ def test_a_cancel_while_the_body_suspends_is_carried_out(race: Race) -> None:
 
 def test_a_body_that_suspends_while_it_is_cancelled_is_told(race: Race) -> None:
     parent, _child = family()
-    transitions._wake(parent.pk)
+    waking.wake(parent.pk)
     parent = claimed(parent)
     flagging = race.hold("operator", flag_in_transaction, parent)
     suspending = race.start("parent", transitions.suspend, parent, Pending("child")).wait_blocked(by=flagging)

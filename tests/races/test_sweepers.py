@@ -14,6 +14,7 @@ from conductor_app.ids import new_root_id
 from conductor_app.maintenance import sweeper
 from conductor_app.models import Execution, Step
 from conductor_app.states import ALLOWED_MOVES, FINAL_STATUSES, ExecutionStatus
+from conductor_app.transitions import creating
 from tests.races.harness import Race
 from tests.support import history
 from tests.support.executions import OWNER, family, fresh, new, queued, step_of
@@ -33,7 +34,7 @@ def recorded(race: Race) -> Iterator[None]:
 
 def rows(count: int = MANY, **values: Any) -> list[Execution]:
     """Roots with these values, inserted as they are."""
-    made = [transitions._queued_row(new()) for _ in range(count)]
+    made = [creating.queued_row(new()) for _ in range(count)]
     for row in made:
         row.due_at = row.created_at = row.dispatch_at = clock.after(-60)
         for name, value in values.items():

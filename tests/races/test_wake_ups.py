@@ -10,7 +10,7 @@ from conductor_app import clock, steps, transitions
 from conductor_app.models import Execution
 from conductor_app.sql import locked
 from conductor_app.states import ExecutionStatus, StepStatus
-from conductor_app.transitions import Pending
+from conductor_app.transitions import Pending, waking
 from tests.races.harness import BEFORE_COMMIT, IsolationLevel, Race
 from tests.support.executions import FAILURE, claimed, family, fresh, invocation, step_of
 
@@ -30,7 +30,7 @@ ENDS = {
 def replaying() -> tuple[Execution, Execution]:
     """A parent that runs again while its child runs, as the first run of an operator's retry may find it."""
     parent, child = family()
-    transitions._wake(parent.pk)
+    waking.wake(parent.pk)
     return claimed(parent), child
 
 
@@ -72,10 +72,10 @@ def test_a_child_that_ends_after_its_parent_has_suspended_wakes_it(race: Race, e
 @pytest.mark.parametrize(
     "stop",
     [
-        "before transitions._leave_running",
-        "after transitions._leave_running",
+        "before transitions.guards.leave_running",
+        "after transitions.guards.leave_running",
         "after steps.settle",
-        "after transitions._wake",
+        "after transitions.waking.wake",
         BEFORE_COMMIT,
     ],
 )
@@ -85,13 +85,13 @@ def test_wherever_the_child_stands_the_parent_is_not_left_waiting(race: Race, st
     suspending = race.start("parent", suspend, parent, isolation=isolation)
     is_blocked = suspending.is_blocked(by=ending)
     ending.go_on().result()
-    assert is_blocked == (stop in ("after transitions._wake", BEFORE_COMMIT))
+    assert is_blocked == (stop in ("after transitions.waking.wake", BEFORE_COMMIT))
     assert fresh(parent).status == (ExecutionStatus.QUEUED if suspending.result() else ExecutionStatus.RUNNING)
     assert suspending.result() is not is_blocked
 
 
 @isolations
-@pytest.mark.parametrize("stop", ["after transitions._leave_running", "after steps.is_pending", BEFORE_COMMIT])
+@pytest.mark.parametrize("stop", ["after transitions.guards.leave_running", "after steps.is_pending", BEFORE_COMMIT])
 def test_wherever_the_parent_stands_the_child_wakes_it(race: Race, stop: str, isolation: Any) -> None:
     parent, child = replaying()
     suspending = race.hold("parent", suspend, parent, stop=stop, isolation=isolation)
@@ -128,7 +128,7 @@ def lock_and_wake_if_waiting(execution_id: Any, *_: Any) -> None:
 
 def test_canary_a_conditional_wake_up_is_lost(race: Race, monkeypatch: pytest.MonkeyPatch) -> None:
     parent, child = replaying()
-    monkeypatch.setattr(transitions, "_wake", wake_if_waiting)
+    monkeypatch.setattr(waking, "wake", wake_if_waiting)
     ending = race.hold("child", ENDS["succeed"], child)
     suspending = race.start("parent", suspend, parent)
     assert not suspending.is_blocked(by=ending)
@@ -148,7 +148,7 @@ def test_canary_a_suspension_that_does_not_look_again_is_lost(race: Race, monkey
 
 def test_canary_a_lock_without_a_write_is_lost_at_repeatable_read(race: Race, monkeypatch: pytest.MonkeyPatch) -> None:
     parent, child = replaying()
-    monkeypatch.setattr(transitions, "_wake", lock_and_wake_if_waiting)
+    monkeypatch.setattr(waking, "wake", lock_and_wake_if_waiting)
     ending = race.hold("child", ENDS["succeed"], child, isolation=IsolationLevel.REPEATABLE_READ)
     suspending = race.start("parent", suspend, parent, isolation=IsolationLevel.REPEATABLE_READ)
     suspending.wait_blocked(by=ending)

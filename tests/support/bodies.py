@@ -17,6 +17,8 @@ _numbers = itertools.count(1)
 
 def durable(fn: Callable[..., Any] | None = None, **options: Any) -> Any:
     """As ``@durable_task``, with a name that no other test uses."""
+    if fn is not None and not fn.__name__.isidentifier():
+        fn.__name__ = "body"
     if fn is None:
         return lambda decorated: durable(decorated, **options)
     return durable_task(**{"name": f"tests.bodies.{fn.__name__}_{next(_numbers)}", **options})(fn)

@@ -1,9 +1,11 @@
-"""The test broker, emptied between tests."""
+"""The test broker, emptied between tests, and this process's own connection to it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
-from kombu import Connection
+from kombu import Connection, pools
 
+from conductor_app import dispatch
 from project.celery import app
 from tests.support.polling import wait_until
 
@@ -11,11 +13,9 @@ from tests.support.polling import wait_until
 def purge(queues: Iterable[str]) -> None:
     """Drop every message that earlier tests have left in the default queue and in ``queues``.
 
-    Call it when no worker lives. ``memory://`` has nothing to purge: each process has a queue of its own.
+    Call it when no worker lives. With ``memory://``, each process has queues of its own, and this empties those here.
     """
     with app.connection_for_write() as broker:
-        if broker.transport.driver_type == "memory":
-            return
         for queue in {app.conf.task_default_queue, *queues}:
             _purge(broker, queue)
         if broker.transport.driver_type == "redis":
@@ -41,3 +41,21 @@ def _forget_unacknowledged(broker: Connection) -> None:
     options = app.conf.broker_transport_options
     with broker.channel() as channel:
         channel.client.delete(options["unacked_key"], options["unacked_index_key"], options["unacked_mutex_key"])
+
+
+@contextmanager
+def broker_at(url: str) -> Iterator[None]:
+    """Let this process publish to the broker at ``url``."""
+    before = app.conf.broker_write_url
+    _reconnect(url)
+    try:
+        yield
+    finally:
+        _reconnect(before)
+
+
+def _reconnect(url: str | None) -> None:
+    app.conf.broker_write_url = url
+    pools.reset()
+    app._pool = app.amqp._producer_pool = None
+    dispatch.reset_breaker()

@@ -10,9 +10,10 @@ from typing import Any
 from conductor_app import transitions
 from conductor_app.exceptions import Failure
 from conductor_app.ids import derive_child_id, new_root_id
-from conductor_app.models import Execution, FailedExecution, Step
+from conductor_app.models import Event, Execution, FailedExecution, Step
 from conductor_app.states import OnTimeout
-from conductor_app.transitions import Invocation, NewExecution, Sleep
+from conductor_app.transitions import Invocation, Map, NewExecution, Sleep
+from project.celery import app
 
 TASK = "tests.app.scenarios.echo"
 OWNER = "test@host/1"
@@ -29,7 +30,7 @@ def committing(blocker: Any) -> Iterator[None]:
         try:
             yield
         finally:
-            for model in (Step, FailedExecution):
+            for model in (Event, Step, FailedExecution):
                 model.objects.all()._raw_delete("default")
             for depth in sorted(set(Execution.objects.values_list("depth", flat=True)), reverse=True):
                 Execution.objects.filter(depth=depth)._raw_delete("default")
@@ -40,7 +41,7 @@ def new(**fields: Any) -> NewExecution:
     values: dict[str, Any] = {
         "id": new_root_id(),
         "task": TASK,
-        "queue": "celery-test",
+        "queue": app.conf.task_default_queue,
         "payload": "[[],{}]",
         "max_attempts": 4,
     }
@@ -85,6 +86,25 @@ def family(**options: Any) -> tuple[Execution, Execution]:
     """A waiting parent and its running child, as their runs see them; ``options`` are those of ``invocation``."""
     parent = running()
     return parent, claimed(invoke(parent, **options))
+
+
+def mapping(count: int, **options: Any) -> tuple[Execution, list[Execution]]:
+    """A parent that waits for a map, and its children as they are stored."""
+    parent = running()
+    values: dict[str, Any] = {"timeout": None, "max_parallel": None, "fails_fast": True, **options}
+    children = [new(id=derive_child_id(parent.pk, f"child[{number}]")) for number in range(count)]
+    on_timeout = OnTimeout(values.pop("on_timeout", "cancel"))
+    wait = Map("child", TASK, children, payload_digest="", on_timeout=on_timeout, **values)
+    assert transitions.suspend(parent, wait)
+    return parent, list(Execution.objects.filter(parent=parent).order_by("position"))
+
+
+def starting(count: int) -> tuple[Execution, list[Execution]]:
+    """A running parent, and its started children as their runs see them; their steps are ``child-0`` and so on."""
+    parent = running()
+    steps = [f"child-{number}" for number in range(count)]
+    started = [transitions.start_child(parent, invocation(parent, step)) for step in steps]
+    return parent, [claimed(Execution.objects.get(pk=memory.child_id)) for memory in started]
 
 
 def families(count: int) -> list[tuple[Execution, Execution]]:

@@ -1,5 +1,6 @@
 """What happened to every execution and to Celery's results, written down by the database itself."""
 
+import datetime as dt
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ class Move:
     fence: int
     old_attempt: int
     attempt: int
+    #: 1 if a lease is held before and after, and by the same process.
+    keeps_owner: int
 
 
 @contextmanager
@@ -44,6 +47,14 @@ def is_recording() -> bool:
     return MOVES in connection.introspection.table_names()
 
 
+def forget() -> None:
+    """Begin anew, if the database is recording."""
+    if is_recording():
+        with connection.cursor() as cursor:
+            for table in (MOVES, STATES):
+                cursor.execute(f"DELETE FROM {table}")
+
+
 def moves() -> dict[uuid.UUID, list[Move]]:
     """All moves so far, by execution, in the order in which they were committed."""
     columns = ", ".join(Move.__dataclass_fields__)
@@ -54,6 +65,26 @@ def moves() -> dict[uuid.UUID, list[Move]]:
             move = Move(uuid.UUID(str(execution_id)), *values)
             by_execution.setdefault(move.execution_id, []).append(move)
     return by_execution
+
+
+def left_running(*, for_another_attempt: bool = False) -> dict[tuple[uuid.UUID, int], float]:
+    """When each run, named by its execution and fence, has ended or was taken for dead.
+
+    Args:
+        for_another_attempt: Only those that another attempt follows.
+
+    Returns:
+        Seconds since 1970, at the beginning of the transaction.
+    """
+    condition = "AND status = 'queued' AND attempt > old_attempt" if for_another_attempt else "AND status <> 'running'"
+    with connection.cursor() as cursor:
+        cursor.execute(
+            f"SELECT execution_id, old_fence, recorded_at FROM {MOVES} WHERE old_status = 'running' {condition}"
+        )
+        return {
+            (uuid.UUID(str(execution_id)), fence): recorded_at.replace(tzinfo=dt.UTC).timestamp()
+            for execution_id, fence, recorded_at in cursor.fetchall()
+        }
 
 
 def celery_states() -> dict[str, list[str]]:
@@ -90,7 +121,8 @@ def _statements() -> list[str]:
     uuid_type = Execution._meta.pk.db_type(connection)
     statements = [
         f"CREATE TABLE {MOVES} (id {key} PRIMARY KEY, execution_id {uuid_type}, old_status varchar(16), "
-        "status varchar(16), old_fence bigint, fence bigint, old_attempt bigint, attempt bigint)",
+        "status varchar(16), old_fence bigint, fence bigint, old_attempt bigint, attempt bigint, keeps_owner int, "
+        "recorded_at timestamp DEFAULT CURRENT_TIMESTAMP)",
         f"CREATE TABLE {STATES} (id {key} PRIMARY KEY, task_id varchar(255), status varchar(50))",
     ]
     for trigger, event, table in _triggers():
@@ -103,7 +135,8 @@ def _statements() -> list[str]:
                 condition = "OLD.status <> NEW.status OR OLD.fence <> NEW.fence OR OLD.attempt <> NEW.attempt"
             record = (
                 f"INSERT INTO {MOVES} ({', '.join(Move.__dataclass_fields__)}) VALUES (NEW.id, {old}.status, "
-                f"NEW.status, {old}.fence, NEW.fence, {old}.attempt, NEW.attempt);"
+                f"NEW.status, {old}.fence, NEW.fence, {old}.attempt, NEW.attempt, "
+                f"CASE WHEN {old}.lease_owner <> '' AND {old}.lease_owner = NEW.lease_owner THEN 1 ELSE 0 END);"
             )
         statements += _create_trigger(trigger, event, table, condition, record)
     return statements

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import uuid
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
 from celery.result import AsyncResult
@@ -11,7 +12,15 @@ from celery.states import READY_STATES
 from django_celery_results.models import TaskResult
 
 from conductor_app.models import Execution, FailedExecution, Step
-from conductor_app.states import ALLOWED_MOVES, CELERY_STATES, FINAL_STATUSES, ExecutionStatus, StepKind, StepStatus
+from conductor_app.states import (
+    ALLOWED_MOVES,
+    CELERY_STATES,
+    CHILD_KINDS,
+    FINAL_STATUSES,
+    ExecutionStatus,
+    StepKind,
+    StepStatus,
+)
 from tests.support import history
 from tests.support.history import Move
 from tests.support.polling import wait_until
@@ -62,24 +71,35 @@ def violations() -> list[str]:
     executions = {execution.pk: execution for execution in Execution.objects.all()}
     steps = list(Step.objects.all())
     failures = {failure.pk: failure for failure in FailedExecution.objects.all()}
+    steps_of: dict[uuid.UUID, list[Step]] = defaultdict(list)
+    for step in steps:
+        steps_of[step.execution_id].append(step)
+    children_of: dict[tuple[uuid.UUID, str], list[Execution]] = defaultdict(list)
     found: list[str] = []
     for execution in executions.values():
         found += [f"{execution} ({execution.status}) {wrong}" for wrong in _of_execution(execution, failures)]
-        parent = executions.get(execution.parent_id) if execution.parent_id else None
         if execution.parent_id:
-            found += [f"{execution} ({execution.status}) {wrong}" for wrong in _of_child(execution, parent, steps)]
+            parent, siblings = executions.get(execution.parent_id), steps_of[execution.parent_id]
+            found += [f"{execution} ({execution.status}) {wrong}" for wrong in _of_child(execution, parent, siblings)]
+            children_of[execution.parent_id, execution.step].append(execution)
     for step in steps:
         found += [
             f'Step "{step}" ({step.status}) of {executions[step.execution_id]} {wrong}'
-            for wrong in _of_step(step, executions)
+            for wrong in _of_step(step, executions, children_of[step.execution_id, step.name])
         ]
     found += _of_results(executions.values())
     if history.is_recording():
-        for execution_id, moves in history.moves().items():
+        recorded = history.moves()
+        for execution_id, moves in recorded.items():
             found += [f"The history of {execution_id} {wrong}" for wrong in _of_history(moves)]
             if moves[-1].status != executions[execution_id].status:
                 found.append(f"The history of {execution_id} ends in {moves[-1].status}")
-        ended_once = {str(key) for key, moves in history.moves().items() if not any(map(_is_reopening, moves))}
+        # Celery itself records that a plain task's process died, whatever follows.
+        ended_once = {
+            str(key)
+            for key, moves in recorded.items()
+            if not any(map(_is_reopening, moves)) and not executions[key].is_plain
+        }
         for task_id, states in history.celery_states().items():
             if task_id in ended_once and any(state in READY_STATES for state in states[:-1]):
                 found.append(f"Celery was told that {task_id} is {', then '.join(states)}")
@@ -101,7 +121,9 @@ def _of_execution(execution: Execution, failures: dict[uuid.UUID, FailedExecutio
         yield f"is leased to {execution.lease_owner}"
     if execution.max_attempts is not None and execution.attempt > execution.max_attempts:
         yield f"has attempt {execution.attempt} of {execution.max_attempts}"
-    if execution.started_at is not None and execution.fence < execution.attempt:
+    # The next attempt is counted when the last one ends, and may never begin.
+    claimed = execution.attempt - (execution.status in (ExecutionStatus.QUEUED, ExecutionStatus.CANCELLED))
+    if execution.started_at is not None and execution.fence < claimed:
         yield f"has attempt {execution.attempt} after {execution.fence} claims"
     if (execution.started_at is None) != (execution.fence == 0):
         yield f"was started at {execution.started_at} with fence {execution.fence}"
@@ -111,28 +133,47 @@ def _of_execution(execution: Execution, failures: dict[uuid.UUID, FailedExecutio
         yield f"was created, started and finished at {', '.join(map(str, instants))}"
 
 
-def _of_child(child: Execution, parent: Execution | None, steps: Iterable[Step]) -> Iterator[str]:
+def _of_child(child: Execution, parent: Execution | None, parent_steps: Iterable[Step]) -> Iterator[str]:
     if parent is None:
         yield "has lost its parent"
         return
     if (child.root_id, child.depth) != (parent.root_id, parent.depth + 1):
         yield f"has root {child.root_id} and depth {child.depth} under {parent.root_id} and {parent.depth}"
-    named = [step for step in steps if step.execution_id == parent.pk and step.child_id == child.pk]
+    if child.position is not None:
+        named = [step for step in parent_steps if step.name == child.step]
+    else:
+        named = [step for step in parent_steps if step.child_id == child.pk and step.kind != StepKind.GATHER]
     if [step.name for step in named] != [child.step]:
         yield f'is step "{child.step}" of its parent, which knows it as {[step.name for step in named]}'
     abandoned = any(step.status == StepStatus.TIMED_OUT and step.on_timeout == "abandon" for step in named)
+    # Siblings of a child that failed its map go on if they had started, and a started child that nobody gathers too.
+    abandoned |= any(step.kind in (StepKind.MAP, StepKind.START) for step in named)
+    # One that is asked to stop ends with the next sweep, or with its body's next call.
+    abandoned |= child.cancel_requested_at is not None
     if parent.status in FINAL_STATUSES and child.status not in FINAL_STATUSES and not abandoned:
         yield f"is open under a parent that {parent.status}"
 
 
-def _of_step(step: Step, executions: dict[uuid.UUID, Execution]) -> Iterator[str]:
+def _of_step(step: Step, executions: dict[uuid.UUID, Execution], children: list[Execution]) -> Iterator[str]:
     execution = executions[step.execution_id]
     child = executions.get(step.child_id) if step.child_id else None
-    if step.status == StepStatus.PENDING and execution.status in (ExecutionStatus.SUCCEEDED, ExecutionStatus.FAILED):
+    if (
+        step.status == StepStatus.PENDING
+        and step.kind != StepKind.START
+        and execution.status in (ExecutionStatus.SUCCEEDED, ExecutionStatus.FAILED)
+    ):
         yield f"is pending, and its execution {execution.status}"
     if step.finished_at is not None and step.finished_at < step.created_at:
         yield f"was created at {step.created_at} and finished at {step.finished_at}"
-    if step.kind != StepKind.INVOKE:
+    if step.kind == StepKind.MAP:
+        open_children = [row for row in children if row.status not in FINAL_STATUSES]
+        if sorted(row.position or 0 for row in children) != list(range(step.total or 0)):
+            yield f"has {len(children)} children of {step.total}"
+        if step.status == StepStatus.PENDING and step.remaining != len(open_children) and not execution.is_final:
+            yield f"counts {step.remaining} open children of {len(open_children)}"
+        if step.status == StepStatus.SUCCEEDED and open_children:
+            yield f"has {len(open_children)} open children"
+    if step.kind not in CHILD_KINDS:
         return
     if child is None:
         yield "has lost its child"
@@ -143,8 +184,8 @@ def _of_step(step: Step, executions: dict[uuid.UUID, Execution]) -> Iterator[str
 
 
 def _of_results(executions: Iterable[Execution]) -> Iterator[str]:
-    """What Celery's result backend says has to fit, and it knows of roots alone."""
-    children = [str(execution.pk) for execution in executions if execution.parent_id]
+    """What Celery's result backend says has to fit, and of durable tasks it knows roots alone."""
+    children = [str(execution.pk) for execution in executions if execution.parent_id and not execution.is_plain]
     for task_id in TaskResult.objects.filter(task_id__in=children).values_list("task_id", flat=True):
         yield f"The result backend knows the child {task_id}"
     for execution in executions:
@@ -164,9 +205,11 @@ def _of_history(moves: list[Move]) -> Iterator[str]:
     for before, move in itertools.pairwise(moves):
         if (move.old_status, move.old_fence, move.old_attempt) != (before.status, before.fence, before.attempt):
             yield f"has a gap before {move}"
-        if move.status not in ALLOWED_MOVES[ExecutionStatus(move.old_status)]:
-            yield f"goes from {move.old_status} to {move.status}"
         is_claim = move.status == ExecutionStatus.RUNNING
+        # Of a claim whose COMMIT got no answer, the process takes up the lease that it holds already.
+        is_claimed_again = is_claim and move.old_status == ExecutionStatus.RUNNING and move.keeps_owner
+        if move.status not in ALLOWED_MOVES[ExecutionStatus(move.old_status)] and not is_claimed_again:
+            yield f"goes from {move.old_status} to {move.status}"
         if move.fence != move.old_fence + is_claim:
             yield f"has fence {move.fence} after {move.old_fence} at {move.old_status} → {move.status}"
         is_retried = (move.old_status, move.status) == (ExecutionStatus.RUNNING, ExecutionStatus.QUEUED)

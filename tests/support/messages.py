@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from celery.app.trace import build_tracer
-from kombu import Producer
+from kombu import Connection, Producer
 
 from conductor_app.dispatch import DOORBELL, HEADER, is_embedded
 from project.celery import app
@@ -19,10 +19,23 @@ needs_a_broker = pytest.mark.skipif(
 )
 
 
-def ring(execution_id: Any, task: Any, times: int = 1, queue: str = app.conf.task_default_queue) -> None:
-    """Publish the message that says that an execution is due."""
+def ring(
+    execution_id: Any,
+    task: Any,
+    times: int = 1,
+    queue: str = app.conf.task_default_queue,
+    connection: Connection | None = None,
+) -> None:
+    """Publish the message that says that an execution is due; on this process's usual connection by default."""
     for _ in range(times):
-        app.send_task(task.name, task_id=str(execution_id), queue=queue, ignore_result=True, headers={HEADER: DOORBELL})
+        app.send_task(
+            task.name,
+            task_id=str(execution_id),
+            queue=queue,
+            ignore_result=True,
+            headers={HEADER: DOORBELL},
+            connection=connection,
+        )
 
 
 def deliver(task: Any, task_id: str, args: Any = (), kwargs: Any = None, **request: Any) -> None:

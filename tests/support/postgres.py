@@ -22,9 +22,16 @@ _USERS = ("postgres", "nobody")
 
 
 class PrivatePostgres:
-    """One server on a free port, with a directory that is removed in the end."""
+    """One server on a free port, with a directory that is removed in the end.
 
-    def __init__(self) -> None:
+    Args:
+        fsync: Whether a commit is to outlive a power cut, at the price of speed. A crash of the server alone loses
+            nothing without it.
+        settings: More of the server's settings.
+    """
+
+    def __init__(self, *, fsync: bool = False, settings: dict[str, str] | None = None) -> None:
+        self._settings = {"fsync": "on" if fsync else "off", **(settings or {})}
         self._binaries = _find_binaries()
         self._identity = _identity()
         self._directory = Path(tempfile.mkdtemp(prefix="conductor-test-postgres-"))
@@ -38,12 +45,18 @@ class PrivatePostgres:
 
     def start(self) -> None:
         """Start the server, and wait until it answers."""
-        options = f"-p {self._port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c fsync=off"
+        options = f"-p {self._port} -c listen_addresses=127.0.0.1 -c unix_socket_directories=''"
+        options += "".join(f" -c {name}={value}" for name, value in self._settings.items())
         self._pg_ctl("start", "-w", "-o", options, "-l", str(self._directory / "server.log"))
 
     def crash(self) -> None:
         """End the server at once, in the middle of whatever it does."""
         self._pg_ctl("stop", "-m", "immediate")
+
+    @property
+    def log(self) -> str:
+        """What the server has written so far, over all its starts."""
+        return (self._directory / "server.log").read_text(errors="replace")
 
     def __enter__(self) -> Self:
         try:

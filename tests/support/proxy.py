@@ -1,17 +1,12 @@
-"""Servers that go away: a proxy between a client and a server, and this process's own connection to the broker."""
+"""Servers that go away: a proxy between a client and a server."""
 
+import random
 import selectors
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Self
 from urllib.parse import urlsplit, urlunsplit
-
-from kombu import pools
-
-from conductor_app import dispatch
-from project.celery import app
 
 _DEFAULT_PORTS = {"redis": 6379, "amqp": 5672, "pyamqp": 5672, "postgres": 5432, "mysql": 3306}
 
@@ -19,7 +14,8 @@ _DEFAULT_PORTS = {"redis": 6379, "amqp": 5672, "pyamqp": 5672, "postgres": 5432,
 class Proxy:
     """Hands bytes through to the server of a URL, while it is open.
 
-    Closed, it ends every connection and refuses new ones, as a server does that was shut down.
+    Closed, it ends every connection and refuses new ones, as a server does that was shut down. Silenced, it takes
+    connections and bytes and answers nothing, as a network does that drops packets.
     """
 
     def __init__(self, url: str) -> None:
@@ -27,11 +23,19 @@ class Proxy:
         self._server = (parts.hostname or "127.0.0.1", parts.port or _DEFAULT_PORTS[parts.scheme.partition("+")[0]])
         self._listener = _listen(0)
         self._port = self._listener.getsockname()[1]
-        credentials = f"{parts.username}:{parts.password}@" if parts.username else ""
+        credentials = f"{parts.username}:{parts.password}@" if parts.password else ""
+        credentials = credentials or (f"{parts.username}@" if parts.username else "")
         #: The server's URL by way of the proxy.
         self.url = urlunsplit(parts._replace(netloc=f"{credentials}127.0.0.1:{self._port}"))
+        #: How many of PostgreSQL's commits, from 0 to 1, lose their answer together with the connection. The server has
+        #: seen one half of them, and the other half not.
+        self.cut_commits = 0.0
+        #: How many did.
+        self.commits_cut = 0
         self._lock = threading.Lock()
         self._sockets: set[socket.socket] = set()
+        self._speaks = threading.Event()
+        self._speaks.set()
         self._serve()
 
     def close(self) -> None:
@@ -49,11 +53,20 @@ class Proxy:
         self._listener = _listen(self._port)
         self._serve()
 
+    def silence(self) -> None:
+        """Let the server be reached, and never answer."""
+        self._speaks.clear()
+
+    def speak(self) -> None:
+        """Let it answer again; connections that have asked meanwhile are ended."""
+        self._speaks.set()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+        self.speak()
 
     def _serve(self) -> None:
         threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
@@ -67,13 +80,41 @@ class Proxy:
             threading.Thread(target=self._connect, args=(client,), daemon=True).start()
 
     def _connect(self, client: socket.socket) -> None:
-        with client, socket.create_connection(self._server) as server:
+        with client, suppress(OSError), socket.create_connection(self._server) as server:
+            for end in (client, server):
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with self._lock:
                 self._sockets |= {client, server}
-            with suppress(OSError):
-                _pump(client, server)
-            with self._lock:
-                self._sockets -= {client, server}
+            try:
+                self._pump(client, server)
+            finally:
+                with self._lock:
+                    self._sockets -= {client, server}
+
+    def _pump(self, client: socket.socket, server: socket.socket) -> None:
+        """Copy bytes both ways until one side ends, or the proxy ends it."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(client, selectors.EVENT_READ, server)
+            selector.register(server, selectors.EVENT_READ, client)
+            while True:
+                for key, _ in selector.select():
+                    if not (data := key.fileobj.recv(65_536)):  # type: ignore[union-attr]
+                        return
+                    if not self._speaks.is_set():
+                        self._speaks.wait()
+                        return
+                    if key.fileobj is client and b"COMMIT" in data and random.random() < self.cut_commits:
+                        self._cut(server, data)
+                        return
+                    key.data.sendall(data)
+
+    def _cut(self, server: socket.socket, data: bytes) -> None:
+        with self._lock:
+            self.commits_cut += 1
+            is_seen = self.commits_cut % 2
+        if is_seen:
+            server.sendall(data)
+            server.recv(1)  # it is committed
 
 
 def _listen(port: int) -> socket.socket:
@@ -82,33 +123,3 @@ def _listen(port: int) -> socket.socket:
     listener.bind(("127.0.0.1", port))
     listener.listen(64)
     return listener
-
-
-def _pump(first: socket.socket, second: socket.socket) -> None:
-    """Copy bytes both ways until one side ends."""
-    with selectors.DefaultSelector() as selector:
-        selector.register(first, selectors.EVENT_READ, second)
-        selector.register(second, selectors.EVENT_READ, first)
-        while True:
-            for key, _ in selector.select():
-                if not (data := key.fileobj.recv(65_536)):  # type: ignore[union-attr]
-                    return
-                key.data.sendall(data)
-
-
-@contextmanager
-def broker_at(url: str) -> Iterator[None]:
-    """Let this process publish to the broker at ``url``."""
-    before = app.conf.broker_write_url
-    _reconnect(url)
-    try:
-        yield
-    finally:
-        _reconnect(before)
-
-
-def _reconnect(url: str | None) -> None:
-    app.conf.broker_write_url = url
-    pools.reset()
-    app._pool = app.amqp._producer_pool = None
-    dispatch.reset_breaker()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from celery.backends.base import Backend
 
 from conductor_app.dispatch import is_embedded
 from conductor_app.models import Execution
@@ -13,6 +14,16 @@ from project.celery import app
 from tests.support.polling import wait_until
 
 DISABLED = "disabled://"
+
+
+class AwayBackend(Backend):
+    """A result backend whose server is away."""
+
+    def store_result(self, *_args: object, **_kwargs: object) -> None:
+        raise ConnectionRefusedError("the result backend is away")
+
+    def mark_as_failure(self, *_args: object, **_kwargs: object) -> None:
+        raise ConnectionRefusedError("the result backend is away")
 
 
 def available() -> list[str]:

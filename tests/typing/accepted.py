@@ -9,6 +9,7 @@ from typing import Any, assert_type
 from celery import shared_task
 from celery.canvas import Signature
 from celery.result import AsyncResult, EagerResult
+from django.test import TransactionTestCase
 
 from conductor_app import (
     ChildCancelled,
@@ -23,6 +24,7 @@ from conductor_app import (
     durable_task,
 )
 from conductor_app.models import Execution
+from conductor_app.testing import Conductor, ConductorMixin, ConductorTestCase, StepCall, run
 
 
 @durable_task
@@ -65,6 +67,8 @@ def fulfil(ctx: ExecutionContext, order_id: int) -> str:
     assert_type(ctx.atomic_step("atomic", save, 1, receipt=named["id"]), list[str])
     assert_type(ctx.step("lambda", lambda: {"a": 1}), dict[str, int])
     ctx.sleep("nap", 60)
+    approval: dict[str, str] = ctx.wait_for("approval", "approved", timeout=dt.timedelta(days=3))
+    print(approval)
     ctx.sleep("nap-too", dt.timedelta(minutes=1))
     ctx.sleep_until("then", dt.datetime(2026, 1, 1, tzinfo=dt.UTC))
     ctx.checkpoint()
@@ -104,3 +108,21 @@ def outside() -> None:
     api.cancel(result.id)
     api.retry(uuid.UUID(result.id))
     api.get_result(Execution.objects.get(), timeout=5)
+    assert_type(api.find(result), Execution)
+
+
+class OrderTest(ConductorTestCase):
+    def test_an_order(self) -> None:
+        calls: list[StepCall] = []
+        assert_type(run(charge, {"order_id": 1}, {"child": None, charge: ChildTimedOut}, calls=calls), dict[str, int])
+        assert_type(self.conductor.run(charge, 1, steps={"ask": lambda: 1}, attempt=2), dict[str, int])
+        assert_type(self.conductor.drain(), int)
+        assert_type(self.conductor.advance(dt.timedelta(days=1)), int)
+        assert_type(self.conductor.assert_succeeded(charge.delay(1), result=None), Execution)
+        self.conductor.assert_failed(str(uuid.uuid4()), error_class=ValueError)
+        self.conductor.assert_invoked(uuid.uuid4(), "child", task=charge, payload={"order_id": 1})
+
+
+class MixedTest(ConductorMixin, TransactionTestCase):
+    def test_an_order(self) -> None:
+        assert_type(self.conductor, Conductor)

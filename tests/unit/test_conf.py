@@ -30,11 +30,18 @@ def test_every_key_is_optional() -> None:
     )
 
 
+def test_what_is_masked_is_a_tuple_and_what_is_given_replaces_it() -> None:
+    assert {"password", "secret", "token", "authorization", "api_key"} <= set(ConductorSettings().REDACT)
+    assert ConductorSettings.from_dict({"REDACT": ["iban"]}).REDACT == ("iban",)
+    assert ConductorSettings.from_dict({"REDACT": ()}).REDACT == ()
+
+
 def test_every_key_can_be_set_and_keeps_its_type() -> None:
     given: dict[str, Any] = {
         field.name: field.default if isinstance(field.default, bool) else field.default * 2
         for field in dataclasses.fields(ConductorSettings)
     }
+    given |= {"METRICS": True, "METRICS_LISTEN": "127.0.0.1:9464", "METRICS_TOKEN": "s3cret", "TRACING": True}
     settings = ConductorSettings.from_dict(given)
     assert dataclasses.asdict(settings) == given
     whole = ConductorSettings.from_dict({"LEASE_SECONDS": 90, "HEARTBEAT_SECONDS": 30})
@@ -78,10 +85,16 @@ def test_the_setting_is_a_dict(values: Any) -> None:
         ("LEASE_SECONDS", 0, "must be greater than 0 and finite, got 0."),
         ("SWEEP_SECONDS", -1, "must be greater than 0 and finite, got -1."),
         ("MAX_DEPTH", 1.5, "must be an integer, got 1.5."),
+        ("REDACT", "password", "must be a tuple of texts, got 'password'."),
+        ("REDACT", ["password", ""], "must be a tuple of texts, got ['password', '']."),
+        ("REDACT", [7], "must be a tuple of texts, got [7]."),
+        ("REDACT", None, "must be a tuple of texts, got None."),
         ("MAX_DEPTH", "100", "must be an integer, got '100'."),
         ("MAX_DEPTH", 0, "must be greater than 0 and finite, got 0."),
         ("STRICT_REPLAY", 1, "must be True or False, got 1."),
         ("STRICT_REPLAY", "yes", "must be True or False, got 'yes'."),
+        ("METRICS_LISTEN", 9464, "must be printable ASCII text, got 9464."),
+        ("METRICS_TOKEN", b"s3cret", "must be printable ASCII text, got other text or bytes."),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_refused(key: str, value: Any, text: str) -> None:

@@ -57,7 +57,7 @@ def quotes() -> list[tuple[str, str]]:
 def templates() -> list[re.Pattern[str]]:
     """Every text that the package's code can word, as a pattern: what an f-string fills in may be anything."""
     found = set()
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
                 parts = [re.escape(part.value) if isinstance(part, ast.Constant) else ".+" for part in node.values]
@@ -123,7 +123,15 @@ def test_errors_form_a_tree() -> None:
 def test_only_errors_that_may_end_differently_are_retried() -> None:
     final = {cls.__name__ for cls in PUBLIC if issubclass(cls, ConductorError) and not cls.retryable}
     by_base = {cls.__name__ for cls in PUBLIC if issubclass(cls, (ProgrammingError, ChildError))}
-    assert final == by_base | {"ExecutionFailed", "ExecutionCancelled", "RetryRefused"}
+    assert final == by_base | {
+        "ActionRefused",
+        "EventTimedOut",
+        "ExecutionFailed",
+        "ExecutionCancelled",
+        "ExecutionFinished",
+        "RetryRefused",
+        "RenameRefused",
+    }
 
 
 def test_the_tree_in_the_modules_docstring_is_complete() -> None:

@@ -9,7 +9,19 @@ from typing import Any
 
 import pytest
 
-from conductor_app.explain import Situation, attempts, duration, first_line, headline, instant, label, short_name
+from conductor_app.explain import (
+    Census,
+    Situation,
+    attempts,
+    awaited,
+    duration,
+    first_line,
+    headline,
+    instant,
+    label,
+    short_name,
+    visible,
+)
 from conductor_app.models import Execution, FailedExecution, Step
 
 NOW = dt.datetime(2026, 11, 22, 14, 5, 0, tzinfo=dt.UTC)
@@ -95,8 +107,23 @@ def test_a_sleeper_says_until_when() -> None:
 
 
 def test_one_who_waits_for_an_event_says_so() -> None:
-    told = tell(execution("waiting"), step(kind="event", name="approval", child_id=None))
-    assert told.startswith('⧗ Waiting for the event of step "approval" since 12 s ago. No worker is held.')
+    waits = step(kind="event", name="approval", task="approved", child_id=None, execution_id=ROOT)
+    hint = f"Send it: manage.py conductor send {ROOT} approved --payload JSON"
+    assert tell(execution("waiting"), waits) == (
+        '⧗ Waiting for the event "approved" (step "approval") since 12 s ago. No worker is held. '
+        f"It resumes when the event is sent.\n{hint}"
+    )
+    waits.deadline_at = ahead(18)
+    assert "when the event is sent; times out at 14:05:18 (in 18 s).\n" in tell(execution("waiting"), waits)
+    assert tell(execution("waiting"), waits, step()).endswith(f"\n{hint}")
+
+
+def test_one_whose_event_did_not_come_says_so() -> None:
+    message = "Event 'approved' did not come within 30s (step 'approval')"
+    row = execution("failed", error=error(message, "conductor_app.exceptions.EventTimedOut"))
+    late = step("timed_out", kind="event", name="approval", task="approved", child_id=None)
+    failure = FailedExecution(execution_id=ROOT, step="approval", message=message, attempts=1)
+    assert tell(row, late, failures={ROOT: failure}).startswith(f'✕ Timed out at step "approval": {message}.\n')
 
 
 def test_one_who_waits_for_nothing_says_who_heals_it() -> None:
@@ -178,6 +205,56 @@ def test_a_cancelled_execution_says_why_and_what_became_of_its_children() -> Non
     )
 
 
+def test_children_that_were_not_all_read_are_counted_all_the_same() -> None:
+    row = execution("cancelled", finished_at=ago(130), cancel_reason="wrong order")
+    told = tell(row, children=(child("cancelled"),), counted=Census(total=5_000, open=3, cancelled=4_700))
+    assert "wrong order; 4,700 children cancelled, 3 left running." in told
+
+
+def test_a_retry_keeps_the_results_of_the_steps_that_are_done() -> None:
+    row = execution("failed", finished_at=ago(5), error=error("no stock", "shop.NoStock"))
+    done = [step("succeeded", name=f"step-{number}", kind="step") for number in range(7)]
+    assert tell(row, done[0], step("failed")).endswith(
+        f'stopped, keeping the result of "step-0": manage.py conductor retry {ROOT}'
+    )
+    assert 'keeping the results of "step-0", "step-1", "step-2", "step-3", "step-4" and 2 more:' in tell(row, *done)
+
+
+def test_a_step_that_does_not_match_says_what_to_do_about_the_code() -> None:
+    row = execution("failed", finished_at=ago(5), error=error("Step 2", "conductor_app.exceptions.StepMismatch"))
+    assert "\nThe code changed while this execution was in flight. Before it is run again, give " in tell(row)
+
+
+def test_damaged_options_do_not_keep_a_sentence_from_being_written() -> None:
+    for options in ('{"plain"', '{"plain": 7}', '["plain"]', '"plain"', '{"plain": {}}'):
+        row = execution("running", lease_owner="celery@web1/1", lease_expires_at=ago(1), options=options)
+        assert "stopped sending heartbeats" in tell(row)
+        row.lease_expires_at, row.cancel_requested_at = ahead(3_000), ago(4)
+        assert "Its cancellation was requested" in tell(row)
+
+
+def test_what_is_awaited_says_what_happens_at_its_deadline() -> None:
+    def then(*steps: Step, status: str = "waiting") -> list[str]:
+        return [" ".join(item.then) for item in awaited(Situation(execution(status), NOW, steps))]
+
+    (told,) = then(step(deadline_at=ahead(18)))
+    assert told.endswith(
+        "At 14:05:18 (in 18 s) it times out: ChildTimedOut is raised here, and what still runs is cancelled."
+    )
+    (told,) = then(step(deadline_at=ahead(18), on_timeout="abandon"))
+    assert told.endswith("and what still runs goes on.")
+    (told,) = then(step(kind="map", total=3, remaining=2, fails_fast=False))
+    assert told == "It resumes once, when all have finished."
+    assert then(step(kind="start"), step("succeeded")) == []
+    assert then(step(), status="running") == []
+
+
+def test_texts_are_shown_as_they_are_but_for_what_a_screen_would_obey() -> None:
+    kept = "Zoë 日本\t\u05e9\u05dc\u05d5\u05dd \U0001f469\u200d\U0001f467\nnext"
+    assert visible(kept) == kept
+    assert visible("a\x00\x1b[2J\r\x85\u202e\u200f\ufeff\ud83d") == r"a\x00\x1b[2J\r\x85\u202e\u200f\ufeff\ud83d"
+
+
 def test_a_child_whose_root_goes_on_is_not_offered_for_a_retry() -> None:
     row = child("failed", error=error("no"), finished_at=ago(5))
     told = headline(Situation(row, NOW, tree={ROOT: execution("waiting"), CHILD: row}))
@@ -223,4 +300,5 @@ def test_small_words() -> None:
     assert first_line("  one\ntwo") == "one"
     assert first_line("") == ""
     assert first_line("x" * 30, 10) == "x" * 9 + "…"
+    assert first_line("red \x1b[31m and \u202e back\r\nforged") == "red \\x1b[31m and \\u202e back"
     assert instant(ago(86_400), NOW) == "2026-11-21 14:05:00"

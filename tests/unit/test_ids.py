@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import time
 import uuid
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conductor_app.ids import derive_child_id, new_root_id
+from conductor_app.ids import as_child_id, derive_child_id, first_at, first_of_tree, new_root_id
 
 STEPS = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}", fullmatch=True)
 
@@ -67,3 +68,21 @@ def test_grandchildren_and_siblings_do_not_collide() -> None:
 def test_a_generation_is_a_small_number(generation: int) -> None:
     with pytest.raises(OverflowError):
         derive_child_id(uuid.uuid4(), "a", generation)
+
+
+def test_a_childs_id_is_told_from_other_task_ids_by_its_version() -> None:
+    child = derive_child_id(new_root_id(), "a")
+    assert as_child_id(str(child)) == child
+    for other in (str(new_root_id()), str(uuid.uuid4()), "a", "", None, 7, "x" * 14 + "8" + "x" * 21, child):
+        assert as_child_id(other) is None
+
+
+def test_the_first_id_of_an_instant_sorts_before_all_that_are_made_later() -> None:
+    before = dt.datetime.now(dt.UTC)
+    root = new_root_id()
+    child = derive_child_id(root, "charge")
+    after = dt.datetime.now(dt.UTC) + dt.timedelta(milliseconds=2)
+    assert first_at(before) < root < first_at(after)
+    assert first_at(before) < child < first_at(after)
+    assert first_of_tree(root) < min(root, child)
+    assert first_of_tree(child) == first_of_tree(root)

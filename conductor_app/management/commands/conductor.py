@@ -15,7 +15,7 @@ from django.db import InterfaceError, OperationalError
 
 from conductor_app import checks
 from conductor_app.management.output import Output, clean
-from conductor_app.management.subcommands.acting import Cancel, Retry
+from conductor_app.management.subcommands.acting import Cancel, Publish, Rerun, Retry, Send, Wake
 from conductor_app.management.subcommands.base import OK, PROBLEM, Subcommand
 from conductor_app.management.subcommands.doctor import Doctor
 from conductor_app.management.subcommands.ls import Ls
@@ -24,7 +24,19 @@ from conductor_app.management.subcommands.show import Show
 from conductor_app.management.subcommands.sweep import Sweep
 from conductor_app.models import database
 
-SUBCOMMANDS: tuple[Subcommand, ...] = (Doctor(), Ls(), Show(), Retry(), Cancel(), Sweep(), Prune())
+SUBCOMMANDS: tuple[Subcommand, ...] = (
+    Doctor(),
+    Ls(),
+    Show(),
+    Retry(),
+    Rerun(),
+    Cancel(),
+    Send(),
+    Wake(),
+    Publish(),
+    Sweep(),
+    Prune(),
+)
 
 
 class Command(BaseCommand):

@@ -19,7 +19,7 @@ from django.db.models import Min
 from rich.table import Table
 from rich.text import Text
 
-from conductor_app import checks, clock, dispatch
+from conductor_app import checks, clock, dispatch, steps
 from conductor_app.conf import conductor_settings
 from conductor_app.explain import UNDELIVERABLE_DISPATCHES, duration, worker_name
 from conductor_app.management.output import STYLES, Output, clean, plain
@@ -326,14 +326,14 @@ def _executions() -> Iterator[Finding]:
 def _stuck(rows: Any, grace: float) -> Finding:
     """Look for what a sweeper would have dealt with long ago."""
     before = clock.after(-grace)
-    steps = Step.objects.using(database()).filter(status=StepStatus.PENDING, deadline_at__lt=before)
+    late = Step.objects.using(database()).filter(status=StepStatus.PENDING, deadline_at__lt=before)
     found = {
         "running with a lapsed lease": rows.with_status(ExecutionStatus.RUNNING)
         .filter(lease_expires_at__lt=before)
         .count(),
-        "waiting past a deadline": steps.count(),
+        "waiting past a deadline": late.count(),
         "to be cancelled": rows.to_cancel().filter(cancel_requested_at__lt=before).count(),
-        "waiting for nothing": rows.waiting_for_nothing().count(),
+        "waiting for nothing": rows.waiting_for_nothing().count() + len(steps.in_vain()),
     }
     stuck = [f"{number:,} {what}" for what, number in found.items() if number]
     if not stuck:

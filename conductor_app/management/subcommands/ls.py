@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from conductor_app import clock
-from conductor_app.explain import attempts, duration, first_line, label, short_name
+from conductor_app.explain import attempts, document, duration, first_line, label, short_name
 from conductor_app.management.output import Output, clean, plain, status
 from conductor_app.management.subcommands.base import OK, Subcommand, celery_app, load_durable_tasks, positive_int
 from conductor_app.models import Execution, FailedExecution, Step, database
@@ -97,25 +97,10 @@ class Ls(Subcommand):
             )
             documents.append(
                 {
-                    "id": row.pk,
-                    "task": row.task,
-                    "queue": row.queue,
-                    "status": row.status,
-                    "shown_as": shape.word,
-                    "attempt": row.attempt,
-                    "max_attempts": row.max_attempts,
-                    "waiting_for": [item.name for item in awaited],
+                    **document(row, now, awaited),
                     "failed_at_step": failed_at.get(row.pk),
                     "age_seconds": round(age, 3),
                     "error": error or None,
-                    "parent": row.parent_id,
-                    "root": row.root_id,
-                    "step_in_parent": row.step or None,
-                    "worker": row.lease_owner or None,
-                    "due_at": row.due_at if row.status == ExecutionStatus.QUEUED else None,
-                    "created_at": row.created_at,
-                    "started_at": row.started_at,
-                    "finished_at": row.finished_at,
                 }
             )
         out.document({"executions": documents, "more": more})

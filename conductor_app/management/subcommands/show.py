@@ -4,97 +4,32 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-import uuid
-from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from django.core.management.base import CommandError, CommandParser
-from django.db.models import F, TextField
-from django.db.models.functions import Coalesce, Length, Substr
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from conductor_app import clock
-from conductor_app.explain import (
-    Situation,
-    attempts,
-    duration,
-    exact,
-    first_line,
-    headline,
-    label,
-    short_name,
-)
+from conductor_app.explain import STEP_MARKS, attempts, duration, exact, first_line, headline, label, short_name
 from conductor_app.management.output import STYLES, Output, clean, plain, status
 from conductor_app.management.subcommands.base import OK, Subcommand, celery_app, execution_ids, not_found
-from conductor_app.models import Execution, FailedExecution, Step, database
-from conductor_app.serialization import load_failure, loads
+from conductor_app.models import Execution, Step
+from conductor_app.redaction import decode, readable, redact
+from conductor_app.serialization import load_failure
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
+from conductor_app.story import MOST_STEPS, Story, history, read, shortened
 
-#: What the tree shows of each execution; payloads and results stay in the database.
-TREE_FIELDS = (
-    "id",
-    "task",
-    "queue",
-    "status",
-    "attempt",
-    "max_attempts",
-    "error",
-    "parent_id",
-    "root_id",
-    "depth",
-    "step",
-    "fence",
-    "lease_owner",
-    "lease_expires_at",
-    "due_at",
-    "dispatches",
-    "cancel_requested_at",
-    "cancel_reason",
-    "created_at",
-    "started_at",
-    "finished_at",
-)
-#: Most nodes of a tree, and most steps, that are drawn for people; ``--json`` has them all.
-MOST_NODES = 200
-MOST_STEPS = 200
 #: Characters of a value in the steps' table.
 PREVIEW = 60
 #: Characters of a payload, a result, and lines of a traceback.
 LONG_PREVIEW = 500
 
-_STEP_MARKS = {
-    StepStatus.PENDING: "⧗",
-    StepStatus.SUCCEEDED: "✓",
-    StepStatus.FAILED: "✕",
-    StepStatus.TIMED_OUT: "✕",
-    StepStatus.CANCELLED: "⊘",
-}
-
-
-@dataclass(frozen=True)
-class Story:
-    """All rows about one execution."""
-
-    execution: Execution
-    situation: Situation
-    #: Steps of the execution, in the order in which they were recorded.
-    steps: list[Step]
-    #: The failures from the execution down to the root cause.
-    causes: list[FailedExecution]
-
-    @property
-    def now(self) -> dt.datetime:
-        """The database's clock when it was read."""
-        return self.situation.now
-
 
 class Show(Subcommand):
-    """Shows one execution, in six queries however large its tree is."""
+    """Shows one execution, in a few queries however large its tree is."""
 
     name = "show"
     help = "Show one execution: what it is doing, its tree, its steps, its error."
@@ -106,7 +41,10 @@ class Show(Subcommand):
     def run(self, out: Output, options: dict[str, Any]) -> int:
         """Show it."""
         (execution_id,) = execution_ids([options["id"]])
-        story = read(execution_id, preview=None if out.as_json else LONG_PREVIEW)
+        preview = None if out.as_json else LONG_PREVIEW
+        story = read(execution_id, preview=preview, whole=out.as_json, app=celery_app().main or "project")
+        if story is None:
+            raise CommandError(not_found(execution_id))
         if out.as_json:
             out.document(_document(story))
             return OK
@@ -120,61 +58,6 @@ class Show(Subcommand):
         if story.execution.error and story.execution.status != ExecutionStatus.CANCELLED:
             out.print(*_error(story))
         return OK
-
-
-# ------------------------------------------------------------------------------------------------------------- reading
-
-
-def read(execution_id: uuid.UUID, *, preview: int | None) -> Story:
-    """Read everything about one execution.
-
-    Args:
-        execution_id: Which one.
-        preview: Characters of each value to read; ``None`` reads all of it.
-
-    Raises:
-        CommandError: There is none.
-    """
-    using = database()
-    execution = Execution.objects.using(using).filter(pk=execution_id).defer("options").first()
-    if execution is None:
-        raise CommandError(not_found(execution_id))
-    now = clock.read(using)
-    rows = Execution.objects.using(using).filter(root_id=execution.root_id).order_by("created_at", "id")
-    tree = {row.pk: row for row in rows.only(*TREE_FIELDS)}
-    tree[execution.pk] = execution
-    steps = list(_read_steps(execution, preview))
-    failures = _read_failures(execution, tree)
-    situation = Situation(
-        execution, now, steps, tree, {failure.pk: failure for failure in failures}, celery_app().main or "project"
-    )
-    return Story(execution, situation, steps, failures)
-
-
-def _read_steps(execution: Execution, preview: int | None) -> Any:
-    value = Coalesce("result", F("child__result"), output_field=TextField())
-    shown = value if preview is None else Substr(value, 1, preview + 1)
-    steps = Step.objects.using(database()).filter(execution_id=execution.pk).order_by("id").defer("result")
-    return steps.annotate(value=shown, value_length=Length(value))
-
-
-def _read_failures(execution: Execution, tree: dict[uuid.UUID, Execution]) -> list[FailedExecution]:
-    """Return the failures from an execution down to its root cause, the execution's own first."""
-    if execution.status != ExecutionStatus.FAILED:
-        return []
-    failures = FailedExecution.objects.using(database())
-    own = failures.filter(pk=execution.pk).first()
-    if own is None:
-        return []
-    between: list[uuid.UUID] = []
-    below: Execution | None = tree.get(own.root_cause_id) if own.root_cause_id else None
-    while below is not None and below.pk != execution.pk:
-        between.append(below.pk)
-        below = tree.get(below.parent_id) if below.parent_id else None
-    if not between:
-        return [own]
-    found = failures.in_bulk(between)
-    return [own, *(found[key] for key in reversed(between) if key in found)]
 
 
 # ------------------------------------------------------------------------------------------------------------- drawing
@@ -220,49 +103,23 @@ def _facts(story: Story) -> Table:
             rows.append((name, exact(when)))
     rows.append(("payload", _short(_call(execution.payload), LONG_PREVIEW)))
     if execution.result is not None:
-        rows.append(("result", _short(_readable(execution.result), LONG_PREVIEW)))
+        rows.append(("result", _short(readable(execution.result), LONG_PREVIEW)))
     for name, value in rows:
         table.add_row(Text(name, style="dim"), value if isinstance(value, Text) else plain(value))
     return table
 
 
 def _tree(story: Story) -> Tree:
-    """Draw the whole tree with the execution marked; of a large one its ancestors, itself, and what fits."""
-    tree = story.situation.tree
-    children: dict[uuid.UUID | None, list[Execution]] = defaultdict(list)
-    for row in tree.values():
-        children[row.parent_id].append(row)
-    drawn = _nodes_to_draw(story)
-    root = tree.get(story.execution.root_id, story.execution)
-    top = Tree(_node(root, story), guide_style="dim")
-    branches = [(root, top)]
-    while branches:
-        parent, branch = branches.pop()
-        hidden = 0
-        for child in children[parent.pk]:
-            if child.pk in drawn:
-                branches.append((child, branch.add(_node(child, story))))
-            else:
-                hidden += 1
-        if hidden:
-            branch.add(Text(f"… {hidden:,} more", style="dim"))
+    """Draw the tree with the execution marked; of a large one its ancestors, itself, and what fits."""
+    root = story.branches()
+    top = Tree(_node(root.execution, story), guide_style="dim")
+    below = [(root, top)]
+    while below:
+        branch, drawn = below.pop()
+        below.extend((child, drawn.add(_node(child.execution, story))) for child in branch.children)
+        if branch.hidden:
+            drawn.add(Text(f"… {branch.hidden:,} more", style="dim"))
     return top
-
-
-def _nodes_to_draw(story: Story) -> set[uuid.UUID]:
-    tree = story.situation.tree
-    drawn: set[uuid.UUID] = set()
-    above: Execution | None = story.execution
-    while above is not None:
-        drawn.add(above.pk)
-        above = tree.get(above.parent_id) if above.parent_id else None
-    # Level by level, so that no branch uses up what the others need.
-    for row in sorted(tree.values(), key=lambda row: (row.parent_id != story.execution.pk, row.depth)):
-        if len(drawn) >= MOST_NODES:
-            break
-        if row.parent_id is None or row.parent_id in drawn:
-            drawn.add(row.pk)
-    return drawn
 
 
 def _node(row: Execution, story: Story) -> Text:
@@ -270,7 +127,8 @@ def _node(row: Execution, story: Story) -> Text:
     shape = label(row, story.now, story.situation.pending if marked else ())
     text = Text()
     if row.step:
-        text.append_text(plain(f"{row.step}: ", style="dim"))
+        place = "" if row.position is None else f"[{row.position}]"
+        text.append_text(plain(f"{row.step}{place}: ", style="dim"))
     text.append_text(plain(short_name(row.task), style="bold" if marked else ""))
     text.append(" ").append_text(status(shape.mark, shape.word))
     if row.attempt > 1:
@@ -285,70 +143,16 @@ def _node(row: Execution, story: Story) -> Text:
     return text
 
 
-@dataclass(frozen=True)
-class Event:
-    """Something that happened, or that will."""
-
-    at: dt.datetime
-    text: str
-
-
 def _timeline(story: Story) -> Table:
     begin = story.execution.created_at
-    events = sorted(_events(story), key=lambda event: event.at)
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(justify="right", no_wrap=True)
     table.add_column()
-    if len(events) > MOST_STEPS:
-        hidden = len(events) - MOST_STEPS
-        half = MOST_STEPS // 2
-        events = [*events[:half], Event(events[half].at, f"… {hidden:,} more"), *events[-half:]]
-    for event in events:
-        after = (event.at - begin).total_seconds()
-        style = "dim" if event.at > story.now else ""
-        table.add_row(Text(f"{after:+.3f} s", style="dim"), plain(event.text, style=style))
+    for moment in shortened(history(story), MOST_STEPS):
+        after = (moment.at - begin).total_seconds()
+        style = "dim" if moment.at > story.now else ""
+        table.add_row(Text(f"{after:+.3f} s", style="dim"), plain(moment.text, style=style))
     return table
-
-
-def _events(story: Story) -> Iterator[Event]:
-    execution, now = story.execution, story.now
-    origin = f'by its parent, for step "{execution.step}"' if execution.parent_id else f'in queue "{execution.queue}"'
-    yield Event(execution.created_at, f"queued {origin}")
-    if execution.started_at is not None:
-        yield Event(execution.started_at, "first run started")
-    for step in story.steps:
-        yield from _step_events(step, story)
-    if execution.status == ExecutionStatus.QUEUED and execution.due_at > execution.created_at:
-        yield Event(execution.due_at, "queued again" if execution.due_at <= now else "due")
-    if execution.cancel_requested_at is not None:
-        yield Event(execution.cancel_requested_at, f"cancel requested: {execution.cancel_reason}".rstrip(": "))
-    if execution.status == ExecutionStatus.RUNNING and execution.lease_expires_at is not None:
-        yield Event(execution.lease_expires_at, "its lease expires, unless it is renewed")
-    if execution.finished_at is not None:
-        yield Event(execution.finished_at, str(execution.status))
-
-
-def _step_events(step: Step, story: Story) -> Iterator[Event]:
-    outcome = StepStatus(step.status).value.replace("_", " ")
-    if step.kind == StepKind.STEP:
-        yield Event(step.created_at, f'step "{step.name}" {outcome}')
-        return
-    child = story.situation.tree.get(step.child_id) if step.child_id is not None else None
-    what = {
-        StepKind.INVOKE: f"{short_name(step.task)} queued, waits for it",
-        StepKind.SLEEP: "sleeps",
-    }.get(StepKind(step.kind), "waits for the event")
-    yield Event(step.created_at, f'step "{step.name}": {what}; no worker is held')
-    if child is not None and child.started_at is not None:
-        queued = duration((child.started_at - child.created_at).total_seconds())
-        yield Event(
-            child.started_at, f'step "{step.name}": {short_name(child.task)} started after {queued} in the queue'
-        )
-    if step.finished_at is not None:
-        took = duration((step.finished_at - step.created_at).total_seconds())
-        yield Event(step.finished_at, f'step "{step.name}" {outcome} after {took}')
-    elif step.deadline_at is not None:
-        yield Event(step.deadline_at, f'step "{step.name}" {"ends" if step.kind == StepKind.SLEEP else "times out"}')
 
 
 def _steps(story: Story) -> Table:
@@ -357,7 +161,8 @@ def _steps(story: Story) -> Table:
         table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     table.add_column("attempt", no_wrap=True)
     table.add_column("result, error or child", no_wrap=True, overflow="ellipsis")
-    for number, step in enumerate(story.steps[:MOST_STEPS], start=1):
+    hidden = story.step_count - len(story.steps)
+    for number, step in enumerate(story.steps, start=hidden + 1):
         took = ""
         if step.finished_at is not None and step.kind != StepKind.STEP:
             took = duration((step.finished_at - step.created_at).total_seconds())
@@ -365,13 +170,13 @@ def _steps(story: Story) -> Table:
             str(number),
             plain(step.name),
             str(step.kind),
-            status(_STEP_MARKS[StepStatus(step.status)], StepStatus(step.status).value),
+            status(STEP_MARKS[StepStatus(step.status)], StepStatus(step.status).value),
             took,
             str(step.attempt),
             plain(_outcome(step, story)),
         )
-    if len(story.steps) > MOST_STEPS:
-        table.add_row("", Text(f"… {len(story.steps) - MOST_STEPS:,} more: --json has them", style="dim"))
+    if hidden > 0:
+        table.add_row("", Text(f"… {hidden:,} more, earlier ones: --json has them", style="dim"))
     return table
 
 
@@ -379,9 +184,11 @@ def _outcome(step: Step, story: Story) -> str:
     if step.status == StepStatus.SUCCEEDED:
         value: str | None = step.value  # type: ignore[attr-defined]  # annotated in _read_steps
         length: int = step.value_length  # type: ignore[attr-defined]
-        return "" if value is None else _short(_readable(value), PREVIEW, length)
-    child = story.situation.tree.get(step.child_id) if step.child_id is not None else None
+        return "" if value is None else _short(readable(value, is_cut=len(value) < length), PREVIEW, length)
+    child = story.child_of(step)
     if step.status == StepStatus.PENDING:
+        if step.kind == StepKind.EVENT:
+            return f'event "{step.task}"'
         return "" if child is None else f"{short_name(child.task)} {child.pk}"
     error = step.error or (child.error if child is not None else None)
     message = first_line(load_failure(error).message, PREVIEW) if error else ""
@@ -402,7 +209,7 @@ def _error(story: Story) -> Iterator[Any]:
         chain.append_text(plain(f"{short_name(cause.task)}", style="bold"))
         chain.append_text(plain(f' at step "{cause.step}"' if cause.step else ""))
         chain.append_text(plain(f": {cause.error_class}: {first_line(cause.message, LONG_PREVIEW)}"))
-        chain.append(f" ({cause.pk})" if depth else "", style="dim")
+        chain.append(f" ({cause.execution_id})" if depth else "", style="dim")
     yield Padding(chain, (0, 0, 1, 2))
     traceback = story.causes[-1].traceback.strip()
     if traceback:
@@ -413,18 +220,10 @@ def _error(story: Story) -> Iterator[Any]:
 def _call(payload: str) -> str:
     """Return stored arguments as they stand in a call: ``7, total="42.00"``."""
     try:
-        args, kwargs = loads(payload)
+        args, kwargs = decode(payload)
         return ", ".join([*map(_json, args), *(f"{name}={_json(value)}" for name, value in kwargs.items())])
-    except Exception:  # noqa: BLE001 - whatever is stored, it is shown
-        return payload
-
-
-def _readable(text: str) -> str:
-    """Return a stored value without the envelopes of typed values; a text that was cut, or is broken, as it is."""
-    try:
-        return _json(loads(text))
-    except Exception:  # noqa: BLE001 - whatever is stored, it is shown
-        return text
+    except (ValueError, TypeError, AttributeError):  # damaged
+        return readable(payload)
 
 
 def _json(value: Any) -> str:
@@ -462,7 +261,7 @@ def _document(story: Story) -> dict[str, Any]:
         "steps": [_step_document(step) for step in story.steps],
         "errors": [
             {
-                "execution": cause.pk,
+                "execution": cause.execution_id,
                 "task": cause.task,
                 "step": cause.step or None,
                 "class": cause.error_class,
@@ -490,6 +289,7 @@ def _node_document(row: Execution, now: dt.datetime) -> dict[str, Any]:
         "root": row.root_id,
         "depth": row.depth,
         "step_in_parent": row.step or None,
+        "position": row.position,
         "error": row.error_message or None,
         "created_at": row.created_at,
         "started_at": row.started_at,
@@ -502,8 +302,12 @@ def _step_document(step: Step) -> dict[str, Any]:
         "name": step.name,
         "kind": step.kind,
         "status": step.status,
-        "task": step.task or None,
+        "task": step.task or None if step.kind != StepKind.EVENT else None,
+        "event": step.task if step.kind == StepKind.EVENT else None,
         "child": step.child_id,
+        "total": step.total,
+        "remaining": step.remaining,
+        "max_parallel": step.max_parallel,
         "timeout_seconds": step.timeout_seconds,
         "deadline_at": step.deadline_at,
         "attempt": step.attempt,
@@ -517,6 +321,6 @@ def _step_document(step: Step) -> dict[str, Any]:
 def _value(text: str | None) -> Any:
     """Return stored JSON as it is stored: typed values keep their ``__type__`` envelope, broken text stays text."""
     try:
-        return None if text is None else json.loads(text)
-    except ValueError:
-        return text
+        return None if text is None else redact(json.loads(text))
+    except (ValueError, RecursionError):
+        return readable(text or "")

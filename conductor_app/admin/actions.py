@@ -1,0 +1,404 @@
+"""What an operator does to executions in the admin: one at a time from its page, or many from a list.
+
+Nothing is edited: each action asks ``api``, whose transitions are compare-and-sets, so that a row that has changed
+since the operator looked is skipped and counted. A ``GET`` shows what would happen, a ``POST`` does it.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+from django import forms
+from django.contrib import admin, messages
+from django.contrib.admin import helpers
+from django.contrib.admin.models import CHANGE, LogEntry
+from django.contrib.admin.options import IS_POPUP_VAR
+from django.core.exceptions import PermissionDenied
+from django.db import transaction
+from django.db.models import BooleanField, Case, F, QuerySet, Value, When
+from django.http import Http404, HttpRequest, HttpResponse, HttpResponseNotAllowed, HttpResponseRedirect
+from django.template.response import TemplateResponse
+from django.urls import URLPattern, path, reverse
+from django.utils.decorators import method_decorator
+from django.utils.html import format_html
+from django.utils.safestring import SafeString
+from django.utils.text import capfirst
+from django.utils.translation import gettext
+from django.views.decorators.cache import never_cache
+
+from conductor_app.admin.operations import (
+    ACTIONS,
+    CANCEL,
+    RERUN,
+    RETRIED_STATUSES,
+    RETRY,
+    SEND,
+    Action,
+    Outcomes,
+    Unchanged,
+)
+from conductor_app.exceptions import ActionRefused
+from conductor_app.explain import short_name, visible
+from conductor_app.models import Execution, FailedExecution, Step, database
+from conductor_app.states import OPEN_STATUSES, StepKind, StepStatus
+
+#: Most executions of one action from a list.
+BULK_LIMIT = 1_000
+#: As many rows are read at once; each is changed in a transaction of its own.
+CHUNK = 100
+#: Descendants are counted up to here.
+COUNT_LIMIT = 10_000
+
+
+def chunks(ids: list[uuid.UUID], size: int = CHUNK) -> Iterator[list[uuid.UUID]]:
+    """Return the ids in pieces, so that no statement is too long."""
+    return (ids[start : start + size] for start in range(0, len(ids), size))
+
+
+@dataclass(frozen=True)
+class Button:
+    """An action that an execution's page offers."""
+
+    name: str
+    label: str
+    url: str
+    is_destructive: bool = False
+
+
+# --------------------------------------------------------------------------------------------------------- the mixins
+
+
+class Acting(admin.ModelAdmin):  # type: ignore[type-arg]
+    """Actions on executions, for a list whose rows' primary keys are executions' ids."""
+
+    #: Names of the actions that the list offers.
+    acts: ClassVar[tuple[str, ...]] = ()
+
+    action_confirmation_template = "admin/conductor_app/execution/action_confirmation.html"
+
+    # Permissions
+
+    def may(self, request: HttpRequest, action: Action) -> bool:
+        """Tell whether somebody may see these rows, and do this to executions."""
+        permission = f"{Execution._meta.app_label}.{action.permission}"
+        return self.has_view_permission(request) and request.user.has_perm(permission)
+
+    def get_actions(self, request: HttpRequest) -> dict[str, Any]:
+        """Return what may be done to selected rows; Django's own actions would change or delete them."""
+        if IS_POPUP_VAR in request.GET:
+            return {}
+        return {
+            f"{name}_selected": (_confirm_selected(ACTIONS[name]), f"{name}_selected", ACTIONS[name].label)
+            for name in self.acts
+            if self.may(request, ACTIONS[name])
+        }
+
+    # Rows
+
+    @admin.display(description=format_html('<input type="checkbox" id="{}">', "action-toggle"))
+    def action_checkbox(self, row: Execution | FailedExecution) -> SafeString:
+        """Return a row's checkbox, named without what lists leave in the database, and without invisible characters."""
+        name = gettext("Select %(task)s %(id)s") % {"task": visible(short_name(row.task)), "id": row.pk}
+        checkbox = forms.CheckboxInput({"class": "action-select", "aria-label": name}, lambda value: False)
+        return checkbox.render(helpers.ACTION_CHECKBOX_NAME, str(row.pk))
+
+    # URLs
+
+    def get_urls(self) -> list[URLPattern]:
+        """Add the pages that ask and act."""
+        info = (self.opts.app_label, self.opts.model_name)
+        # Each row is a transaction of its own: a thousand are not to be one, whatever ATOMIC_REQUESTS says.
+        view = transaction.non_atomic_requests(using=database())(_view_of(self))
+        wrapped = self.admin_site.admin_view(view)
+        return [
+            path("act/<slug:name>/", wrapped, name="{}_{}_act_selected".format(*info)),
+            path("<uuid:pk>/act/<slug:name>/", wrapped, name="{}_{}_act".format(*info)),
+            *super().get_urls(),
+        ]
+
+    def _address_of(self, name: str, *args: Any) -> str:
+        prefix = f"admin:{self.opts.app_label}_{self.opts.model_name}"
+        return reverse(f"{prefix}_{name}", args=args, current_app=self.admin_site.name)
+
+    # Pages
+
+    @method_decorator(never_cache)
+    def act_view(self, request: HttpRequest, name: str, pk: uuid.UUID | None = None) -> HttpResponse:
+        """Ask about an action on one execution (GET), or do it to one or to those that were selected (POST)."""
+        action = ACTIONS.get(name)
+        if action is None:
+            raise Http404(gettext("There is no such action."))
+        if not self.may(request, action):
+            raise PermissionDenied
+        if request.method == "POST":
+            ids = [pk] if pk is not None else parse_ids(request.POST.get("ids", ""))
+        elif request.method in ("GET", "HEAD") and pk is not None:
+            ids = [pk]
+        else:
+            return HttpResponseNotAllowed(["POST"] if pk is None else ["GET", "POST"])
+        ids = self._visible(request, ids)
+        if pk is not None and not ids:
+            raise Http404(gettext("There is no such execution. It may have been pruned."))
+        form = self._form(action, ids, request.POST if request.method == "POST" else None)
+        if not form.is_bound or not form.is_valid():
+            return self._ask(request, action, ids, form, is_single=pk is not None)
+        outcomes = self._act(request, action, ids, form.cleaned_data)
+        if pk is None:
+            self.message_user(request, outcomes.sentence(action), outcomes.level)
+            return HttpResponseRedirect(self._list_again(request.POST.get("list", "")))
+        return self._tell(request, action, pk, outcomes, form.cleaned_data)
+
+    def ask_about_selected(self, request: HttpRequest, action: Action, rows: QuerySet[Any]) -> HttpResponse:
+        """Return the page that asks about rows that were selected in the list."""
+        # One more than are taken tells that there are more; their number may be in the millions.
+        ids = list(rows.values_list("pk", flat=True)[: BULK_LIMIT + 1])
+        is_cut = len(ids) > BULK_LIMIT
+        ids = ids[:BULK_LIMIT]
+        return self._ask(request, action, ids, self._form(action, ids, None), is_cut=is_cut)
+
+    def _ask(
+        self,
+        request: HttpRequest,
+        action: Action,
+        ids: list[uuid.UUID],
+        form: forms.Form,
+        *,
+        is_single: bool = False,
+        is_cut: bool = False,
+    ) -> HttpResponse:
+        fitting = sum(_executions(chunk).filter(action.fits()).count() for chunk in chunks(ids))
+        only = _executions(ids).select_related("parent").first() if len(ids) == 1 else None
+        context = {
+            **self.admin_site.each_context(request),
+            "title": f"{capfirst(str(action.label))}?",
+            "opts": self.opts,
+            "media": self.media,
+            "action": action,
+            "execution": only,
+            "task": short_name(only.task) if only else "",
+            "total": len(ids),
+            "fitting": fitting,
+            "skipped": len(ids) - fitting,
+            "is_cut": is_cut,
+            "limit": BULK_LIMIT,
+            "form": form,
+            "ids": "" if is_single else ",".join(map(str, ids)),
+            "list": request.POST.get("list") or request.GET.urlencode(),
+            "act_url": self._address_of("act", ids[0], action.name)
+            if is_single
+            else self._address_of("act_selected", action.name),
+            "back_url": self._page_of(ids[0]) if is_single else self._list_again(request.GET.urlencode()),
+            **(_family(ids, only) if action is CANCEL else {}),
+        }
+        if action is RETRY and only is not None and only.parent_id is not None:
+            context["root_url"] = self._page_of(only.root_id)
+        request.current_app = self.admin_site.name
+        return TemplateResponse(request, self.action_confirmation_template, context)
+
+    def _form(self, action: Action, ids: list[uuid.UUID], data: Any) -> forms.Form:
+        if data is not None or action is not SEND:
+            return action.form(data)
+        awaited = Step.objects.using(database()).filter(
+            execution_id__in=ids[:CHUNK], kind=StepKind.EVENT, status=StepStatus.PENDING
+        )
+        names = set(awaited.values_list("task", flat=True))
+        event = names.pop() if len(names) == 1 else ""
+        return action.form(initial={"event": event, "key": f"admin-{uuid.uuid4().hex}"})
+
+    def _page_of(self, pk: uuid.UUID) -> str:
+        return reverse("admin:conductor_app_execution_change", args=[pk], current_app=self.admin_site.name)
+
+    def _list_again(self, query: str) -> str:
+        url = self._address_of("changelist")
+        return f"{url}?{query}" if query else url
+
+    # Acting
+
+    def _visible(self, request: HttpRequest, ids: Iterable[uuid.UUID]) -> list[uuid.UUID]:
+        """Return those of ``ids`` that this list shows to this person, roots before their descendants."""
+        found: list[tuple[int, uuid.UUID]] = []
+        depth = "depth" if self.model is Execution else "execution__depth"
+        for chunk in chunks(list(ids)):
+            rows = self.get_queryset(request).filter(pk__in=chunk).order_by()
+            found += rows.values_list(depth, "pk")
+        return [pk for _depth, pk in sorted(found, key=lambda row: row[0])]
+
+    def _act(self, request: HttpRequest, action: Action, ids: list[uuid.UUID], data: dict[str, Any]) -> Outcomes:
+        outcomes = Outcomes()
+        for chunk in chunks(ids):
+            rows = _executions(chunk).only("id", "task").in_bulk()
+            for pk in chunk:
+                try:
+                    execution = rows[pk]
+                    action.act(execution, data)
+                except (KeyError, Execution.DoesNotExist):
+                    outcomes.skipped[gettext("deleted meanwhile")] += 1
+                except Unchanged as found:
+                    outcomes.skipped[str(found)] += 1
+                    outcomes.why = f"{gettext('Nothing was done')}: {found}."
+                except ActionRefused as error:
+                    (outcomes.skipped if error.is_elsewhere else outcomes.refused)[error.reason] += 1
+                    outcomes.why = str(error)
+                else:
+                    outcomes.done.append(execution)
+                    self._log(request, execution, action.audit(data))
+        return outcomes
+
+    def _log(self, request: HttpRequest, execution: Execution, message: str) -> None:
+        """Note who did what to which execution, in Django's own log; the execution's history page shows it."""
+        LogEntry.objects.log_actions(
+            user_id=cast(int, request.user.pk),
+            queryset=[execution],
+            action_flag=CHANGE,
+            change_message=message,
+            single_object=True,
+        )
+
+    def _tell(
+        self, request: HttpRequest, action: Action, pk: uuid.UUID, outcomes: Outcomes, data: dict[str, Any]
+    ) -> HttpResponse:
+        """Say what became of one execution, on its page, or on that of the one that was started."""
+        if not outcomes.done:
+            self.message_user(request, outcomes.why or outcomes.sentence(action), messages.ERROR)
+            return HttpResponseRedirect(self._page_of(pk))
+        if action is RERUN:
+            text = gettext("This is the new execution, started from %(old)s.") % {"old": pk}
+            pk = data["created"].pk
+        elif (
+            action is CANCEL
+            and Execution.objects.using(database()).filter(pk=pk, status__in=sorted(OPEN_STATUSES)).exists()
+        ):
+            text = gettext("The execution is to be cancelled: its body stops at its next ctx call.")
+        else:
+            text = str(action.told)
+        self.message_user(request, text, messages.SUCCESS)
+        return HttpResponseRedirect(self._page_of(pk))
+
+
+class ExecutionActions(Acting):
+    """Actions from the list of executions, and the buttons of an execution's page."""
+
+    acts = tuple(ACTIONS)
+
+    def conductor_actions(self, request: HttpRequest, execution: Execution) -> list[Button]:
+        """Return what an execution's page offers to this person, in one query."""
+        allowed = [action for action in ACTIONS.values() if self.may(request, action)]
+        if not allowed:
+            return []
+        offers = {
+            f"offers_{action.name}": Case(
+                When((action.offered or action.fits)(), then=Value(True)),
+                default=Value(False),
+                output_field=BooleanField(),
+            )
+            for action in allowed
+        }
+        row = (
+            Execution.objects.using(database())
+            .filter(pk=execution.pk)
+            .annotate(**offers, root_status=F("root__status"))
+            .values("root_status", *offers)
+            .first()
+        )
+        if row is None:
+            return []
+        buttons = [
+            Button(
+                action.name,
+                str(action.label),
+                self._address_of("act", execution.pk, action.name),
+                action.is_destructive,
+            )
+            for action in allowed
+            if row[f"offers_{action.name}"]
+        ]
+        is_behind = execution.parent_id is not None and row["root_status"] in RETRIED_STATUSES
+        if is_behind and RETRY in allowed and execution.status in RETRIED_STATUSES:
+            url = self._address_of("act", execution.root_id, RETRY.name)
+            buttons.insert(0, Button("retry-root", gettext("Retry the root"), url))
+        return buttons
+
+    def render_change_form(self, request: HttpRequest, context: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Give the page its buttons."""
+        execution = kwargs.get("obj")
+        if execution is not None:
+            context["conductor_actions"] = self.conductor_actions(request, execution)
+        return super().render_change_form(request, context, *args, **kwargs)
+
+
+class FailureActions(Acting):
+    """Actions from the list of failed executions."""
+
+    acts = (RETRY.name, RERUN.name)
+
+
+def _view_of(model_admin: Acting) -> Callable[..., HttpResponse]:
+    def act_view(request: HttpRequest, **kwargs: Any) -> HttpResponse:
+        return model_admin.act_view(request, **kwargs)
+
+    return act_view
+
+
+def _confirm_selected(action: Action) -> Callable[[Acting, HttpRequest, QuerySet[Any]], HttpResponse]:
+    def confirm(model_admin: Acting, request: HttpRequest, rows: QuerySet[Any]) -> HttpResponse:
+        return model_admin.ask_about_selected(request, action, rows)
+
+    return confirm
+
+
+def parse_ids(text: str) -> list[uuid.UUID]:
+    """Return the ids of a form's field, each once and at most ``BULK_LIMIT``; what is none is left out."""
+    found: dict[uuid.UUID, None] = {}
+    for part in text.split(","):
+        try:
+            found[uuid.UUID(part.strip())] = None
+        except ValueError:
+            continue
+    return list(found)[:BULK_LIMIT]
+
+
+def _executions(ids: list[uuid.UUID]) -> QuerySet[Execution]:
+    return Execution.objects.using(database()).filter(pk__in=ids)
+
+
+def _family(ids: list[uuid.UUID], only: Execution | None) -> dict[str, Any]:
+    """Return who else is concerned by a cancellation."""
+    unfinished = _executions(ids).filter(status__in=sorted(OPEN_STATUSES))
+    parents = Execution.objects.using(database()).filter(
+        pk__in=unfinished.filter(parent__isnull=False).values("parent_id"), status__in=sorted(OPEN_STATUSES)
+    )
+    count, is_more = _count_descendants(ids)
+    return {
+        "shows_family": True,
+        "descendants": count,
+        "more_descendants": is_more,
+        "told_parents": parents.exclude(pk__in=ids).count(),
+        "parent_is_open": only is not None and only.parent is not None and only.parent.status in OPEN_STATUSES,
+    }
+
+
+def _count_descendants(ids: list[uuid.UUID]) -> tuple[int, bool]:
+    """Return how many unfinished descendants go with executions, and whether there are more than were counted.
+
+    As ``api.cancel`` walks: through what is unfinished alone.
+    """
+    seen = set(ids)
+    chosen = len(seen)
+    level = [
+        pk
+        for chunk in chunks(ids)
+        for pk in _executions(chunk).filter(status__in=sorted(OPEN_STATUSES)).values_list("pk", flat=True)
+    ]
+    while level:
+        below: list[uuid.UUID] = []
+        for chunk in chunks(level):
+            children = Execution.objects.using(database()).filter(parent_id__in=chunk, status__in=sorted(OPEN_STATUSES))
+            below += children.values_list("pk", flat=True)[: COUNT_LIMIT + 1]
+            if len(seen) + len(below) - chosen > COUNT_LIMIT:
+                return COUNT_LIMIT, True
+        level = [pk for pk in below if pk not in seen]
+        seen.update(level)
+    return len(seen) - chosen, False

@@ -1,0 +1,113 @@
+"""Failures grouped by what caused them: the error's class and its message, numbers and names aside."""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import re
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+from django.db.models import Case, F, QuerySet, Value, When
+from django.db.models.functions import Substr
+
+from conductor_app import clock
+from conductor_app.admin.grouping import as_stored, grouped
+from conductor_app.explain import first_line
+from conductor_app.models import FailedExecution
+
+#: Failures that are grouped: the latest so many of so many days.
+LATEST = 10_000
+DAYS = 7
+#: Characters of a message that tell causes apart.
+MESSAGE_LENGTH = 200
+MOST_GROUPS = 20
+#: Failures of one cause that a list shows.
+MOST_FAILURES = 1_000
+
+_VARYING = re.compile(
+    r"""
+      [0-9a-fA-F]{8}-(?:[0-9a-fA-F]{4}-){3}[0-9a-fA-F]{12}    # a UUID
+    | 0x[0-9a-fA-F]+                                          # an address
+    | '[^']*' | "[^"]*"                                       # a name or value in quotes
+    | [0-9]+(?:[.,:][0-9]+)*                                  # a number, an amount, a time
+    """,
+    re.VERBOSE,
+)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One failure of a cause."""
+
+    execution_id: uuid.UUID
+    sample: str
+
+
+@dataclass
+class Group:
+    """The failures of one cause."""
+
+    cause: str
+    error_class: str
+    #: The latest message, its first line.
+    sample: str = ""
+    count: int = 0
+    first_at: dt.datetime | None = None
+    last_at: dt.datetime | None = None
+    tasks: set[str] = field(default_factory=set)
+
+    def add(self, task: str, message: str, count: int, first_at: dt.datetime, last_at: dt.datetime) -> None:
+        """Add failures of one task with one message."""
+        self.tasks.add(task)
+        self.count += count
+        self.first_at = first_at if self.first_at is None else min(self.first_at, first_at)
+        if self.last_at is None or last_at > self.last_at:
+            self.last_at = last_at
+            self.sample = first_line(message, MESSAGE_LENGTH)
+
+
+def normalised(message: str) -> str:
+    """Return the first line of a message without what differs from one failure to the next."""
+    return _VARYING.sub("…", first_line(message, MESSAGE_LENGTH))
+
+
+def cause_of(error_class: str, message: str) -> str:
+    """Return a short name for the cause of a failure."""
+    text = f"{error_class}\n{normalised(message)}"
+    return hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()[:12]
+
+
+def groups() -> list[Group]:
+    """Return the causes of the latest failures, the most frequent first; one query."""
+    # Own failures alone are causes; a condition on the root cause would lead a planner to its index, and so to all.
+    rows = grouped(
+        _latest().values("error_class", "task", "beginning", "is_own", "failed_at")[:LATEST],
+        ["error_class", "task", "beginning", "is_own"],
+        "MIN(failed_at)",
+        "MAX(failed_at)",
+    )
+    found: dict[str, Group] = {}
+    for error_class, task, beginning, is_own, count, first_at, last_at in rows:
+        if not is_own:
+            continue
+        cause = cause_of(error_class, beginning)
+        group = found.setdefault(cause, Group(cause, error_class))
+        group.add(task, beginning, count, as_stored(first_at), as_stored(last_at))
+    return sorted(found.values(), key=lambda group: (-group.count, group.cause))[:MOST_GROUPS]
+
+
+def failures_of(cause: str) -> list[Failure]:
+    """Return the latest failures of one cause, ``MOST_FAILURES`` at most; one query."""
+    rows = _latest().values_list("pk", "error_class", "beginning", "is_own")[:LATEST]
+    found = [Failure(pk, text) for pk, name, text, is_own in rows if is_own and cause_of(name, text) == cause]
+    return found[:MOST_FAILURES]
+
+
+def _latest() -> QuerySet[Any]:
+    """Return the latest failures, as far back as they are looked at."""
+    rows = FailedExecution.objects.filter(failed_at__gte=clock.after(-dt.timedelta(days=DAYS)))
+    own = Case(When(root_cause__isnull=True, then=Value(1)), default=Value(0))
+    latest: QuerySet[Any] = rows.annotate(is_own=own, beginning=Substr(F("message"), 1, MESSAGE_LENGTH + 1))
+    return latest.order_by("-failed_at")

@@ -1,0 +1,178 @@
+"""Lists that stay quick beside millions of rows.
+
+A list is in the order of an index, newest first. Without a filter, its pages are read from that index. With filters,
+one of two things bounds the work: an index finds few rows (an id, a tree, a rare task, the open executions), or only
+the latest ``WINDOW`` rows are looked through, and the page says so and leads further back.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from django.contrib.admin.options import IncorrectLookupParameters
+from django.contrib.admin.views.main import ORDER_VAR, ChangeList
+from django.core.exceptions import ValidationError
+from django.db import connections
+from django.db.models import QuerySet
+from django.http import HttpRequest
+from django.utils.formats import number_format
+from django.utils.translation import gettext as _
+from django.utils.translation import ngettext
+
+from conductor_app.admin.filters import AgeFilter, IndexedFilter
+from conductor_app.admin.paginator import COUNTED, estimated_count
+
+if TYPE_CHECKING:
+    from conductor_app.admin.base import ReadOnlyAdmin
+
+#: The latest so many rows are looked through by filters that no index serves.
+WINDOW = 50_000
+BEFORE_VAR = "before"
+REFRESH_VAR = "refresh"
+
+
+@dataclass(frozen=True)
+class Window:
+    """The part of a table that a filtered list has looked through."""
+
+    #: Its oldest row: the value of the ordering column, and when it was written.
+    bound: Any
+    written_at: dt.datetime
+    #: The query string of the part before it.
+    older: str
+
+
+class BoundedChangeList(ChangeList):
+    """A list that leaves long texts in the database, and reads a bounded number of rows."""
+
+    model_admin: ReadOnlyAdmin
+    #: Set if filters have looked through a part of the table only.
+    window: Window | None = None
+
+    def get_filters_params(self, params: Any = None) -> Any:
+        """Return the parameters that are filters."""
+        found = super().get_filters_params(params)
+        return {name: value for name, value in found.items() if name not in (BEFORE_VAR, REFRESH_VAR)}
+
+    def get_ordering(self, request: HttpRequest, queryset: QuerySet[Any]) -> list[Any]:
+        """Return the order of the index, whatever the address says: any other would sort the whole table."""
+        self.params.pop(ORDER_VAR, None)
+        return list(super().get_ordering(request, queryset))
+
+    def get_queryset(self, request: HttpRequest, exclude_parameters: Any = None) -> QuerySet[Any]:
+        """Return the rows of the list.
+
+        Raises:
+            IncorrectLookupParameters: A parameter has no meaning.
+        """
+        # ``exclude_parameters`` is for counts beside filters, which ``show_facets`` rules out.
+        rows = super().get_queryset(request, exclude_parameters)
+        rows = self.model_admin.for_list(rows.defer(*self.model_admin.deferred_in_lists))
+        column = self.model_admin.order_column
+        before = self._before()
+        if before is not None:
+            rows = rows.filter(**{f"{column}__lt": before})
+        is_bounded, sets = self._sets(request, rows)
+        return rows if is_bounded else self._within(rows, before, sets)
+
+    def get_results(self, request: HttpRequest) -> None:
+        """Read one page, and all that its rows show, in a fixed number of queries."""
+        super().get_results(request)
+        # Stock templates would show the count a second time, without saying that it is bounded.
+        self.full_result_count = self.result_count
+        self.result_list: Any = list(self.result_list)
+        self.model_admin.complete(self.result_list)
+        self.is_capped = bool(self.paginator.is_capped)
+        self.count_text = self._count_text(request)
+        self.older = None
+        if self.is_capped and self.result_list:
+            self.older = self._query_string_before(getattr(self.result_list[-1], self.model_admin.order_column))
+        self.newest = self.get_query_string(remove=[BEFORE_VAR]) if BEFORE_VAR in self.params else None
+
+    # ------------------------------------------------------------------------------------------------------- bounds
+
+    def _before(self) -> Any:
+        if BEFORE_VAR not in self.params:
+            return None
+        column: Any = self.lookup_opts.get_field(self.model_admin.order_column)
+        try:
+            return column.to_python(self.params[BEFORE_VAR])
+        except ValidationError as error:
+            raise IncorrectLookupParameters(error) from error
+
+    def _sets(self, request: HttpRequest, rows: QuerySet[Any]) -> tuple[bool, list[QuerySet[Any]]]:
+        """Tell whether the order's index is all that the filters need, and what other indexes find."""
+        is_bounded, sets = True, []
+        searched = self.model_admin.searched(self.query)
+        if searched is not None:
+            is_bounded = False
+            sets.append(self.root_queryset.filter(searched))
+        for spec in self.filter_specs:
+            if isinstance(spec, IndexedFilter) and spec.value() is not None:
+                is_bounded = is_bounded and spec.is_ordered
+                sets += [found for found in [spec.found_by_index()] if found is not None]
+        others = set(self.get_filters_params()) - {
+            name for spec in self.filter_specs for name in spec.expected_parameters() if name is not None
+        }
+        for name in sorted(others):
+            is_bounded = False
+            if name in self.model_admin.indexed_lookups:
+                sets.append(self.root_queryset.filter(**{name: self.params[name]}))
+        return is_bounded, sets
+
+    def _within(self, rows: QuerySet[Any], before: Any, sets: list[QuerySet[Any]]) -> QuerySet[Any]:
+        """Bound what is read: by the few rows that an index finds, or else by the latest ones."""
+        column, written = self.model_admin.order_column, self.model_admin.written_column
+        order: Any = self.model_admin.ordering
+        latest = self.model._default_manager.using(rows.db).order_by(*order)
+        if before is not None:
+            latest = latest.filter(**{f"{column}__lt": before})
+        if sets and self._are_few(sets[0]):
+            if connections[rows.db].features.allow_sliced_subqueries_with_in:
+                # The slice is a fence: without it a planner may walk through the whole table in the list's order.
+                rows = rows.filter(pk__in=sets[0].order_by().values("pk")[: COUNTED + 1])
+            return self._refined(rows, None)
+        bounds = list(latest.values_list(column, written)[WINDOW : WINDOW + 1])
+        if not bounds:
+            return self._refined(rows, None)
+        bound, written_at = bounds[0]
+        floors = [spec.floor for spec in self.filter_specs if isinstance(spec, AgeFilter) and spec.floor is not None]
+        if not floors or max(floors) < written_at:
+            self.window = Window(bound, written_at, self._query_string_before(bound))
+        return self._refined(rows.filter(**{f"{column}__gte": bound}), bound)
+
+    def _are_few(self, found: QuerySet[Any]) -> bool:
+        return bool(found.order_by().values("pk")[: COUNTED + 1].count() <= COUNTED)
+
+    def _refined(self, rows: QuerySet[Any], bound: Any) -> QuerySet[Any]:
+        for spec in self.filter_specs:
+            if isinstance(spec, IndexedFilter):
+                rows = spec.bounded(rows, bound)
+        return rows
+
+    def _query_string_before(self, value: Any) -> str:
+        text = value.isoformat() if isinstance(value, dt.datetime) else str(value)
+        return self.get_query_string({BEFORE_VAR: text})
+
+    # -------------------------------------------------------------------------------------------------------- words
+
+    def _count_text(self, request: HttpRequest) -> str:
+        name = self.opts.verbose_name if self.result_count == 1 else self.opts.verbose_name_plural
+        number = number_format(self.result_count, force_grouping=True)
+        if not self.is_capped:
+            return f"{number} {name}"
+        if not self.get_filters_params() and not self.query and BEFORE_VAR not in self.params:
+            estimate = estimated_count(self.root_queryset)
+            if estimate is not None and estimate > COUNTED:
+                number = number_format(estimate, force_grouping=True)
+                return _("about %(number)s %(name)s") % {"number": number, "name": name}
+        return f"{number}+ {name}"
+
+    @property
+    def window_text(self) -> str:
+        """What a reader has to know of the window."""
+        return ngettext(
+            "Looked through the latest %(number)s row only.", "Looked through the latest %(number)s rows only.", WINDOW
+        ) % {"number": number_format(WINDOW, force_grouping=True)}

@@ -1,0 +1,123 @@
+"""Failed executions in the admin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.contrib import admin
+from django.db.models import F, QuerySet
+from django.db.models.functions import Substr
+from django.http import HttpRequest
+from django.utils.translation import gettext_lazy as _
+
+from conductor_app.admin import filters
+from conductor_app.admin.actions import FailureActions
+from conductor_app.admin.base import ReadOnlyAdmin
+from conductor_app.admin.text import shown, task_name
+from conductor_app.explain import first_line, short_name
+from conductor_app.models import FailedExecution
+
+#: Characters of an error message that a list reads.
+MESSAGE_LENGTH = 200
+
+
+@admin.register(FailedExecution)
+class FailedExecutionAdmin(FailureActions, ReadOnlyAdmin):
+    """Executions that failed for good, the latest first."""
+
+    list_display = (
+        "failed",
+        "task_text",
+        "step_text",
+        "error_text",
+        "summary",
+        "attempts",
+        "execution_link",
+        "root_cause_link",
+    )
+    list_display_links = ("failed",)
+    list_filter = (
+        filters.FailureAgeFilter,
+        filters.ScopeFilter,
+        filters.CauseFilter,
+        filters.ErrorClassFilter,
+        filters.TaskFilter,
+    )
+    # What falls into one microsecond is in the order of the index, which ends with the primary key.
+    ordering = ("-failed_at", "execution_id")
+    order_column = written_column = "failed_at"
+    search_fields = ("execution_id",)
+    searched_id = "execution_id"
+    indexed_lookups = frozenset({"execution", "execution__id__exact", "execution_id", "root_cause__id__exact"})
+    deferred_in_lists = ("message", "traceback")
+    fields = readonly_fields = (
+        "execution_link",
+        "task",
+        "failed_at",
+        "attempts",
+        "step",
+        "error_class",
+        "message",
+        "root_cause_link",
+        "traceback",
+    )
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[Any]:
+        """Return the rows with the beginning of each message."""
+        rows: QuerySet[Any] = super().get_queryset(request)
+        beginnings: QuerySet[Any] = rows.annotate(beginning=Substr(F("message"), 1, MESSAGE_LENGTH + 1))
+        return beginnings
+
+    @admin.display(description=_("failed"))
+    def failed(self, failure: FailedExecution) -> str | None:
+        """Return how long ago it failed."""
+        return self.created(failure)
+
+    @admin.display(description=_("task"))
+    def task_text(self, failure: FailedExecution) -> str:
+        """Return the last part of the task's name."""
+        return task_name(failure.task)
+
+    @admin.display(description=_("failing step"), empty_value="-")
+    def step_text(self, failure: FailedExecution) -> str | None:
+        """Return the step at which it failed."""
+        return shown(failure.step) if failure.step else None
+
+    @admin.display(description=_("error class"))
+    def error_text(self, failure: FailedExecution) -> str:
+        """Return the last part of the class's name."""
+        return shown(short_name(failure.error_class), title=failure.error_class)
+
+    @admin.display(description=_("message"))
+    def summary(self, failure: FailedExecution) -> str:
+        """Return the first line of the message."""
+        beginning: str = failure.beginning  # type: ignore[attr-defined]  # annotated in get_queryset
+        return shown(first_line(beginning, MESSAGE_LENGTH))
+
+    @admin.display(description=_("execution"))
+    def execution_link(self, failure: FailedExecution) -> str | None:
+        """Return a link to the execution that failed."""
+        return self.link(failure.execution_id)
+
+    @admin.display(description=_("root cause"), empty_value="-")
+    def root_cause_link(self, failure: FailedExecution) -> str | None:
+        """Return a link to the deepest descendant whose failure is behind this one."""
+        return self.link(failure.root_cause_id)
+
+    def as_json(self, row: Any) -> dict[str, Any]:
+        """Return a failure as plain data."""
+        return {
+            "execution": row.execution_id,
+            "task": row.task,
+            "failed_at": row.failed_at,
+            "attempts": row.attempts,
+            "step": row.step or None,
+            "error_class": row.error_class,
+            "message": first_line(row.beginning, MESSAGE_LENGTH),
+            "root_cause": row.root_cause_id,
+        }
+
+    def in_full(self, row: FailedExecution, *, with_payloads: bool) -> dict[str, Any]:
+        """Return a failure with all of its message and traceback."""
+        document = super().in_full(row, with_payloads=with_payloads)
+        return {**document, "message": row.message, "traceback": row.traceback}

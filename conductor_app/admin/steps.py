@@ -1,0 +1,112 @@
+"""Steps in the admin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from django.contrib import admin
+from django.utils.translation import gettext_lazy as _
+
+from conductor_app.admin import filters, twins
+from conductor_app.admin.base import ReadOnlyAdmin
+from conductor_app.admin.text import readable_value, shown, step_pill, task_name
+from conductor_app.explain import duration
+from conductor_app.models import Step
+
+
+@admin.register(Step)
+class StepAdmin(ReadOnlyAdmin):
+    """What executions remember, the latest first."""
+
+    list_display = (
+        "status_pill",
+        "name_text",
+        "kind",
+        "execution_link",
+        "task_text",
+        "child_link",
+        "attempt",
+        "created",
+        "took",
+    )
+    list_display_links = ("name_text",)
+    list_filter = (filters.StepStatusFilter, filters.StepKindFilter, filters.AgeFilter)
+    ordering = ("-id",)
+    search_fields = ("execution_id",)
+    searched_id = "execution_id"
+    indexed_lookups = frozenset({"execution", "execution__id__exact", "execution_id"})
+    deferred_in_lists = ("result", "error")
+    payload_fields = ("result",)
+    fields = readonly_fields = (
+        "id",
+        "execution_link",
+        "name_text",
+        "kind",
+        "status",
+        "task",
+        "child_link",
+        "readable_result",
+        "error",
+        "timeout_seconds",
+        "on_timeout",
+        "deadline_at",
+        "attempt",
+        "created_at",
+        "finished_at",
+    )
+
+    @admin.display(description=_("result"), empty_value="-")
+    def readable_result(self, step: Step) -> str | None:
+        """Return the result, masked, for who may see it."""
+        return readable_value(step.result)
+
+    @admin.display(description=_("status"))
+    def status_pill(self, step: Step) -> str:
+        """Return the status as a shape and a word."""
+        return step_pill(step.status)
+
+    @admin.display(description=_("name"))
+    def name_text(self, step: Step) -> str:
+        """Return the name."""
+        return shown(step.name)
+
+    @admin.display(description=_("task or event"), empty_value="-")
+    def task_text(self, step: Step) -> str | None:
+        """Return what an invocation names, or what is waited for."""
+        return task_name(step.task) if step.task else None
+
+    @admin.display(description=_("duration"))
+    def took(self, step: Any) -> str:
+        """Return how long it has taken."""
+        return duration(((step.finished_at or step.read_at) - step.created_at).total_seconds())
+
+    @admin.display(description=_("execution"))
+    def execution_link(self, step: Step) -> str | None:
+        """Return a link to the execution that remembers the step."""
+        return self.link(step.execution_id)
+
+    @admin.display(description=_("child"), empty_value="-")
+    def child_link(self, step: Step) -> str | None:
+        """Return a link to the child that the step stands for."""
+        return self.link(step.child_id)
+
+    def as_json(self, row: Step) -> dict[str, Any]:
+        """Return a step as plain data."""
+        return {
+            "id": row.pk,
+            "execution": row.execution_id,
+            "name": row.name,
+            "kind": row.kind,
+            "status": row.status,
+            "task": row.task or None,
+            "child": row.child_id,
+            "attempt": row.attempt,
+            "timeout_seconds": row.timeout_seconds,
+            "deadline_at": row.deadline_at,
+            "created_at": row.created_at,
+            "finished_at": row.finished_at,
+        }
+
+    def in_full(self, row: Step, *, with_payloads: bool) -> dict[str, Any]:
+        """Return a step with its error, and its result for who may see it."""
+        return {**super().in_full(row, with_payloads=with_payloads), "error": twins.stored(row.error)}

@@ -1,0 +1,77 @@
+"""How the admin shows what tasks, workers and people wrote: as text, whatever is in it."""
+
+from __future__ import annotations
+
+import datetime as dt
+from typing import Any, cast
+
+from django.utils.html import format_html
+from django.utils.safestring import SafeString
+from django.utils.translation import gettext_lazy as _
+
+from conductor_app.explain import STEP_MARKS, Label, clean, duration, exact, short_name, visible
+from conductor_app.redaction import readable
+from conductor_app.states import StepStatus
+
+#: Every word that ``explain.label`` says, and those of steps, for translators.
+WORDS: dict[str, Any] = {
+    "queued": _("queued"),
+    "scheduled": _("scheduled"),
+    "held back": _("held back"),
+    "retrying": _("retrying"),
+    "running": _("running"),
+    "waiting": _("waiting"),
+    "sleeping": _("sleeping"),
+    "succeeded": _("succeeded"),
+    "failed": _("failed"),
+    "cancelled": _("cancelled"),
+    "pending": _("pending"),
+    "timed_out": _("timed out"),
+}
+
+
+def shown(text: object, title: str = "") -> SafeString:
+    """Return text that comes from the database: isolated, with control characters spelled out."""
+    if title:
+        return format_html('<bdi title="{}">{}</bdi>', clean(title), clean(str(text)))
+    return format_html("<bdi>{}</bdi>", clean(str(text)))
+
+
+def readable_value(text: str | None) -> SafeString | None:
+    """Return a stored value as indented JSON, without what ``CONDUCTOR["REDACT"]`` names."""
+    if not text:
+        return None
+    return format_html('<pre class="cd-value"><bdi>{}</bdi></pre>', visible(readable(text, indent=2)))
+
+
+def task_name(task: str) -> SafeString:
+    """Return the last part of a task's name, and the whole of it to whoever points at it."""
+    return shown(short_name(task), title=task)
+
+
+def pill(label: Label) -> SafeString:
+    """Return a status as a shape and a word."""
+    return format_html(
+        '<span class="cd-pill cd-pill--{}"><span aria-hidden="true">{}</span> {}</span>',
+        label.word.replace(" ", "-").replace("_", "-"),
+        label.mark,
+        WORDS.get(label.word, label.word),
+    )
+
+
+def step_pill(status: str) -> SafeString:
+    """Return a step's status as a shape and a word."""
+    return pill(Label(STEP_MARKS.get(cast(StepStatus, status), "?"), status))
+
+
+def ago(when: dt.datetime | None, now: dt.datetime) -> SafeString | None:
+    """Return how long ago an instant was, and the instant itself to whoever points at it."""
+    if when is None:
+        return None
+    passed = duration((now - when).total_seconds())
+    return format_html(
+        '<time datetime="{}" title="{}">{}</time>',
+        when.isoformat(),
+        exact(when),
+        _("%(duration)s ago") % {"duration": passed},
+    )

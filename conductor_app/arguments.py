@@ -1,0 +1,159 @@
+"""What callers pass: checked at the call, with errors that say what is wrong."""
+
+from __future__ import annotations
+
+import datetime as dt
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from celery.utils.time import maybe_iso8601
+
+from conductor_app import clock, observing
+from conductor_app.exceptions import InvalidArgument, InvalidArgumentType
+from conductor_app.serialization import shown
+
+#: Longest timeout and longest sleep, in seconds (about 100 years).
+MAX_SECONDS = 100 * 366 * 86_400
+
+#: Options that go into each message of an execution as they are.
+MESSAGE_OPTIONS = ("time_limit", "soft_time_limit", "exchange", "routing_key", "shadow")
+#: Those that go into each message of a plain task beside them: what its callbacks are is Celery's business.
+PLAIN_OPTIONS = (
+    *("serializer", "compression", "delivery_mode"),
+    *("link", "link_error", "chain", "chord", "group_id", "group_index"),
+)
+
+
+def check_duration(value: object, name: str, *, allow_zero: bool = True, allow_past: bool = False) -> float:
+    """Return a duration in seconds.
+
+    Raises:
+        InvalidArgumentType: It is neither a number nor a ``timedelta``.
+        InvalidArgument: It is NaN, infinite, negative (unless ``allow_past``), or longer than ``MAX_SECONDS``.
+    """
+    if isinstance(value, dt.timedelta):
+        value = value.total_seconds()
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InvalidArgumentType(f"{name} must be a number of seconds or a timedelta, got {type(value).__name__}")
+    limit = "" if allow_past else "≥ 0 " if allow_zero else "> 0 "
+    if value != value or value in (math.inf, -math.inf):
+        raise InvalidArgument(f"{name} must be {limit or 'a finite number of '}seconds, got {value!r}")
+    if not allow_past and (value < 0 or (value == 0 and not allow_zero)):
+        raise InvalidArgument(f"{name} must be {limit}seconds, got {_number(value)}")
+    if abs(value) > MAX_SECONDS:
+        raise InvalidArgument(f"{name} must be at most {MAX_SECONDS} seconds (100 years), got {_number(value)}")
+    return float(value)
+
+
+def check_instant(value: object, name: str) -> dt.datetime:
+    """Return an instant in the form that Django stores.
+
+    Raises:
+        InvalidArgumentType: It is no ``datetime``.
+        InvalidArgument: It lies outside of what each database and each time zone can say.
+    """
+    if not isinstance(value, dt.datetime):
+        raise InvalidArgumentType(f"{name} must be a datetime, got {type(value).__name__}")
+    if not 1900 <= value.year <= 9000:
+        raise InvalidArgument(f"{name} must lie between the years 1900 and 9000, got {value}")
+    return clock.aware(value)
+
+
+def _number(value: float) -> str:
+    return repr(value) if isinstance(value, float) or value.bit_length() < 64 else "a much larger one"
+
+
+def call_arguments(task: str, args: Any, kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
+    """Return the arguments of a call in the form in which they are stored.
+
+    Raises:
+        InvalidArgumentType: They are no list and no mapping of names.
+    """
+    if args is not None and not isinstance(args, (list, tuple)):
+        raise InvalidArgumentType(f"args of {task} must be a list or a tuple, got {type(args).__name__}")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise InvalidArgumentType(f"kwargs of {task} must be a mapping, got {type(kwargs).__name__}")
+    for name in kwargs or ():
+        if not isinstance(name, str):
+            raise InvalidArgumentType(f"kwargs of {task} has the key {name!r} of type {type(name).__name__}, not str")
+    return list(args or ()), dict(kwargs or {})
+
+
+def queue_name(task: Any, options: Mapping[str, Any], args: list[Any], kwargs: Mapping[str, Any]) -> str:
+    """Return the Celery queue for a call: the option ``queue``, or where ``task_routes`` sends the task."""
+    queue: Any = options.get("queue")
+    if queue is not None:
+        return _checked_queue(queue if isinstance(queue, str) else getattr(queue, "name", queue))
+    routing = {name: options[name] for name in ("exchange", "routing_key") if name in options}
+    route = task.app.amqp.router.route(routing, task.name, args, dict(kwargs), task)
+    found = route.get("queue")
+    return str(getattr(found, "name", found) or task.app.conf.task_default_queue)
+
+
+def message_options(task: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those options of a call that go into each message of its execution, as they are stored."""
+    kept = {name: options[name] for name in MESSAGE_OPTIONS if options.get(name) is not None}
+    headers = observing.carried(task, options.get("headers"))
+    if headers:
+        kept["headers"] = headers
+    if options.get("stamped_headers"):
+        kept["stamps"] = {stamp: options.get(stamp) for stamp in options["stamped_headers"]}
+    return kept
+
+
+def _checked_queue(queue: Any) -> str:
+    if not isinstance(queue, str):
+        raise InvalidArgumentType(f"queue must be str, got {type(queue).__name__}")
+    if not 1 <= len(queue) <= 255 or not queue.isprintable():
+        raise InvalidArgument(f"queue must be 1–255 printable characters, got {shown(queue)}")
+    return str.__str__(queue)
+
+
+def due_time(options: Mapping[str, Any]) -> tuple[float, dt.datetime | None]:
+    """Return Celery's ``countdown``, in seconds, or its ``eta``.
+
+    Raises:
+        InvalidArgument, InvalidArgumentType: It is no length of time, or no instant.
+    """
+    countdown, eta = options.get("countdown"), options.get("eta")
+    if countdown is not None:
+        return check_duration(countdown, "countdown", allow_past=True), None
+    if eta is None:
+        return 0.0, None
+    return 0.0, check_instant(_from_iso8601(eta, "eta"), "eta")
+
+
+def expiry(value: Any) -> float | dt.datetime | None:
+    """Return Celery's ``expires``: seconds, an instant, or ``None``.
+
+    Raises:
+        InvalidArgument, InvalidArgumentType: It is neither.
+    """
+    if value is None:
+        return None
+    if isinstance(value, (str, dt.datetime)):
+        return check_instant(_from_iso8601(value, "expires"), "expires")
+    return check_duration(value, "expires", allow_past=True)
+
+
+def _from_iso8601(value: Any, name: str) -> Any:
+    try:
+        return maybe_iso8601(value) if isinstance(value, str) else value
+    except ValueError:
+        raise InvalidArgument(f"{name} must be a datetime or its ISO 8601 text, got {shown(value)}") from None
+
+
+def check_priority(value: Any) -> int | None:
+    """Return a message's priority.
+
+    Raises:
+        InvalidArgument, InvalidArgumentType: No broker knows such a one.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidArgumentType(f"priority must be int, got {type(value).__name__}")
+    if not -32_768 <= value <= 32_767:
+        raise InvalidArgument("priority must lie between -32768 and 32767; brokers know 0 to 9 or 0 to 255")
+    return value

@@ -1,0 +1,81 @@
+"""Every move of an execution from one status to the next. The only writer of ``Execution`` and ``FailedExecution``.
+
+Each move is a guarded compare-and-set: it names the status (and, for a run, the fence) that it expects, and the loser
+of a race changes nothing. What belongs together is one transaction: a final status and the parent's wake-up, a failure
+and its ``FailedExecution``, a suspension and the child that is waited for. Messages and signals follow the commit.
+
+Locks are taken child before parent, everywhere, so two moves cannot wait for each other.
+"""
+
+from __future__ import annotations
+
+from conductor_app.transitions.announcing import announce_now, announced, take_for_announcement
+from conductor_app.transitions.cancelling import cancel_flagged, cancel_running, expire, request_cancel
+from conductor_app.transitions.creating import NewExecution, create
+from conductor_app.transitions.failing import fail
+from conductor_app.transitions.guards import patiently
+from conductor_app.transitions.hastening import hasten, publish_again
+from conductor_app.transitions.recovering import decide_overdue, lose, put_back, take_for_dispatch, wake_stranded
+from conductor_app.transitions.reopening import reopen
+from conductor_app.transitions.running import (
+    check_held,
+    claim,
+    claim_again,
+    lock_held,
+    record_step,
+    release,
+    retry_later,
+    succeed,
+)
+from conductor_app.transitions.sending import send
+from conductor_app.transitions.suspending import (
+    AwaitEvent,
+    Gather,
+    Invocation,
+    Map,
+    Pending,
+    Sleep,
+    Wait,
+    start_child,
+    suspend,
+)
+
+__all__ = [
+    "AwaitEvent",
+    "Gather",
+    "Invocation",
+    "Map",
+    "NewExecution",
+    "Pending",
+    "Sleep",
+    "Wait",
+    "announce_now",
+    "announced",
+    "cancel_flagged",
+    "cancel_running",
+    "check_held",
+    "claim",
+    "claim_again",
+    "create",
+    "decide_overdue",
+    "expire",
+    "fail",
+    "hasten",
+    "lock_held",
+    "lose",
+    "patiently",
+    "publish_again",
+    "put_back",
+    "record_step",
+    "release",
+    "reopen",
+    "request_cancel",
+    "retry_later",
+    "send",
+    "start_child",
+    "succeed",
+    "suspend",
+    "take_for_announcement",
+    "take_for_dispatch",
+    "wake_stranded",
+]

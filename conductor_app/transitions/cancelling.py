@@ -1,0 +1,154 @@
+"""Cancel executions: the flag, and the end."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+from django.db import transaction
+
+from conductor_app import clock, signals, steps
+from conductor_app.exceptions import (
+    Failure,
+)
+from conductor_app.models import Execution, database
+from conductor_app.models.querysets import ExecutionQuerySet
+from conductor_app.serialization import clean_text, dump_failure
+from conductor_app.sql import locked
+from conductor_app.states import ExecutionStatus, StepStatus
+from conductor_app.transitions import guards, running, waking
+
+
+def cancel_running(execution: Execution) -> Failure | None:
+    """running → cancelled: the body has noticed that it was asked to stop.
+
+    Returns:
+        What is stored as its error; ``None`` if an operator's retry has withdrawn the cancellation meanwhile: then the
+        execution is queued again.
+
+    Raises:
+        LeaseLost: Another run has taken over.
+    """
+
+    def work() -> bool:
+        with transaction.atomic(using=database()):
+            flag_children(execution.pk)
+            held = locked(Execution.objects.using(database()).held_by(execution.pk, execution.fence))
+            row = held.only("cancel_requested_at", "cancel_reason").first()
+            if row is None:
+                raise guards.lease_lost(execution)
+            if row.cancel_requested_at is None:
+                transaction.set_rollback(True, using=database())
+                return False
+            execution.cancel_reason = row.cancel_reason
+            guards.leave_running(execution, **cancelled_values(execution, running=True))
+            after_cancel(execution)
+        return True
+
+    if guards.persist(work):
+        return cancel_failure(execution)
+    running.release(execution)
+    return None
+
+
+def request_cancel(execution_id: uuid.UUID, reason: str) -> bool:
+    """Flag an open execution; ``False`` if it is final. A running body notices at its next ``ctx`` call."""
+    return guards.persist_briefly(lambda: flag(execution_id, reason) or _is_flagged(execution_id))
+
+
+def flag(execution_id: uuid.UUID, reason: str) -> bool:
+    return bool(
+        Execution.objects.using(database())
+        .filter(pk=execution_id, cancel_requested_at__isnull=True)
+        .open()
+        .update(cancel_requested_at=clock.now(), cancel_reason=clean_text(reason, 1_000))
+    )
+
+
+def _is_flagged(execution_id: uuid.UUID) -> bool:
+    rows = Execution.objects.using(database()).filter(pk=execution_id, cancel_requested_at__isnull=False)
+    return rows.open().exists()
+
+
+def flag_children(execution_id: uuid.UUID) -> None:
+    """Flag the open children of an execution that is about to be cancelled, and that runs no body any more.
+
+    Before its own row is locked: a child that is just ending holds its own row and then asks for its parent's. The
+    children of a map that no run has started are cancelled here, since there may be thousands.
+    """
+    reason = "its parent was cancelled"
+    for step in steps.pending_maps(execution_id):
+        waking.cancel_unstarted(steps.children_of(execution_id, step.name), reason)
+    flag_all(Execution.objects.using(database()).filter(parent_id=execution_id), reason)
+
+
+def flag_all(executions: ExecutionQuerySet, reason: str) -> None:
+    """Flag all of ``executions`` that are open."""
+    executions.open().filter(cancel_requested_at__isnull=True).update(
+        cancel_requested_at=clock.now(), cancel_reason=clean_text(reason, 1_000)
+    )
+
+
+def cancel_flagged(execution_id: uuid.UUID) -> bool:
+    """queued, waiting → cancelled, if it was flagged; flags its open children and wakes its parent.
+
+    Returns:
+        Whether this call cancelled it.
+    """
+
+    def work() -> bool:
+        with transaction.atomic(using=database()):
+            rows = Execution.objects.using(database()).filter(pk=execution_id).to_cancel()
+            if not rows.exists():
+                return False
+            flag_children(execution_id)
+            execution = locked(rows).first()
+            if execution is None or not rows.update(**cancelled_values(execution)):
+                transaction.set_rollback(True, using=database())
+                return False
+            after_cancel(execution)
+        return True
+
+    return guards.persist_briefly(work)
+
+
+def expire(execution_id: uuid.UUID) -> bool:
+    """queued → cancelled: Celery's ``expires`` has passed and it was never started."""
+
+    def work() -> bool:
+        with transaction.atomic(using=database()):
+            rows = Execution.objects.using(database()).filter(pk=execution_id).expired()
+            execution = locked(rows).first()
+            if execution is None:
+                return False
+            execution.cancel_reason = "it expired before it started"
+            if not rows.update(**cancelled_values(execution), cancel_reason=execution.cancel_reason):
+                return False
+            after_cancel(execution)
+        return True
+
+    return guards.persist_briefly(work)
+
+
+def cancelled_values(execution: Execution, *, running: bool = False) -> dict[str, Any]:
+    return {
+        "status": ExecutionStatus.CANCELLED,
+        "error": _cancel_error(execution),
+        "finished_at": clock.now(),
+        "announce_at": guards.announcement_instant(execution, running=running),
+        **guards.NOT_QUEUED,
+    }
+
+
+def cancel_failure(execution: Execution) -> Failure:
+    message = f"Cancelled: {execution.cancel_reason}" if execution.cancel_reason else "Cancelled"
+    return Failure(type="Cancelled", message=message)
+
+
+def _cancel_error(execution: Execution) -> str:
+    return dump_failure(cancel_failure(execution))
+
+
+def after_cancel(execution: Execution) -> None:
+    waking.settle_parent(execution, StepStatus.CANCELLED, error=_cancel_error(execution))
+    guards.send_signal(signals.execution_finished, execution, status=ExecutionStatus.CANCELLED)

@@ -1,0 +1,114 @@
+"""Executions that begin."""
+
+from __future__ import annotations
+
+import datetime as dt
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from django.db import IntegrityError, transaction
+
+from conductor_app import clock, dispatch, signals
+from conductor_app.models import Execution, database
+from conductor_app.states import ExecutionStatus
+from conductor_app.transitions import guards
+
+
+@dataclass(frozen=True)
+class NewExecution:
+    """An execution that is about to be stored; all of it is checked already."""
+
+    id: uuid.UUID
+    task: str
+    queue: str
+    #: ``[args, kwargs]`` as stored text.
+    payload: str
+    max_attempts: int | None
+    priority: int | None = None
+    options: str = ""
+    #: Seconds until it may be claimed.
+    countdown: float = 0
+    #: Instead of ``countdown``: the instant at which it may be claimed.
+    eta: dt.datetime | None = None
+    #: Seconds, or the instant, after which it must not start any more.
+    expires: float | dt.datetime | None = None
+    idempotency_key: str | None = None
+
+
+def create(new: NewExecution) -> tuple[Execution, bool]:
+    """Store a root execution as queued, in the current transaction if there is one.
+
+    Returns:
+        The execution, and whether it is new: the same id or idempotency key gives the existing one.
+    """
+    using = database()
+    row = queued_row(new)
+    try:
+        # A savepoint only where a conflict is possible: it keeps the caller's transaction usable.
+        with transaction.atomic(using=using):
+            row.save(force_insert=True, using=using)
+            if row.dispatch_at is not None and is_due(new):
+                dispatch.on_commit(row)
+            guards.send_signal(signals.execution_created, row)
+    except IntegrityError:
+        existing = _find_existing(new)
+        if existing is None:
+            raise
+        return existing, False
+    return row, True
+
+
+def _find_existing(new: NewExecution) -> Execution | None:
+    rows = Execution.objects.using(database())
+    found = rows.filter(pk=new.id).first()
+    if found is None and new.idempotency_key is not None:
+        found = rows.filter(task=new.task, idempotency_key=new.idempotency_key).first()
+    return found
+
+
+def is_due(new: NewExecution) -> bool:
+    return new.eta is None and new.countdown <= 0
+
+
+def queued_row(
+    new: NewExecution,
+    parent: Execution | None = None,
+    step: str = "",
+    *,
+    position: int | None = None,
+    is_held: bool = False,
+) -> Execution:
+    """Return the row of an execution that is queued; it is not saved.
+
+    Args:
+        new: What it is to run.
+        parent: Its parent.
+        step: The parent's step.
+        position: Its place in the parent's map.
+        is_held: Whether it is not due before a sibling ends.
+    """
+    due: Any = clock.after(max(new.countdown, 0)) if new.eta is None else new.eta
+    expires: Any = clock.after(new.expires) if isinstance(new.expires, (int, float)) else new.expires
+    return Execution(
+        id=new.id,
+        task=new.task,
+        queue=new.queue,
+        priority=new.priority,
+        payload=new.payload,
+        status=ExecutionStatus.QUEUED,
+        max_attempts=new.max_attempts,
+        parent_id=None if parent is None else parent.pk,
+        root_id=new.id if parent is None else parent.root_id,
+        depth=0 if parent is None else parent.depth + 1,
+        step=step,
+        position=position,
+        due_at=None if is_held else due,
+        deadline_at=expires,
+        dispatch_at=dispatch.first_instant(
+            due, is_due=is_due(new), root_id=None if parent is None else parent.root_id, ahead=position or 0
+        ),
+        idempotency_key=new.idempotency_key,
+        options=new.options,
+        created_at=clock.now(),
+    )

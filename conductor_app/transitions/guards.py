@@ -1,0 +1,123 @@
+"""What every transition needs: the compare-and-set, the retry after an outage, and the signal after the commit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from django.db import transaction
+from django.db.models.expressions import Combinable
+from django.dispatch import Signal
+
+from conductor_app import clock, dispatch, sql
+from conductor_app.conf import conductor_settings
+from conductor_app.exceptions import (
+    CancelExecution,
+    LeaseLost,
+)
+from conductor_app.models import Execution, database
+from conductor_app.states import ExecutionStatus
+
+T = TypeVar("T")
+
+NO_LEASE: dict[str, Any] = {"lease_owner": "", "lease_expires_at": None}
+
+
+NOT_QUEUED: dict[str, Any] = {"dispatch_at": None, "dispatches": 0}
+
+
+def announcement_instant(execution: Execution, *, running: bool = False) -> Combinable | None:
+    """Return when the sweeper is to tell Celery of the end; a run does it itself, unless it dies before it can."""
+    options = execution.get_options()
+    if not options.get("announce"):
+        return None
+    if running and not dispatch.is_left_to_sweeper(options):
+        return clock.after(conductor_settings().LEASE_SECONDS)
+    return clock.now()
+
+
+def patiently(read: Callable[[], T]) -> T:
+    """Run a read as often as it takes while the database is away.
+
+    Raises:
+        AbandonRun: The database was away for a whole lease.
+    """
+    return persist(read)
+
+
+def persist(work: Callable[[], T], unless_already: Callable[[], bool] | None = None) -> T:
+    """Run a transaction until the database has taken it.
+
+    Args:
+        unless_already: Tells, when the guard has refused, whether an earlier try has in fact been committed and only
+            its answer was lost.
+    """
+    try:
+        return sql.persist(database(), work, patience=conductor_settings().LEASE_SECONDS)
+    except LeaseLost:
+        if unless_already is not None and patiently(unless_already):
+            return None  # type: ignore[return-value]
+        raise
+
+
+def persist_briefly(work: Callable[[], T]) -> T:
+    """Run a transaction on which no lease depends; while the database is away, that is the caller's to know."""
+    return sql.persist_briefly(database(), work)
+
+
+def is_mine(execution: Execution, status: ExecutionStatus) -> bool:
+    return Execution.objects.using(database()).filter(pk=execution.pk, fence=execution.fence, status=status).exists()
+
+
+def leave_running(execution: Execution, *, cancel_requested: bool = True, **values: Any) -> None:
+    """Take a running execution out of ``running``, if this run still holds it.
+
+    Args:
+        cancel_requested: Whether the move is allowed for an execution that is to be cancelled.
+    """
+    held = Execution.objects.using(database()).held_by(execution.pk, execution.fence)
+    guarded = held if cancel_requested else held.filter(cancel_requested_at__isnull=True)
+    if guarded.update(**{**NO_LEASE, **values}):
+        return
+    if not cancel_requested and held.exists():
+        raise CancelExecution
+    raise lease_lost(execution)
+
+
+def must_hold(execution: Execution) -> None:
+    """Raise ``LeaseLost`` unless this run holds the execution just now; no lock is taken."""
+    if not is_mine(execution, ExecutionStatus.RUNNING):
+        raise lease_lost(execution)
+
+
+def lease_lost(execution: Execution) -> LeaseLost:
+    return LeaseLost(
+        f"The lease of execution {execution.pk} (fence {execution.fence}) is lost: another run took over, or it was "
+        "ended from outside. This run can write no more; side effects need ctx.idempotency_key() to be safe."
+    )
+
+
+def queue_now(execution: Execution) -> dict[str, Any]:
+    return {
+        "due_at": clock.now(),
+        "dispatch_at": dispatch.first_instant(clock.now(), is_due=True, root_id=execution.root_id),
+        "dispatches": 0,
+    }
+
+
+def next_attempt(execution: Execution, **changed: Any) -> Execution:
+    """Return an execution as it is after an update that counted up its attempt, for the message that follows."""
+    following = copy.copy(execution)
+    following.attempt += 1
+    for name, value in changed.items():
+        setattr(following, name, value)
+    return following
+
+
+def send_signal(signal: Signal, execution: Execution, **details: Any) -> None:
+    """Send ``signal`` after the commit."""
+    if signal.has_listeners(execution.task):
+        transaction.on_commit(
+            lambda: signal.send_robust(sender=execution.task, execution=execution, **details), using=database()
+        )

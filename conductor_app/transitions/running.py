@@ -1,0 +1,241 @@
+"""What a run does: claim, remember steps, end."""
+
+from __future__ import annotations
+
+import functools
+import uuid
+from typing import Any
+
+from django.db import IntegrityError, transaction
+from django.db.models import F, QuerySet
+from django.db.models.functions import Coalesce
+
+from conductor_app import clock, dispatch, signals, steps
+from conductor_app.conf import conductor_settings
+from conductor_app.exceptions import (
+    CancelExecution,
+    Failure,
+)
+from conductor_app.models import Execution, database
+from conductor_app.serialization import dump_failure
+from conductor_app.sql import locked, update_returning
+from conductor_app.states import ExecutionStatus, StepKind, StepStatus
+from conductor_app.transitions import guards, waking
+
+#: What a run needs to know of the execution that it claims; steps are read separately, and only if there can be any.
+CLAIM_FIELDS = (
+    "id",
+    "task",
+    "queue",
+    "priority",
+    "payload",
+    "status",
+    "attempt",
+    "max_attempts",
+    "parent_id",
+    "root_id",
+    "depth",
+    "step",
+    "position",
+    "fence",
+    "lease_owner",
+    "options",
+    "due_at",
+    "created_at",
+    "started_at",
+)
+
+
+def claim(execution_id: uuid.UUID, owner: str, task: str | None = None, attempt: int | None = None) -> Execution | None:
+    """queued → running: take the lease for one run.
+
+    Args:
+        task: The task that a message names; a forged one may name another than the execution's.
+        attempt: The attempt that a plain task's message is about; see ``ExecutionQuerySet.claimable``.
+
+    Returns:
+        The execution with its new fence, or ``None``: it is not there, not due, cancelled, or another run has it.
+    """
+    named = Execution.objects.using(database()).filter(pk=execution_id)
+    if task is not None:
+        named = named.filter(task=task)
+    return _start(named.claimable(attempt), owner)
+
+
+def claim_again(execution_id: uuid.UUID, owner: str, task: str | None = None) -> Execution | None:
+    """running → running: take over the lease of a claim of this owner's whose COMMIT got no answer.
+
+    Without it the row would be nobody's until the lease ends, and the loss would cost an attempt of a body that never
+    began. The caller knows that no run in this process holds the lease. Should another thread have taken it just now,
+    the new fence makes that run's writes fail, as with any lease that is taken over.
+
+    Returns:
+        The execution with its new fence, or ``None``: the claim had not been made.
+    """
+    taken = Execution.objects.using(database()).filter(
+        pk=execution_id, status=ExecutionStatus.RUNNING, lease_owner=owner
+    )
+    return _start(taken if task is None else taken.filter(task=task), owner)
+
+
+def _start(claimable: QuerySet[Execution], owner: str) -> Execution | None:
+    rows = update_returning(
+        claimable,
+        CLAIM_FIELDS,
+        status=ExecutionStatus.RUNNING,
+        fence=F("fence") + 1,
+        lease_owner=owner,
+        lease_expires_at=clock.after(conductor_settings().LEASE_SECONDS),
+        started_at=Coalesce("started_at", clock.now()),
+        **guards.NOT_QUEUED,
+    )
+    if not rows:
+        return None
+    guards.send_signal(signals.execution_started, rows[0])
+    return rows[0]
+
+
+def release(execution: Execution) -> None:
+    """running → queued: the worker shuts down and gives the execution back; no attempt is used up."""
+
+    def work() -> None:
+        guards.leave_running(execution, status=ExecutionStatus.QUEUED, **guards.queue_now(execution))
+        dispatch.on_commit(execution)
+
+    guards.persist(work)
+
+
+def record_step(
+    execution: Execution, name: str, *, result: str | None = None, failure: Failure | None = None
+) -> steps.Memory:
+    """Remember the outcome of a function, once, and return what is remembered.
+
+    Raises:
+        LeaseLost: Another run has taken over; nothing is recorded.
+        CancelExecution: The execution is to be cancelled; the outcome is recorded all the same.
+    """
+
+    def work() -> bool:
+        with transaction.atomic(using=database()):
+            cancelled = lock_held(execution)
+            steps.record(execution, name, result=result, failure=failure)
+        return cancelled
+
+    try:
+        cancelled = guards.persist(work)
+    except IntegrityError:
+        # Recorded already: by this run, whose COMMIT got no answer. What is stored counts.
+        return guards.patiently(lambda: steps.recall(execution.pk, name))[name]
+    if cancelled:
+        raise CancelExecution
+    return steps.Memory(
+        name=name,
+        kind=StepKind.STEP,
+        status=StepStatus.SUCCEEDED if failure is None else StepStatus.FAILED,
+        task="",
+        payload_digest="",
+        child_id=None,
+        timeout_seconds=None,
+        result=result,
+        error=None if failure is None else dump_failure(failure),
+        fence=execution.fence,
+    )
+
+
+def lock_held(execution: Execution) -> bool:
+    """Lock the row of a running execution until the end of the current transaction.
+
+    Returns:
+        Whether it is to be cancelled.
+
+    Raises:
+        LeaseLost: Another run has taken over.
+    """
+    held = Execution.objects.using(database()).held_by(execution.pk, execution.fence)
+    flags = list(locked(held).values_list("cancel_requested_at", flat=True))
+    if not flags:
+        raise guards.lease_lost(execution)
+    return flags[0] is not None
+
+
+def check_held(execution: Execution) -> None:
+    """Raise if the run has no right to go on.
+
+    Raises:
+        LeaseLost: Another run has taken over.
+        CancelExecution: The execution is to be cancelled.
+    """
+
+    def work() -> list[Any]:
+        held = Execution.objects.using(database()).held_by(execution.pk, execution.fence)
+        return list(held.values_list("cancel_requested_at", flat=True))
+
+    flags = guards.persist(work)
+    if not flags:
+        raise guards.lease_lost(execution)
+    if flags[0] is not None:
+        raise CancelExecution
+
+
+def succeed(execution: Execution, result: str) -> None:
+    """running → succeeded, with the stored result; wakes the parent.
+
+    Raises:
+        LeaseLost: Another run has taken over; the result is discarded.
+    """
+
+    def work() -> None:
+        with transaction.atomic(using=database()):
+            guards.leave_running(
+                execution,
+                status=ExecutionStatus.SUCCEEDED,
+                result=result,
+                error=None,
+                finished_at=clock.now(),
+                announce_at=guards.announcement_instant(execution, running=True),
+            )
+            waking.settle_parent(execution, StepStatus.SUCCEEDED)
+            guards.send_signal(signals.execution_finished, execution, status=ExecutionStatus.SUCCEEDED)
+
+    guards.persist(work, unless_already=functools.partial(guards.is_mine, execution, ExecutionStatus.SUCCEEDED))
+
+
+def retry_later(
+    execution: Execution, failure: Failure, delay: float, *, payload: str | None = None, is_published: bool = False
+) -> None:
+    """running → queued: the attempt failed, the next one is due in ``delay`` seconds.
+
+    Args:
+        payload: The arguments of the next attempt as stored text, if they are others.
+        is_published: Whether Celery has published a message for it. With ``memory://`` that does not count: it may have
+            stayed in the memory of a pool process.
+
+    Raises:
+        LeaseLost: Another run has taken over.
+        CancelExecution: The execution is to be cancelled instead.
+    """
+
+    dispatch_at = dispatch.first_instant(clock.after(delay), is_due=delay <= 0)
+    if is_published and not dispatch.is_embedded():
+        dispatch_at = clock.after(max(delay, 0) + conductor_settings().REDISPATCH_SECONDS)
+    changed = {} if payload is None else {"payload": payload}
+
+    def work() -> None:
+        with transaction.atomic(using=database()):
+            guards.leave_running(
+                execution,
+                status=ExecutionStatus.QUEUED,
+                cancel_requested=False,
+                attempt=F("attempt") + 1,
+                error=dump_failure(failure),
+                due_at=clock.after(delay),
+                dispatch_at=dispatch_at,
+                dispatches=0,
+                **changed,
+            )
+            if delay <= 0:
+                # Also if Celery has published one: a worker may have dropped it, for it came before this commit.
+                dispatch.on_commit(guards.next_attempt(execution, **changed))
+            guards.send_signal(signals.execution_retrying, execution, failure=failure, delay=delay)
+
+    guards.persist(work)

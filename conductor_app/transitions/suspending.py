@@ -1,0 +1,235 @@
+"""End a run that waits."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime as dt
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from django.db import IntegrityError, transaction
+
+from conductor_app import clock, dispatch, signals, steps
+from conductor_app.exceptions import CancelExecution
+from conductor_app.models import Execution, database
+from conductor_app.serialization import dump_options, loads
+from conductor_app.states import ExecutionStatus, OnTimeout, StepKind, StepStatus
+from conductor_app.transitions import creating, guards, running, sending
+
+#: Children of a map that one INSERT stores.
+_INSERT_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """A child that does not exist yet, and how long its parent waits for it."""
+
+    step: str
+    child: creating.NewExecution
+    payload_digest: str
+    timeout: float | None
+    on_timeout: OnTimeout
+
+
+@dataclass(frozen=True)
+class Map:
+    """Children of one task that do not exist yet, one for each payload."""
+
+    step: str
+    task: str
+    children: Sequence[creating.NewExecution]
+    payload_digest: str
+    timeout: float | None
+    on_timeout: OnTimeout
+    max_parallel: int | None
+    fails_fast: bool
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Started children that are awaited together."""
+
+    step: str
+    #: Names of the steps that started them.
+    members: Sequence[str]
+    fails_fast: bool
+
+
+@dataclass(frozen=True)
+class Sleep:
+    """A sleep that has not begun yet."""
+
+    step: str
+    seconds: float | None = None
+    until: dt.datetime | None = None
+
+
+@dataclass(frozen=True)
+class AwaitEvent:
+    """An event for which no step waits yet; it may have been sent already."""
+
+    step: str
+    event: str
+    timeout: float | None
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A step that an earlier run opened and that was undecided when this one read it."""
+
+    step: str
+
+
+Wait = Invocation | Map | Gather | Sleep | AwaitEvent | Pending
+
+
+def start_child(execution: Execution, wait: Invocation) -> steps.Memory:
+    """Store a child that runs beside its parent, and return what the parent remembers of it.
+
+    Raises:
+        LeaseLost: Another run has taken over; nothing is stored.
+        CancelExecution: The execution is to be cancelled; nothing is stored.
+    """
+
+    def work() -> None:
+        with transaction.atomic(using=database()):
+            if running.lock_held(execution):
+                raise CancelExecution
+            _open_child(execution, wait, StepKind.START)
+
+    # It is started already if this run's COMMIT got no answer.
+    with contextlib.suppress(IntegrityError):
+        guards.persist(work)
+    return guards.patiently(lambda: steps.recall(execution.pk, wait.step))[wait.step]
+
+
+def suspend(execution: Execution, wait: Wait, before_commit: Callable[[], None] | None = None) -> bool:
+    """running → waiting, after the body has unwound; stores the child, or opens the step, that is waited for.
+
+    Args:
+        before_commit: Called while the row is locked, so that nobody can resume the execution before it returns.
+
+    Returns:
+        ``False`` if the step is decided already (meanwhile, or by an event that was sent before): the execution is
+        still running, and its body can go on.
+
+    Raises:
+        LeaseLost: Another run has taken over.
+        CancelExecution: The execution is to be cancelled.
+    """
+
+    def work() -> bool:
+        with transaction.atomic(using=database()):
+            if isinstance(wait, AwaitEvent) and _is_there(execution, wait):
+                return False
+            # Steps before executions, as everywhere: a member that is just ending holds its step and then asks for
+            # this row.
+            if isinstance(wait, Gather) and _is_gathered(execution, wait):
+                return False
+            if isinstance(wait, Map) and not wait.children:
+                running.lock_held(execution)
+                _open_map(execution, wait)
+                return False
+            guards.leave_running(execution, status=ExecutionStatus.WAITING, cancel_requested=False, **guards.NOT_QUEUED)
+            if isinstance(wait, Pending):
+                # A new statement, after this row was written: whoever settles the step writes this row too, so either
+                # that commit is visible here, or it will find this execution waiting.
+                if not steps.is_pending(execution.pk, wait.step):
+                    transaction.set_rollback(True, using=database())
+                    return False
+            elif isinstance(wait, Sleep):
+                until: Any = clock.after(wait.seconds) if wait.seconds is not None else wait.until
+                steps.open_sleep(execution, wait.step, until)
+            elif isinstance(wait, Map):
+                _open_map(execution, wait)
+            elif isinstance(wait, Invocation):
+                _open_child(execution, wait, StepKind.INVOKE)
+            if before_commit is not None:
+                before_commit()
+            guards.send_signal(signals.execution_suspended, execution, step=wait.step)
+        return True
+
+    try:
+        return guards.persist(work)
+    except IntegrityError:
+        if not isinstance(wait, AwaitEvent | Gather) and not (isinstance(wait, Map) and not wait.children):
+            raise
+        # Recorded already, by this run, whose COMMIT got no answer: an event that it took, a gather of children that
+        # had ended, a map of none. Had it been left waiting, the guards would have said so.
+        return False
+
+
+def _is_there(execution: Execution, wait: AwaitEvent) -> bool:
+    """Open the step of an event, and take the event at once if it has been sent before.
+
+    The execution's row is locked first, and looked at the mailbox in a new statement: whoever sends an event writes
+    this row too, so either that commit is visible here, or it will find the step.
+    """
+    if running.lock_held(execution):
+        raise CancelExecution
+    return sending.deliver(steps.open_event(execution, wait.step, wait.event, timeout=wait.timeout))
+
+
+def _is_gathered(execution: Execution, wait: Gather) -> bool:
+    """Record the gather; tell whether there is nothing left to wait for."""
+    guards.must_hold(execution)
+    gather = steps.open_gather(execution, wait.step, wait.members, fails_fast=wait.fails_fast)
+    if gather.status == StepStatus.PENDING:
+        return False
+    running.lock_held(execution)  # what a run records, it records while it holds its execution
+    return True
+
+
+def _open_map(execution: Execution, wait: Map) -> None:
+    in_flight = len(wait.children) if wait.max_parallel is None else wait.max_parallel
+    is_throttled = in_flight < len(wait.children)
+    children = [
+        creating.queued_row(
+            _throttled(child) if is_throttled else child,
+            execution,
+            wait.step,
+            position=position,
+            is_held=position >= in_flight,
+        )
+        for position, child in enumerate(wait.children)
+    ]
+    Execution.objects.using(database()).bulk_create(children, batch_size=_INSERT_BATCH)
+    steps.open_map(
+        execution,
+        wait.step,
+        task=wait.task,
+        payload_digest=wait.payload_digest,
+        total=len(children),
+        timeout=wait.timeout,
+        on_timeout=wait.on_timeout,
+        max_parallel=wait.max_parallel,
+        fails_fast=wait.fails_fast,
+    )
+    dispatch.on_commit(*children[:in_flight])
+    for child in children:
+        guards.send_signal(signals.execution_created, child)
+
+
+def _throttled(child: creating.NewExecution) -> creating.NewExecution:
+    """Return the child with the mark that its end lets a sibling go."""
+    options = dict(loads(child.options) or {})
+    return dataclasses.replace(child, options=dump_options({**options, "throttled": True}))
+
+
+def _open_child(execution: Execution, wait: Invocation, kind: StepKind) -> None:
+    child = creating.queued_row(wait.child, execution, wait.step)
+    child.save(force_insert=True, using=database())
+    steps.open_invocation(
+        execution,
+        wait.step,
+        child,
+        payload_digest=wait.payload_digest,
+        timeout=wait.timeout,
+        on_timeout=wait.on_timeout,
+        kind=kind,
+    )
+    if creating.is_due(wait.child):
+        dispatch.on_commit(child)
+    guards.send_signal(signals.execution_created, child)

@@ -1,0 +1,242 @@
+"""A small world in which the real transitions run, one statement at a time, in an order that a test chooses.
+
+Actors are threads that share one connection, and of which one runs at a time. An actor stops before each statement
+outside of a transaction, and before each BEGIN: all that others can see of it happens between two stops. So a process
+that is killed anywhere is an actor that is ended at a stop; what it had written of an open transaction is gone anyway.
+
+The clock stands still, but for ``clock.shift``; the broker is a list of messages.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import types
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from django.db import OperationalError, connection, connections
+
+from conductor_app import clock, dispatch, durable, executor, inline, leases, sql
+from conductor_app.leases import Lease
+from conductor_app.models import Execution
+from project.celery import app
+
+#: Seconds after which an actor that does not come to its next stop hangs.
+PATIENCE_SECONDS = 20
+#: 2026-06-01 00:00 UTC, in milliseconds: the timestamp of all root ids.
+_EPOCH = 1_780_272_000_000
+
+
+class Killed(BaseException):
+    """Ends an actor, as SIGKILL ends a process."""
+
+
+class Actor:
+    """A process that works on executions: a run, a sweeper, somebody who calls ``conductor_app.api``."""
+
+    def __init__(self, name: str, act: Callable[[], Any], execution_id: uuid.UUID | None = None) -> None:
+        self.name = name
+        #: What a run runs.
+        self.execution_id = execution_id
+        #: The leases that a run holds.
+        self.held: list[Lease] = []
+        #: Whether its next COMMIT succeeds, and the answer is lost.
+        self.loses_answer = False
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.is_done = False
+        self._is_killed = False
+        self._act = act
+        self._go_on = threading.Semaphore(0)
+        self._stopped = threading.Semaphore(0)
+        self._connection = connections["default"]
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.actor = self  # type: ignore[attr-defined]
+        self._thread.start()
+
+    def advance(self, stops: int) -> None:
+        """Go on to the stop with that number, or to the end."""
+        for _ in range(stops):
+            if self.is_done:
+                return
+            self._go_on.release()
+            assert self._stopped.acquire(timeout=PATIENCE_SECONDS), f"{self.name} hangs"
+
+    def finish(self) -> Any:
+        """Go on to the end; return the result, or raise the error."""
+        while not self.is_done:
+            self.advance(1)
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+    def kill(self) -> None:
+        """End it here, and let nothing of it be heard."""
+        self._is_killed = True
+        while not self.is_done:
+            self.advance(1)
+
+    # In the actor's thread
+
+    def stop(self) -> None:
+        """Let others go first."""
+        if not self._is_killed:
+            self._stopped.release()
+            self._go_on.acquire()
+        if self._is_killed:
+            raise Killed
+
+    def _run(self) -> None:
+        self._go_on.acquire()
+        try:
+            if not self._is_killed:
+                connections["default"] = self._connection
+                self.result = self._act()
+        except Killed:
+            pass
+        except BaseException as error:  # noqa: BLE001 - raised again in the test's thread
+            self.error = error
+        finally:
+            self.is_done = True
+            self._stopped.release()
+
+
+def current_actor() -> Actor | None:
+    """The actor in whose thread this is called."""
+    return getattr(threading.current_thread(), "actor", None)
+
+
+class Keeper:
+    """In the place of ``leases.keeper``: renews when it is told to."""
+
+    @contextmanager
+    def hold(self, execution: Execution) -> Iterator[Lease]:
+        actor = current_actor()
+        assert actor is not None
+        lease = Lease(execution.pk, execution.fence)
+        actor.held.append(lease)
+        yield lease
+        actor.held.remove(lease)
+
+    def holds(self, execution_id: uuid.UUID) -> bool:
+        actor = current_actor()
+        return actor is not None and any(lease.execution_id == execution_id for lease in actor.held)
+
+
+class World:
+    """Actors, messages and switches."""
+
+    def __init__(self) -> None:
+        self.actors: list[Actor] = []
+        #: Ids of executions, one for each copy of a message that the broker holds.
+        self.messages: list[uuid.UUID] = []
+        self.is_draining = False
+        self.is_broker_away = False
+        self._numbers = itertools.count(1)
+        self._ids = itertools.count(1)
+
+    # What a test does
+
+    def spawn(self, name: str, act: Callable[[], Any], execution_id: uuid.UUID | None = None) -> Actor:
+        """Add an actor, which has not begun."""
+        actor = Actor(f"{name}-{next(self._numbers)}", act, execution_id)
+        self.actors.append(actor)
+        return actor
+
+    def deliver(self, number: int) -> Actor:
+        """Let a worker take a message; the run has not begun."""
+        execution = Execution.objects.get(pk=self.messages.pop(number))
+        return self.spawn("run", lambda: inline.run_once(execution, app), execution.pk)
+
+    def reap(self) -> list[Actor]:
+        """Forget the actors that are done, and return them."""
+        done = [actor for actor in self.actors if actor.is_done]
+        self.actors = [actor for actor in self.actors if not actor.is_done]
+        return done
+
+    def end(self) -> None:
+        """Kill every actor."""
+        for actor in self.actors:
+            actor.kill()
+        clock.reset()
+        dispatch.reset_breaker()
+
+    # What the product calls
+
+    def publish(self, execution: Execution) -> None:
+        actor = current_actor()
+        if actor is not None and not connection.in_atomic_block:
+            actor.stop()
+        if self.is_broker_away:
+            raise ConnectionRefusedError("the broker is away")
+        self.messages.append(execution.pk)
+
+    def new_root_id(self) -> uuid.UUID:
+        return uuid.UUID(int=_EPOCH << 80 | 7 << 76 | 2 << 62 | next(self._ids))
+
+
+class Stage:
+    """Patches the product so that it plays in the current ``world``."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.world = World()
+        self._commit = connection._commit
+        monkeypatch.setattr(clock.DatabaseNow, "as_sqlite", _frozen_now)
+        monkeypatch.setattr(dispatch, "is_embedded", lambda app=None: False)
+        monkeypatch.setattr(dispatch, "_send", self._publish)
+        monkeypatch.setattr(durable, "new_root_id", self._new_root_id)
+        monkeypatch.setattr(executor, "keeper", Keeper())
+        monkeypatch.setattr(executor, "is_draining", lambda: self.world.is_draining)
+        monkeypatch.setattr(executor, "lease_owner", lambda request: getattr(current_actor(), "name", "nobody"))
+        # Nobody waits for anything: what is repeated is repeated at once.
+        impatient = types.SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda seconds: None)
+        monkeypatch.setattr(sql, "time", impatient)
+        monkeypatch.setattr(connection, "_commit", self._commit_and_answer)
+        with connection.cursor() as cursor:
+            cursor.execute("PRAGMA synchronous = OFF")
+        # An actor that takes its connection for lost would close the others' too.
+        monkeypatch.setattr(connection, "close", lambda: None)
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Let actors stop at their statements."""
+        connection.inc_thread_sharing()
+        try:
+            with connection.execute_wrapper(_stop_and_execute):
+                yield
+        finally:
+            connection.dec_thread_sharing()
+
+    def _publish(self, execution: Execution) -> None:
+        self.world.publish(execution)
+
+    def _new_root_id(self) -> uuid.UUID:
+        return self.world.new_root_id()
+
+    def _commit_and_answer(self) -> None:
+        self._commit()
+        actor = current_actor()
+        if actor is not None and actor.loses_answer:
+            actor.loses_answer = False
+            raise OperationalError("the connection was lost")
+
+
+def _stop_and_execute(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
+    actor = current_actor()
+    if actor is not None and not connection.in_atomic_block:
+        actor.stop()
+    return execute(sql, params, many, context)
+
+
+def _frozen_now(self: Any, compiler: Any, connection: Any, **extra: Any) -> Any:
+    return self.as_sql(compiler, connection, template="'2026-06-01 00:00:00.000'", **extra)
+
+
+def renew(actor: Actor) -> None:
+    """Do what the heartbeat does for a run."""
+    if actor.held:
+        leases.renew(list(actor.held))

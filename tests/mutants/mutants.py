@@ -1,0 +1,618 @@
+"""The mutants, as data: what is replaced by what, and which tests are to turn red."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+TRANSITIONS = "tests/integration/test_transitions.py"
+PARALLEL = "tests/integration/test_parallel.py"
+EVENTS = "tests/integration/test_events.py"
+CANCEL = "tests/integration/test_cancel.py"
+SWEEPER = "tests/integration/test_sweeper.py"
+COMMITS = "tests/integration/test_commits.py"
+DISPATCH = "tests/integration/test_dispatch.py"
+DECORATOR = "tests/integration/test_decorator.py"
+LEASES = "tests/integration/test_leases.py"
+OPERATOR = "tests/integration/test_operator_retry.py"
+CONTEXT = "tests/integration/test_context.py"
+FAILURES = "tests/integration/test_failures.py"
+REPLAY = "tests/integration/test_replay.py"
+FAN_IN = "tests/races/test_fan_in.py"
+RACING_EVENTS = "tests/races/test_events.py"
+HOLDERS = "tests/races/test_holders.py"
+OPERATORS = "tests/races/test_operators.py"
+OUTCOMES = "tests/races/test_outcomes.py"
+SWEEPERS = "tests/races/test_sweepers.py"
+WAKE_UPS = "tests/races/test_wake_ups.py"
+HASTENING = "tests/integration/test_hastening.py"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One replacement in one file of ``conductor_app``.
+
+    Attributes:
+        name: What the product does not do any more.
+        file: Below ``conductor_app``.
+        old: Text that stands there exactly once.
+        new: What it becomes.
+        tests: Test files, or tests, of which one has to fail. Those below ``tests/races`` need PostgreSQL.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    @property
+    def needs_postgres(self) -> bool:
+        """Whether its tests race two connections."""
+        return any(test.startswith("tests/races/") for test in self.tests)
+
+    def applied(self, text: str) -> str:
+        """Return the file's text with the replacement.
+
+        Raises:
+            ValueError: ``old`` is not there, or not once.
+        """
+        found = text.count(self.old)
+        if found != 1:
+            raise ValueError(f"Mutant {self.name!r}: {self.old!r} stands {found} times in conductor_app/{self.file}.")
+        return text.replace(self.old, self.new)
+
+    def check(self, root: Path) -> None:
+        """Raise ``ValueError`` unless it fits the sources below ``root``."""
+        self.applied((root / "conductor_app" / self.file).read_text())
+
+
+MUTANTS = [
+    # --- claim
+    Mutant(
+        "claim whatever the status",
+        "models/querysets.py",
+        "            status=ExecutionStatus.QUEUED,\n            cancel_requested_at__isnull=True,\n",
+        "            cancel_requested_at__isnull=True,\n",
+        (TRANSITIONS,),
+    ),
+    Mutant(
+        "claim before it is due",
+        "models/querysets.py",
+        "            return ready.filter(due_at__lte=clock.now())\n",
+        "            return ready\n",
+        (TRANSITIONS,),
+    ),
+    Mutant(
+        "claim what is to be cancelled",
+        "models/querysets.py",
+        "            status=ExecutionStatus.QUEUED,\n            cancel_requested_at__isnull=True,\n",
+        "            status=ExecutionStatus.QUEUED,\n",
+        (TRANSITIONS, CANCEL),
+    ),
+    Mutant(
+        "claim what has expired",
+        "models/querysets.py",
+        "            Q(deadline_at__isnull=True) | Q(deadline_at__gt=clock.now()) | Q(started_at__isnull=False),\n",
+        "",
+        (TRANSITIONS, SWEEPER),
+    ),
+    Mutant(
+        "claim by the name of another task",
+        "transitions/running.py",
+        "        named = named.filter(task=task)\n",
+        "        pass\n",
+        (TRANSITIONS, DECORATOR, "tests/integration/test_concurrency.py", CONTEXT),
+    ),
+    Mutant(
+        "claim without a new fence", "transitions/running.py", '        fence=F("fence") + 1,\n', "", (TRANSITIONS,)
+    ),
+    Mutant(
+        "forget when it was started first",
+        "transitions/running.py",
+        'started_at=Coalesce("started_at", clock.now())',
+        "started_at=clock.now()",
+        (TRANSITIONS, SWEEPER),
+    ),
+    Mutant(
+        "take over the lease of a run in the same process after an outage",
+        "executor.py",
+        "if execution is None and not keeper.holds(execution_id):",
+        "if execution is None:",
+        (COMMITS,),
+    ),
+    Mutant(
+        "take over another process's lease after an outage",
+        "transitions/running.py",
+        "        pk=execution_id, status=ExecutionStatus.RUNNING, lease_owner=owner\n",
+        "        pk=execution_id, status=ExecutionStatus.RUNNING\n",
+        (COMMITS,),
+    ),
+    Mutant(
+        "claim a plain task by the message of another attempt",
+        "models/querysets.py",
+        "filter(due_at__isnull=False, attempt=attempt)",
+        "filter(due_at__isnull=False)",
+        ("tests/integration/test_plain.py",),
+    ),
+    # --- the fence
+    Mutant(
+        "hold with any fence",
+        "models/querysets.py",
+        "self.filter(pk=execution_id, fence=fence, status=ExecutionStatus.RUNNING)",
+        "self.filter(pk=execution_id, status=ExecutionStatus.RUNNING)",
+        (TRANSITIONS,),
+    ),
+    Mutant(
+        "hold in any status",
+        "models/querysets.py",
+        "self.filter(pk=execution_id, fence=fence, status=ExecutionStatus.RUNNING)",
+        "self.filter(pk=execution_id, fence=fence)",
+        (TRANSITIONS,),
+    ),
+    Mutant(
+        "let a loser go on",
+        "transitions/guards.py",
+        "        raise CancelExecution\n    raise lease_lost(execution)\n",
+        "        raise CancelExecution\n",
+        (TRANSITIONS,),
+    ),
+    Mutant(
+        "record steps without holding the execution",
+        "transitions/running.py",
+        '    flags = list(locked(held).values_list("cancel_requested_at", flat=True))\n    if not flags:\n',
+        '    flags = list(locked(held).values_list("cancel_requested_at", flat=True)) or [None]\n    if not flags:\n',
+        (TRANSITIONS, LEASES),
+    ),
+    Mutant(
+        "gather without holding the execution",
+        "transitions/suspending.py",
+        "    running.lock_held(execution)  # what a run records, it records while it holds its execution\n",
+        "",
+        (FAN_IN,),
+    ),
+    Mutant(
+        "renew the lease of another run",
+        "leases.py",
+        "mine |= Q(pk=lease.execution_id, fence=lease.fence)",
+        "mine |= Q(pk=lease.execution_id)",
+        (LEASES,),
+    ),
+    Mutant(
+        "recognise no end after a lost answer",
+        "transitions/running.py",
+        ", unless_already=functools.partial(guards.is_mine, execution, ExecutionStatus.SUCCEEDED))",
+        ")",
+        (COMMITS,),
+    ),
+    # --- cancelling
+    Mutant(
+        "suspend what is to be cancelled",
+        "transitions/suspending.py",
+        "status=ExecutionStatus.WAITING, cancel_requested=False, **guards",
+        "status=ExecutionStatus.WAITING, **guards",
+        (TRANSITIONS, CANCEL),
+    ),
+    Mutant(
+        "retry what is to be cancelled",
+        "transitions/running.py",
+        "                cancel_requested=False,\n",
+        "",
+        (TRANSITIONS, CANCEL),
+    ),
+    Mutant(
+        "start a child of what is to be cancelled",
+        "transitions/suspending.py",
+        "            if running.lock_held(execution):\n                raise CancelExecution\n            _open_child",
+        "            running.lock_held(execution)\n            _open_child",
+        (TRANSITIONS,),
+    ),
+    Mutant(
+        "wait for an event although it is to be cancelled",
+        "transitions/suspending.py",
+        "    if running.lock_held(execution):\n        raise CancelExecution\n    return sending",
+        "    running.lock_held(execution)\n    return sending",
+        (TRANSITIONS, EVENTS),
+    ),
+    Mutant(
+        "cancel a run whose cancellation was withdrawn",
+        "transitions/cancelling.py",
+        "            if row.cancel_requested_at is None:\n",
+        "            if False:\n",
+        (TRANSITIONS, CANCEL, OPERATOR),
+    ),
+    Mutant(
+        "cancel what runs or has ended",
+        "models/querysets.py",
+        "            cancel_requested_at__isnull=False, status__in=[ExecutionStatus.QUEUED, ExecutionStatus.WAITING]\n",
+        "            cancel_requested_at__isnull=False\n",
+        (TRANSITIONS,),
+    ),
+    Mutant(
+        "flag what has ended",
+        "transitions/cancelling.py",
+        "        .open()\n        .update(cancel_requested_at=clock.now()",
+        "        .update(cancel_requested_at=clock.now()",
+        (TRANSITIONS, CANCEL),
+    ),
+    Mutant(
+        "leave the children of what is cancelled alone",
+        "transitions/cancelling.py",
+        "            flag_children(execution_id)\n",
+        "",
+        (CANCEL,),
+    ),
+    Mutant(
+        "leave the children of a cancelled run alone",
+        "transitions/cancelling.py",
+        "            flag_children(execution.pk)\n",
+        "",
+        (TRANSITIONS,),
+    ),
+    Mutant(
+        "let a parent wait for a cancelled child",
+        "transitions/cancelling.py",
+        "    waking.settle_parent(execution, StepStatus.CANCELLED, error=_cancel_error(execution))\n",
+        "",
+        (CANCEL,),
+    ),
+    Mutant(
+        "cancel siblings that run",
+        "transitions/waking.py",
+        "children.filter(status=ExecutionStatus.QUEUED, started_at__isnull=True)",
+        "children.open().exclude(status=ExecutionStatus.RUNNING)",
+        (TRANSITIONS, PARALLEL),
+    ),
+    # --- waking
+    Mutant(
+        "wake with a condition on the status",
+        "transitions/waking.py",
+        "        Execution.objects.using(database()).filter(pk=execution_id),\n        (*dispatch",
+        "        Execution.objects.using(database()).filter(pk=execution_id, status=ExecutionStatus.WAITING),\n"
+        "        (*dispatch",
+        (WAKE_UPS,),
+    ),
+    Mutant(
+        "wake whatever the status",
+        "transitions/waking.py",
+        '        status=Case(waiting, default=F("status")),\n',
+        "        status=ExecutionStatus.QUEUED,\n",
+        (TRANSITIONS, PARALLEL),
+    ),
+    Mutant(
+        "suspend without looking again",
+        "transitions/suspending.py",
+        "                if not steps.is_pending(execution.pk, wait.step):\n",
+        "                if False:\n",
+        (TRANSITIONS, WAKE_UPS),
+    ),
+    Mutant(
+        "succeed without waking the parent",
+        "transitions/running.py",
+        "            waking.settle_parent(execution, StepStatus.SUCCEEDED)\n",
+        "",
+        (TRANSITIONS,),
+    ),
+    Mutant(
+        "fail without waking the parent",
+        "transitions/failing.py",
+        "    waking.settle_parent(execution, StepStatus.FAILED)\n",
+        "",
+        (TRANSITIONS, FAILURES),
+    ),
+    # --- steps and counts
+    Mutant(
+        "decide a step twice",
+        "steps.py",
+        "of(execution_id, name).filter(status=StepStatus.PENDING)\n    if only_overdue",
+        "of(execution_id, name)\n    if only_overdue",
+        (TRANSITIONS, OUTCOMES),
+    ),
+    Mutant(
+        "count a decided map down",
+        "steps.py",
+        '        counted.filter(status=StepStatus.PENDING), ("execution_id"',
+        '        counted, ("execution_id"',
+        (PARALLEL,),
+    ),
+    Mutant("decide a map too late", "steps.py", "Q(remaining__lte=1)", "Q(remaining__lte=0)", (PARALLEL,)),
+    Mutant("decide a map too early", "steps.py", "Q(remaining__lte=1)", "Q(remaining__lte=2)", (PARALLEL,)),
+    Mutant(
+        "wait for all although one has failed",
+        "steps.py",
+        "        decisions.insert(0, When(fails_fast=True, then=Value(status.value)))\n"
+        "        is_last |= Q(fails_fast=True)\n",
+        "        pass\n",
+        (PARALLEL,),
+    ),
+    Mutant(
+        "fail a map that asked for exceptions",
+        "steps.py",
+        "        decisions.insert(0, When(fails_fast=True, then=Value(status.value)))\n"
+        "        is_last |= Q(fails_fast=True)\n",
+        "        decisions.insert(0, When(remaining__gte=0, then=Value(status.value)))\n"
+        "        is_last |= Q(remaining__gte=0)\n",
+        (PARALLEL,),
+    ),
+    Mutant(
+        "forget who was late",
+        "transitions/recovering.py",
+        "                steps.note_late(step)\n",
+        "                pass\n",
+        (PARALLEL,),
+    ),
+    Mutant(
+        "cancel siblings of a map that was decided before",
+        "transitions/waking.py",
+        "                transaction.set_rollback(True, using=database())\n        return\n",
+        "                pass\n        return\n",
+        (FAN_IN,),
+    ),
+    Mutant(
+        "start all children of a map at once",
+        "transitions/suspending.py",
+        "is_held=position >= in_flight,",
+        "is_held=False,",
+        (PARALLEL,),
+    ),
+    Mutant(
+        "let no sibling go",
+        "transitions/waking.py",
+        "        _release_sibling(child)\n",
+        "        pass\n",
+        (PARALLEL,),
+    ),
+    Mutant(
+        "let a sibling go for one that was held itself",
+        "transitions/waking.py",
+        'if child.get_options().get("throttled") and not _is_held(child):',
+        'if child.get_options().get("throttled"):',
+        (PARALLEL,),
+    ),
+    Mutant(
+        "give up when siblings are just let go by others",
+        "transitions/waking.py",
+        "locked(held, skip=True).first() or locked(held).first()",
+        "locked(held, skip=True).first()",
+        (FAN_IN,),
+    ),
+    Mutant(
+        "queue behind those who let the same sibling go",
+        "transitions/waking.py",
+        "locked(held, skip=True).first() or locked(held).first()",
+        "locked(held).first()",
+        (FAN_IN,),
+    ),
+    Mutant(
+        "let a sibling go that is to be cancelled",
+        "transitions/waking.py",
+        "due_at__isnull=True, cancel_requested_at__isnull=True)",
+        "due_at__isnull=True)",
+        (TRANSITIONS,),
+    ),
+    Mutant(
+        "leave children held back that nothing lets go",
+        "transitions/recovering.py",
+        "    waking.release_held(children, step.max_parallel)\n",
+        "",
+        (PARALLEL,),
+    ),
+    Mutant(
+        "do not look for maps and gathers whose children are not in flight",
+        "maintenance/sweeper.py",
+        "    ids += [step.execution_id for step in steps.in_vain(conductor_settings().SWEEP_BATCH)]\n",
+        "",
+        (PARALLEL,),
+    ),
+    Mutant(
+        "send to what has ended",
+        "transitions/sending.py",
+        "filter(pk=execution_id).open().update(fence",
+        "filter(pk=execution_id).update(fence",
+        (EVENTS,),
+    ),
+    Mutant(
+        "store an event although a step has begun to wait",
+        "transitions/sending.py",
+        "            if has_missed_step or not mailbox.put",
+        "            if not mailbox.put",
+        (RACING_EVENTS,),
+    ),
+    Mutant(
+        "send without writing the execution",
+        "transitions/sending.py",
+        'filter(pk=execution_id).open().update(fence=F("fence")):',
+        "filter(pk=execution_id).open().exists():",
+        (RACING_EVENTS,),
+    ),
+    Mutant(
+        "take an event twice",
+        "mailbox.py",
+        "name=step.task, taken_at__isnull=True\n",
+        "name=step.task\n",
+        (EVENTS,),
+    ),
+    Mutant("take the newest event", "mailbox.py", 'untaken.order_by("id")', 'untaken.order_by("-id")', (EVENTS,)),
+    Mutant(
+        "wait although the event is there",
+        "transitions/suspending.py",
+        "    return sending.deliver(steps.open_event(execution, wait.step, wait.event, timeout=wait.timeout))\n",
+        "    steps.open_event(execution, wait.step, wait.event, timeout=wait.timeout)\n    return False\n",
+        (EVENTS,),
+    ),
+    # --- the sweeper
+    Mutant(
+        "lose executions of other processes",
+        "transitions/recovering.py",
+        "rows = rows.filter(lease_owner=owner) if owner else rows.filter",
+        "rows = rows if owner else rows.filter",
+        (TRANSITIONS,),
+    ),
+    Mutant(
+        "lose executions whose lease holds",
+        "transitions/recovering.py",
+        "if owner else rows.filter(lease_expires_at__lt=clock.now())",
+        "if owner else rows",
+        (TRANSITIONS,),
+    ),
+    Mutant(
+        "count no attempt for a dead worker",
+        "transitions/recovering.py",
+        '                attempt=F("attempt") + 1,\n',
+        "",
+        (TRANSITIONS,),
+    ),
+    Mutant(
+        "let a body kill its workers for ever",
+        "transitions/recovering.py",
+        "            used_up = execution.max_attempts is not None and execution.attempt >= execution.max_attempts\n",
+        "            used_up = False\n",
+        (TRANSITIONS,),
+    ),
+    Mutant(
+        "queue a dead run that is to be cancelled",
+        "transitions/recovering.py",
+        "            if execution.cancel_requested_at is not None:\n",
+        "            if False:\n",
+        (TRANSITIONS, CANCEL),
+    ),
+    Mutant(
+        "time out before the deadline",
+        "transitions/recovering.py",
+        "status, only_overdue=True)",
+        "status)",
+        (TRANSITIONS, SWEEPER, OPERATORS),
+    ),
+    Mutant(
+        "let a late child go on",
+        "transitions/recovering.py",
+        "                _cancel_late(step)\n",
+        "                pass\n",
+        (TRANSITIONS, SWEEPER),
+    ),
+    Mutant(
+        "expire what has been started",
+        "models/querysets.py",
+        '        return overdue.filter(started_at__isnull=True).order_by("deadline_at")',
+        '        return overdue.order_by("deadline_at")',
+        (TRANSITIONS, SWEEPER),
+    ),
+    Mutant(
+        "publish again at every sweep",
+        "transitions/recovering.py",
+        "dispatch_at=clock.after(pause * 2 ** min(dispatches, 5)), dispatches",
+        "dispatches",
+        (SWEEPER,),
+    ),
+    Mutant(
+        "publish again after the same pause",
+        "transitions/recovering.py",
+        "pause * 2 ** min(dispatches, 5)",
+        "pause",
+        (SWEEPER,),
+    ),
+    Mutant(
+        "take executions that another sweeper takes",
+        "transitions/recovering.py",
+        "            taken = list(locked(rows, skip=True).only(",
+        "            taken = list(rows.only(",
+        (SWEEPERS,),
+    ),
+    Mutant(
+        "put back what has been queued anew",
+        "transitions/recovering.py",
+        "for execution in executions], status=ExecutionStatus.QUEUED, dispatches__gt=0\n",
+        "for execution in executions], status=ExecutionStatus.QUEUED\n",
+        (TRANSITIONS,),
+    ),
+    Mutant(
+        "tell Celery of an end twice",
+        "transitions/announcing.py",
+        "    untold = Execution.objects.using(database()).filter(pk=execution_id, announce_at__isnull=False)\n"
+        "    return bool(guards.persist_briefly(lambda: untold.update(announce_at=None)))",
+        "    untold = Execution.objects.using(database()).filter(pk=execution_id)\n"
+        "    return bool(guards.persist_briefly(lambda: untold.update(announce_at=None)))",
+        (TRANSITIONS, OUTCOMES, SWEEPERS),
+    ),
+    # --- messages
+    Mutant(
+        "let one callback after the commit stop the others",
+        "dispatch.py",
+        "using=database(), robust=True)",
+        "using=database())",
+        (DISPATCH,),
+    ),
+    Mutant(
+        "publish before the commit",
+        "dispatch.py",
+        "        transaction.on_commit(lambda: publish_all(executions), using=database(), robust=True)\n",
+        "        publish_all(executions)\n",
+        (DISPATCH,),
+    ),
+    # --- an operator's retry
+    Mutant(
+        "retry what has succeeded or is open",
+        "transitions/reopening.py",
+        "            if execution.status not in (ExecutionStatus.FAILED, ExecutionStatus.CANCELLED):\n",
+        "            if False:\n",
+        (OPERATOR, TRANSITIONS),
+    ),
+    Mutant(
+        "retry a child whose parent has seen the outcome",
+        "transitions/reopening.py",
+        "            if execution.parent_id is not None:\n",
+        "            if False:\n",
+        (OPERATOR, TRANSITIONS),
+    ),
+    Mutant(
+        "reopen what has changed meanwhile",
+        "transitions/reopening.py",
+        "        .filter(pk=execution.pk, status=execution.status, fence=execution.fence)\n",
+        "        .filter(pk=execution.pk)\n",
+        (OPERATORS,),
+    ),
+    Mutant(
+        "keep the cancellation of a child that is to go on",
+        "transitions/reopening.py",
+        'open_row.update(cancel_requested_at=None, cancel_reason="")',
+        'open_row.update(cancel_reason="")',
+        (OPERATOR, TRANSITIONS),
+    ),
+    # --- an operator's hurry
+    Mutant(
+        "wake what is to be cancelled",
+        "transitions/hastening.py",
+        "        due_at__gt=clock.now(),\n        cancel_requested_at__isnull=True,\n",
+        "        due_at__gt=clock.now(),\n",
+        (HASTENING,),
+    ),
+    Mutant(
+        "wake what is due or running",
+        "transitions/hastening.py",
+        "        status=ExecutionStatus.QUEUED,\n        due_at__gt=clock.now(),\n",
+        "        due_at__gt=clock.now(),\n",
+        (HASTENING,),
+    ),
+    Mutant(
+        "end the sleep of what has been cancelled meanwhile",
+        "transitions/hastening.py",
+        "            if Execution.objects.using(database()).filter(pk=execution_id).open().exists():\n",
+        "            if True:\n",
+        (HASTENING, "tests/races/test_hastening.py"),
+    ),
+    Mutant(
+        "publish what is not due",
+        "transitions/hastening.py",
+        "filter(pk=execution_id).claimable()\n",
+        "filter(pk=execution_id)\n",
+        (HASTENING,),
+    ),
+    # --- repetition after a lost answer
+    Mutant(
+        "abandon a run whose decided gather was recorded",
+        "transitions/suspending.py",
+        "        if not isinstance(wait, AwaitEvent | Gather) and not (isinstance(wait, Map) and not wait.children):\n",
+        "        if not isinstance(wait, AwaitEvent):\n",
+        (COMMITS,),
+    ),
+]
