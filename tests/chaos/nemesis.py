@@ -34,8 +34,8 @@ RETRY_SECONDS = 0.3
 CUT_COMMITS = 0.02
 KILLS = ("kill_process", "kill_worker")
 
-#: Seconds between two acts of a kind, from and to. A worker needs some 5 s to be replaced on two cores, a pool process
-#: is missed after up to 5 s, and an outage costs everybody 10 s: with more of them, nothing is left to be disturbed.
+#: Seconds between two acts of a kind, from and to. A worker needs some 5 s to be replaced on two cores, and an outage
+#: costs everybody 10 s: with more of them, nothing is left to be disturbed.
 SCHEDULE = {
     "kill_process": (1.3, 2.3),
     "kill_worker": (9, 14),

@@ -8,6 +8,7 @@ import signal
 import pytest
 from kombu.asynchronous import Hub
 
+from conductor_app import pools
 from conductor_app.pools import LoopPool, ProcessLock
 from tests.support.polling import wait_until
 
@@ -58,6 +59,26 @@ def test_a_worker_connects_again_while_a_dead_process_is_not_reaped_yet(monkeypa
         assert alive._sentinel_poll in hub.readers
         wait_until(lambda: pool.maintain_pool() or dead not in pool._pool)
         assert [process._sentinel_poll in hub.readers for process in pool._pool] == [True, True]
+    finally:
+        pool.terminate()
+        pool.join()
+        hub.close()
+
+
+def test_a_killed_process_is_told_of_as_soon_as_its_end_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(pools, "on_process_end", ended.append)
+    hub = Hub()
+    pool = LoopPool(processes=2, threads=False)
+    try:
+        pool.register_with_event_loop(hub)
+        killed = []
+        for _ in range(12):
+            victim = pool._pool[0]
+            killed.append(victim.pid)
+            os.kill(victim.pid, signal.SIGKILL)
+            wait_until(lambda victim=victim: hub.run_once() or victim._sentinel_poll is None)
+            assert ended == killed
     finally:
         pool.terminate()
         pool.join()
