@@ -31,6 +31,8 @@ class ConductorSettings:
     AUDIT_SECONDS: float = 60.0
     #: How often a worker with the ``memory://`` broker asks the database for due executions.
     FEED_SECONDS: float = 0.05
+    #: Whether a process goes on with what its run has made runnable, a child or a parent, without a message.
+    HAND_OFF: bool = True
     #: How many rows one sweep takes in one statement.
     SWEEP_BATCH: int = 500
     #: Longest encoded payload.

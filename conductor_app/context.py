@@ -709,6 +709,11 @@ class ExecutionContext:
         """What the body waits for, and where it said so; for the executor."""
         return self._suspension
 
+    @property
+    def memory(self) -> Mapping[str, steps.Memory]:
+        """All that the execution remembers by now; for the executor."""
+        return self._memory
+
     @contextmanager
     def entered(self) -> Any:
         """Make this the current context while the body runs, and close it afterwards; for the executor."""

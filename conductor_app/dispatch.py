@@ -167,7 +167,8 @@ def publish(execution: Execution) -> bool:
     return True
 
 
-def _send(execution: Execution) -> None:
+def message_of(execution: Execution) -> dict[str, Any]:
+    """Return the options of an execution's message, as ``Celery.send_task`` takes them, except for its routing."""
     stored = execution.get_options()
     is_plain = "plain" in stored
     args, kwargs = loads(execution.payload) if is_plain else ((), {})
@@ -182,6 +183,18 @@ def _send(execution: Execution) -> None:
         options["headers"]["ignore_result"] = stored["ignore_result"]
     if stored.get("stamps"):
         options.update(stored["stamps"], stamped_headers=list(stored["stamps"]))
+    options.update(
+        args=args,
+        kwargs=kwargs,
+        root_id=stored.get("root_id") or str(execution.root_id),
+        parent_id=str(execution.parent_id) if execution.parent_id else stored.get("parent_id"),
+        ignore_result=True,
+    )
+    return options
+
+
+def _send(execution: Execution) -> None:
+    options = message_of(execution)
     if "exchange" not in options and "routing_key" not in options:
         options["queue"] = execution.queue
     if execution.priority is not None:
@@ -196,12 +209,7 @@ def _send(execution: Execution) -> None:
         try:
             current_app.send_task(
                 execution.task,
-                args=args,
-                kwargs=kwargs,
                 task_id=str(execution.pk),
-                root_id=stored.get("root_id") or str(execution.root_id),
-                parent_id=str(execution.parent_id) if execution.parent_id else stored.get("parent_id"),
-                ignore_result=True,
                 add_to_parent=False,
                 retry=False,
                 producer=producer,

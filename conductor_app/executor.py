@@ -12,14 +12,15 @@ import logging
 import os
 import socket
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from celery import Task
 from celery.exceptions import Ignore
 from django.db import DatabaseError, connections
 
-from conductor_app import announcements, dispatch, observing, steps, transitions
+from conductor_app import announcements, dispatch, hand_off, observing, steps, transitions
 from conductor_app.conf import conductor_settings
 from conductor_app.context import SWALLOWED_ADVICE, ExecutionContext, swallowed_suspension
 from conductor_app.exceptions import (
@@ -105,8 +106,11 @@ def run(task: Task[Any, Any], execution_id: uuid.UUID) -> Any:
 def _run(task: Task[Any, Any], execution_id: uuid.UUID, limit: SoftLimit) -> Any:
     request = task.request
     _keep_tracer_out(request)
+    delivery = _delivery_of(str(execution_id))
     try:
-        execution = claim(execution_id, lease_owner(request.hostname), task.name)
+        execution = None if delivery is None else delivery.take(execution_id)
+        if execution is None:
+            execution = claim(execution_id, lease_owner(request.hostname), task.name)
     except DatabaseError as error:
         # Nothing was claimed, the row is queued: the sweeper rings again.
         logger.warning("Execution %s was not claimed, the database is away: %s", execution_id, error)
@@ -143,10 +147,10 @@ def claim(execution_id: uuid.UUID, owner: str, task: str, attempt: int | None = 
 
 def _run_claimed(task: Task[Any, Any], execution: Execution, lease: Lease, limit: SoftLimit) -> Any:
     # A first run has nothing to remember, so it does not ask.
-    fresh = execution.fence == 1
+    known: dict[str, steps.Memory] | None = {} if execution.fence == 1 else _kept(execution)
     while True:
-        memory = {} if fresh else _recall(execution)
-        fresh = False
+        memory = _recall(execution) if known is None else known
+        known = None
         context = ExecutionContext(execution, memory, lease, task, draining=is_draining)
         try:
             result = _call_body(task, execution, context, limit)
@@ -157,6 +161,43 @@ def _run_claimed(task: Task[Any, Any], execution: Execution, lease: Lease, limit
 
 class _GoOn(Exception):
     """The body can be run again at once."""
+
+
+def _delivery_of(task_id: str) -> hand_off.Delivery | None:
+    """Return the delivery that this run belongs to; none for one in eager mode, inside another body for example."""
+    delivery = hand_off.current.get()
+    return delivery if delivery is not None and delivery.running == task_id else None
+
+
+def _kept(execution: Execution) -> dict[str, steps.Memory] | None:
+    delivery = _delivery_of(str(execution.pk))
+    return None if delivery is None else delivery.recall(execution)
+
+
+@contextmanager
+def _handing_off(execution: Execution) -> Iterator[transitions.HandOff | None]:
+    """Let the last transition of a run, which gets what this yields, claim what this process runs next."""
+    delivery = _delivery_of(str(execution.pk))
+    if delivery is None:
+        yield None
+        return
+    offer = delivery.offer(execution)
+    try:
+        yield offer
+    finally:
+        delivery.claimed = offer.claimed or _claimed_unheard(offer.wanted, execution.lease_owner)
+
+
+def _claimed_unheard(wanted: Execution | None, owner: str) -> Execution | None:
+    """Take up a claim whose COMMIT got no answer, if it was made."""
+    if wanted is None or keeper.holds(wanted.pk):
+        return None
+    try:
+        close_broken_connections()
+        return transitions.claim_again(wanted.pk, owner, wanted.task)
+    except DatabaseError as error:
+        logger.warning("Execution %s may be left to its lease, the database is away: %s", wanted.pk, error)
+        return None
 
 
 def _recall(execution: Execution) -> dict[str, steps.Memory]:
@@ -196,7 +237,10 @@ def _succeed(task: Task[Any, Any], execution: Execution, value: Any) -> Any:
     except (NotSerializable, PayloadTooLarge) as error:
         _end_attempt(task, execution, error)
     close_broken_connections()
-    transitions.succeed(execution, text)
+    with _handing_off(execution) as offer:
+        transitions.succeed(execution, text, offer)
+    if delivery := _delivery_of(str(execution.pk)):
+        delivery.settle(execution, text)
     result = loads(text)
     _tell_celery(task, execution, announcements.Outcome(ExecutionStatus.SUCCEEDED, result))
     return result
@@ -207,11 +251,14 @@ def _suspend(task: Task[Any, Any], execution: Execution, context: ExecutionConte
     wait, _place = context.suspension
     close_broken_connections()
     try:
-        suspended = transitions.suspend(execution, wait, before_commit=_state_writer(task, execution, wait))
+        with _handing_off(execution) as offer:
+            suspended = transitions.suspend(execution, wait, _state_writer(task, execution, wait), offer)
     except CancelExecution:
         _cancel(task, execution)
     if not suspended:
         raise _GoOn
+    if (delivery := _delivery_of(str(execution.pk))) and isinstance(wait, transitions.Invocation):
+        delivery.keep(execution, wait, context.memory)
     due_in = getattr(wait, "timeout", None) or getattr(wait, "seconds", None)
     detail = f"waiting for step {wait.step!r}"
     if isinstance(wait, transitions.Invocation):
@@ -225,7 +272,8 @@ def _suspend(task: Task[Any, Any], execution: Execution, context: ExecutionConte
 
 def _cancel(task: Task[Any, Any], execution: Execution) -> None:
     close_broken_connections()
-    failure = transitions.cancel_running(execution)
+    with _handing_off(execution) as offer:
+        failure = transitions.cancel_running(execution, offer)
     if failure is None:
         raise RunEnded("released", "its cancellation was withdrawn") from None
     _tell_celery(task, execution, announcements.cancelled(failure.message))
@@ -260,7 +308,8 @@ def _end_attempt(task: Task[Any, Any], execution: Execution, error: Exception) -
         failure = describe(error, limit)
     step = error.step if isinstance(error, (ChildError, EventTimedOut)) else ""
     child_id = error.child_id if isinstance(error, ChildError) else None
-    transitions.fail(execution, failure, step=step, child_id=child_id)
+    with _handing_off(execution) as offer:
+        transitions.fail(execution, failure, step=step, child_id=child_id, hand_off=offer)
     _tell_celery(
         task, execution, announcements.Outcome(ExecutionStatus.FAILED, error=error, traceback=failure.traceback)
     )

@@ -8,7 +8,7 @@ from typing import Any
 from celery import signals as celery_signals
 from django.core.exceptions import ImproperlyConfigured
 
-from conductor_app import plain_runs, signals, tasks  # noqa: F401 - registers our own Celery tasks
+from conductor_app import durable_runs, plain_runs, signals, tasks  # noqa: F401 - registers our own Celery tasks
 from conductor_app.conf import conductor_settings
 from conductor_app.exceptions import Failure
 from conductor_app.executor import RunEnded
@@ -94,6 +94,9 @@ class SuspensionWording(logging.Filter):
 celery_signals.celeryd_init.connect(prepare_worker, dispatch_uid="conductor_app.worker", weak=False)
 celery_signals.worker_process_init.connect(
     plain_runs.guard_pool_process, dispatch_uid="conductor_app.plain_runs", weak=False
+)
+celery_signals.worker_process_init.connect(
+    durable_runs.guard_pool_process, dispatch_uid="conductor_app.durable_runs", weak=False
 )
 celery_signals.task_postrun.connect(plain_runs.on_postrun, dispatch_uid="conductor_app.plain_runs", weak=False)
 signals.execution_finished.connect(log_finished, dispatch_uid="conductor_app.log_finished", weak=False)

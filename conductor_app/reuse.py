@@ -3,6 +3,7 @@
 Celery's Django fixup closes every connection before and after each task, whatever ``CONN_MAX_AGE`` says, and connecting
 anew costs more than a run's own statements do. For the runs of durable tasks it does what Django does around a request
 instead: connections that are older than ``CONN_MAX_AGE`` or unusable are closed, and ``CONN_HEALTH_CHECKS`` counts.
+Runs that follow one delivery in one process count as one.
 Plain tasks are left to Celery, and so is everything with ``CELERY_DB_REUSE_MAX`` or with a pool of connections.
 """
 
@@ -16,6 +17,7 @@ from celery._state import get_current_task
 from celery.fixups import django as fixups
 from django.db import close_old_connections, connections
 
+from conductor_app import executor, hand_off
 from conductor_app.durable import DurableTask
 
 
@@ -31,10 +33,12 @@ def _taught(original: Callable[..., None]) -> Callable[..., None]:
     def close_database(fixup: Any, **kwargs: Any) -> None:
         # The task whose run begins or has just ended in this thread; none in a worker that starts.
         is_durable = isinstance(get_current_task(), DurableTask)
-        if is_durable and not fixup.db_reuse_max and not _is_any_pooled():
-            close_old_connections()
-        else:
+        if not is_durable or fixup.db_reuse_max or _is_any_pooled():
             original(fixup, **kwargs)
+        elif hand_off.is_between_runs():
+            executor.close_broken_connections()
+        else:
+            close_old_connections()
 
     close_database.is_conductor = True  # type: ignore[attr-defined]
     return close_database

@@ -14,6 +14,7 @@ import mmap
 import os
 import queue
 import random
+import struct
 import threading
 import time
 import uuid
@@ -21,10 +22,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from billiard.common import TERM_SIGNAME
 from billiard.einfo import ExceptionInfo
 from billiard.exceptions import Terminated, TimeLimitExceeded, WorkerLostError
 from celery import bootsteps, signals
 from celery.exceptions import Ignore, NotRegistered
+from celery.platforms import signals as os_signals
 from celery.worker import state as worker_state
 from celery.worker.control import Panel
 from celery.worker.request import Request
@@ -32,7 +35,7 @@ from celery.worker.strategy import default as default_strategy
 from django.db import DatabaseError, connections
 from kombu.transport.memory import Transport as MemoryTransport
 
-from conductor_app import api, dispatch, executor, plain_runs, pools, reuse, transitions
+from conductor_app import api, dispatch, durable_runs, executor, hand_off, plain_runs, pools, reuse, transitions
 from conductor_app.conf import conductor_settings
 from conductor_app.exceptions import AbandonRun, CancelExecution, Failure, LeaseLost
 from conductor_app.executor import RunEnded
@@ -85,6 +88,7 @@ class DurableRequest(Request):
                     # The threads and solo pools call back with this when a body ends its process (``sys.exit``).
                     # Celery takes it for an outcome: the worker's loop would die of it, or never free the slot.
                     return self.on_failure(failed__retval__runtime)
+                self._report_followers(failed__retval__runtime[2])
                 return original(self, failed__retval__runtime, **details)
             finally:
                 self._keep_listed(latest)
@@ -113,6 +117,11 @@ class DurableRequest(Request):
         Celery would drop the id for as long as any worker remembers it, an operator's retry included.
         """
         return False
+
+    def terminate(self, pool: Any, signal: Any = None) -> None:
+        """Kill the process that runs this delivery, unless it has gone on with another execution."""
+        if self.worker_pid is None or self._is_running_in(int(self.worker_pid)):
+            super().terminate(pool, signal)
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
         """Handle everything but a success."""
@@ -199,10 +208,26 @@ class DurableRequest(Request):
     def _report_end(self, due_in: float | None) -> None:
         news.run_ended(due_in, seconds=time.time() - self.time_start if self.time_start else None)
 
+    def _report_followers(self, runtime: object) -> None:
+        """Pass on what the process says of the runs that followed this one there."""
+        if not isinstance(runtime, durable_runs.Runtime):
+            return
+        if runtime.due_at is not None:
+            news.run_ended(max(runtime.due_at - time.time(), 0.0))
+        request: Any = self
+        if request._eventer and request._eventer.enabled and self.task.send_events:
+            for kind, fields in runtime.events:
+                request._eventer.send(kind, **fields)
+
     def _report_death(self) -> None:
-        if self.worker_pid is not None:
+        # The end of the process is reported for itself, with what it was running by then.
+        if self.worker_pid is not None and self._is_running_in(int(self.worker_pid)):
             news.process_died(str(self.id), f"{self.hostname}/{self.worker_pid}")
         news.run_ended()
+
+    def _is_running_in(self, pid: int) -> bool:
+        """Tell whether the process has not gone on with another execution."""
+        return hand_off.gate.running_in(pid) in (None, of_task_id(self.id))
 
 
 def strategy(task: Any, app: Any, consumer: Any, **options: Any) -> Callable[..., Any]:
@@ -223,6 +248,17 @@ def strategy(task: Any, app: Any, consumer: Any, **options: Any) -> Callable[...
             return None
 
     return task_message_handler
+
+
+@dataclass(frozen=True)
+class ProcessEnd:
+    """A pool process has ended."""
+
+    pid: int
+    #: The durable execution that it was running, if it could tell.
+    running: uuid.UUID | None
+    #: By ``time.monotonic()``.
+    ended_at: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)
@@ -248,7 +284,7 @@ class News:
         self._wake = threading.Event()
         self._lock = threading.Lock()
         self._deaths: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
-        self._ends: queue.SimpleQueue[tuple[int, float]] = queue.SimpleQueue()
+        self._ends: queue.SimpleQueue[ProcessEnd] = queue.SimpleQueue()
         self._revoked: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._reports: queue.SimpleQueue[PlainReport] = queue.SimpleQueue()
         self._next_due = float("inf")
@@ -281,7 +317,8 @@ class News:
 
     def process_ended(self, pid: int) -> None:
         """A pool process is gone, whatever it was doing."""
-        self._ends.put((pid, time.monotonic()))
+        self._ends.put(ProcessEnd(pid, hand_off.gate.running_in(pid)))
+        hand_off.gate.forget(pid)
         self._wake.set()
 
     def revoked(self, execution_id: str) -> None:
@@ -350,8 +387,8 @@ class SweeperThread(threading.Thread):
         self._next_sweep = 0.0
         #: Reports of processes that are not dead yet.
         self._doubtful: list[PlainReport] = []
-        #: Processes that have ended, and when, as long as Celery may tell of it; the first one first.
-        self._ended: list[tuple[int, float]] = []
+        #: Processes that have ended, as long as Celery may tell of it; the first one first.
+        self._ended: list[ProcessEnd] = []
         self._next_audit = time.monotonic() + self._settings.AUDIT_SECONDS
 
     def stop(self) -> None:
@@ -387,12 +424,12 @@ class SweeperThread(threading.Thread):
                 self._lose(execution_id, owner)
             reports = [*self._doubtful, *news.take("reports")]
             self._doubtful = [report for report in reports if not self._settle_plain(report)]
-            for pid, _ended_at in ends:
-                self._lose_all(pid, plain=False)
+            for end in ends:
+                self._lose_all(end, plain=False)
             # Celery tells of plain tasks itself, and what ended them, but not if it had stored a result before.
             self._ended += ends
-            while self._ended and time.monotonic() - self._ended[0][1] > DEATH_SECONDS:
-                self._lose_all(self._ended.pop(0)[0], plain=True)
+            while self._ended and time.monotonic() - self._ended[0].ended_at > DEATH_SECONDS:
+                self._lose_all(self._ended.pop(0), plain=True)
             if news.take_due() or time.monotonic() >= self._next_sweep:
                 self._sweep()
             if self._embedded and not self._shutdown.is_requested():
@@ -461,15 +498,24 @@ class SweeperThread(threading.Thread):
         except (DatabaseError, ValueError) as error:
             logger.warning("Execution %s of dead process %s is left to its lease: %s", execution_id, owner, error)
 
-    def _lose_all(self, pid: int, *, plain: bool) -> None:
-        """Lose what a process that has ended was still running; when the worker shuts down, others take it over."""
-        owner = f"{self._worker.hostname}/{pid}"
+    def _lose_all(self, end: ProcessEnd, *, plain: bool) -> None:
+        """Lose what a process that has ended was still running; when the worker shuts down, others take it over.
+
+        What it had claimed to run next, and had not begun, is queued again at no cost.
+        """
+        owner = f"{self._worker.hostname}/{end.pid}"
         if self._shutdown.is_requested() or _is_alive(owner):  # alive: another process has the number by now
             return
+        if end.running is not None and not plain:
+            self._lose(str(end.running), owner)
         running = Execution.objects.using(database()).filter(status=ExecutionStatus.RUNNING, lease_owner=owner)
         for execution in running.only("options"):
-            if execution.is_plain is plain:
+            if execution.is_plain is not plain:
+                continue
+            if end.running is None or plain:
                 self._lose(str(execution.pk), owner)
+            else:
+                transitions.give_back(execution.pk, owner)
 
     def _settle_plain(self, report: PlainReport) -> bool:
         """Decide what follows for a plain child, if its row bears the report out.
@@ -551,8 +597,85 @@ class Shutdown:
         return self._shared[0] == 1
 
 
+class SharedGate(hand_off.Gate):
+    """Memory that pool processes share with the main process: whether they may hand off, and what each of them runs.
+
+    Pool processes that are started anew, not forked, do not have it, and hand off nothing.
+    """
+
+    #: Room for so many processes; each has one of a few places, by its id.
+    SLOTS, PLACES = 4_096, 8
+    _slot = struct.Struct("=Q16s")
+
+    def __init__(self, worker: Any, shutdown: Shutdown) -> None:
+        self._shutdown = shutdown
+        self._main_pid = os.getpid()
+        # A job that the pool counts or times is to be one run.
+        self._is_wanted = conductor_settings().HAND_OFF and not (
+            worker.time_limit or worker.soft_time_limit or worker.max_tasks_per_child
+        )
+        # The first byte: closed by a command.
+        self._shared = mmap.mmap(-1, 1 + self.SLOTS * self._slot.size)
+
+    @property
+    def is_own_process(self) -> bool:  # type: ignore[override]
+        """Whether this is a pool process."""
+        return os.getpid() != self._main_pid
+
+    def close(self) -> None:
+        """Hand off nothing from now on."""
+        self._shared[0] = 1
+
+    def is_open(self) -> bool:
+        """Tell whether a run may go on with another execution now."""
+        return (
+            self._is_wanted
+            and self._shared[0] == 0
+            and not self._shutdown.is_requested()
+            and (not self.is_own_process or self._offset() is not None)
+        )
+
+    def show(self, execution_id: uuid.UUID | None) -> None:
+        """Tell the worker's main process what this one runs."""
+        offset = self._offset() if self.is_own_process else None
+        if offset is not None:
+            running = b"" if execution_id is None else execution_id.bytes
+            self._slot.pack_into(self._shared, offset, os.getpid(), running)
+
+    def running_in(self, pid: int) -> uuid.UUID | None:
+        """Return what a pool process runs, or ran when it died."""
+        for offset in self._places(pid):
+            known, running = self._slot.unpack_from(self._shared, offset)
+            if known == pid and any(running):
+                return uuid.UUID(bytes=running)
+        return None
+
+    def forget(self, pid: int) -> None:
+        """Free the place of a dead process."""
+        for offset in self._places(pid):
+            if self._slot.unpack_from(self._shared, offset)[0] == pid:
+                self._slot.pack_into(self._shared, offset, 0, b"")
+
+    def process_of(self, execution_id: str) -> int | None:
+        """Return the pool process that runs an execution."""
+        slots = self._slot.iter_unpack(self._shared[1:])
+        return next((pid for pid, run in slots if any(run) and str(uuid.UUID(bytes=run)) == execution_id), None)
+
+    def _places(self, pid: int) -> list[int]:
+        return [1 + (pid + number) % self.SLOTS * self._slot.size for number in range(self.PLACES)]
+
+    def _offset(self) -> int | None:
+        """Return this process's place; ``None`` if all are taken by processes that died in the middle of a run."""
+        pid = os.getpid()
+        for offset in self._places(pid):
+            known, running = self._slot.unpack_from(self._shared, offset)
+            if known == pid or not any(running):
+                return offset
+        return None
+
+
 class GuardStep(bootsteps.StartStopStep):
-    """The bootstep that guards plain tasks in the pools whose bodies run in the worker's main process.
+    """The bootstep that guards tasks in the pools whose bodies run in the worker's main process.
 
     A consumer's, since Celery builds all tracers anew on each connection to the broker.
     """
@@ -563,6 +686,7 @@ class GuardStep(bootsteps.StartStopStep):
     def start(self, consumer: Any) -> None:
         """Guard all tasks."""
         plain_runs.guard_tasks(consumer.app)
+        durable_runs.guard_tasks(consumer.app)
 
 
 class ConductorStep(bootsteps.StartStopStep):
@@ -579,6 +703,7 @@ class ConductorStep(bootsteps.StartStopStep):
         # Before the pool forks, so that its processes inherit the shared memory.
         self.shutdown = Shutdown()
         executor.is_draining = self.shutdown.is_requested
+        hand_off.gate = SharedGate(worker, self.shutdown)
         signals.worker_shutting_down.connect(self._on_shutting_down, weak=False)
         self.thread: SweeperThread | None = None
         super().__init__(worker, **kwargs)
@@ -659,6 +784,7 @@ def install(instance: Any = None, **_kwargs: Any) -> None:
             # The synchronous pool that memory:// gets reports a dead process only after this wait.
             app.conf.worker_lost_wait = 1.0
     _watch_revokes()
+    _watch_commands()
     _watch_plain_tasks()
 
 
@@ -671,6 +797,8 @@ def _watch_revokes() -> None:
     def revoke(state: Any, task_id: Any, *args: Any, **kwargs: Any) -> Any:
         for item in task_id if isinstance(task_id, (list, tuple, set)) else [task_id]:
             news.revoked(str(item))
+            if kwargs.get("terminate"):
+                _terminate_follower(state, str(item), kwargs.get("signal"))
         try:
             return original(state, task_id, *args, **kwargs)
         finally:
@@ -679,6 +807,32 @@ def _watch_revokes() -> None:
 
     revoke.is_conductor = True  # type: ignore[attr-defined]
     Panel.data["revoke"] = revoke
+
+
+def _terminate_follower(state: Any, task_id: str, signal: Any) -> None:
+    """Kill the process that runs an execution which was handed to it: Celery does not find that by its id."""
+    pid = hand_off.gate.process_of(task_id)
+    delivered = worker_state.requests.get(task_id)
+    if pid is not None and (delivered is None or delivered.worker_pid != pid):
+        state.consumer.pool.terminate_job(pid, os_signals.signum(signal or TERM_SIGNAME))
+
+
+def _watch_commands() -> None:
+    """Hand off no more when a command changes what this worker may run: pool processes do not hear of it."""
+    for name in ("cancel_consumer", "rate_limit", "time_limit"):
+        original = Panel.data[name]
+        if not getattr(original, "is_conductor", False):
+            Panel.data[name] = _closing_the_gate(original)
+
+
+def _closing_the_gate(command: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(command)
+    def handler(*args: Any, **kwargs: Any) -> Any:
+        hand_off.gate.close()
+        return command(*args, **kwargs)
+
+    handler.is_conductor = True  # type: ignore[attr-defined]
+    return handler
 
 
 def _watch_plain_tasks() -> None:

@@ -11,16 +11,22 @@ from __future__ import annotations
 
 from conductor_app.transitions.announcing import announce_now, announced, take_for_announcement
 from conductor_app.transitions.cancelling import cancel_flagged, cancel_running, expire, request_cancel
+from conductor_app.transitions.claiming import HandOff, claim, claim_again
 from conductor_app.transitions.creating import NewExecution, create
 from conductor_app.transitions.failing import fail
 from conductor_app.transitions.guards import patiently
 from conductor_app.transitions.hastening import hasten, publish_again
-from conductor_app.transitions.recovering import decide_overdue, lose, put_back, take_for_dispatch, wake_stranded
+from conductor_app.transitions.recovering import (
+    decide_overdue,
+    give_back,
+    lose,
+    put_back,
+    take_for_dispatch,
+    wake_stranded,
+)
 from conductor_app.transitions.reopening import reopen
 from conductor_app.transitions.running import (
     check_held,
-    claim,
-    claim_again,
     lock_held,
     record_step,
     release,
@@ -43,6 +49,7 @@ from conductor_app.transitions.suspending import (
 __all__ = [
     "AwaitEvent",
     "Gather",
+    "HandOff",
     "Invocation",
     "Map",
     "NewExecution",
@@ -60,6 +67,7 @@ __all__ = [
     "decide_overdue",
     "expire",
     "fail",
+    "give_back",
     "hasten",
     "lock_held",
     "lose",

@@ -16,11 +16,14 @@ from conductor_app.models.querysets import ExecutionQuerySet
 from conductor_app.serialization import clean_text, dump_failure
 from conductor_app.sql import locked
 from conductor_app.states import ExecutionStatus, StepStatus
-from conductor_app.transitions import guards, running, waking
+from conductor_app.transitions import claiming, guards, running, waking
 
 
-def cancel_running(execution: Execution) -> Failure | None:
+def cancel_running(execution: Execution, hand_off: claiming.HandOff | None = None) -> Failure | None:
     """running → cancelled: the body has noticed that it was asked to stop.
+
+    Args:
+        hand_off: Gets the parent, if that was woken.
 
     Returns:
         What is stored as its error; ``None`` if an operator's retry has withdrawn the cancellation meanwhile: then the
@@ -42,7 +45,8 @@ def cancel_running(execution: Execution) -> Failure | None:
                 return False
             execution.cancel_reason = row.cancel_reason
             guards.leave_running(execution, **cancelled_values(execution, running=True))
-            after_cancel(execution)
+            with claiming.handing_off(hand_off):
+                after_cancel(execution)
         return True
 
     if guards.persist(work):

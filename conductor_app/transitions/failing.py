@@ -15,15 +15,23 @@ from conductor_app.exceptions import (
 from conductor_app.models import Execution, FailedExecution, database
 from conductor_app.serialization import clean_text, dump_failure
 from conductor_app.states import ExecutionStatus, StepStatus
-from conductor_app.transitions import guards, waking
+from conductor_app.transitions import claiming, guards, waking
 
 
-def fail(execution: Execution, failure: Failure, *, step: str = "", child_id: uuid.UUID | None = None) -> None:
+def fail(
+    execution: Execution,
+    failure: Failure,
+    *,
+    step: str = "",
+    child_id: uuid.UUID | None = None,
+    hand_off: claiming.HandOff | None = None,
+) -> None:
     """running → failed, with its ``FailedExecution``; wakes the parent.
 
     Args:
         step: The step at which it failed, if the failure is a child's.
         child_id: That child.
+        hand_off: Gets the parent, if that was woken.
 
     Raises:
         LeaseLost: Another run has taken over.
@@ -32,7 +40,8 @@ def fail(execution: Execution, failure: Failure, *, step: str = "", child_id: uu
     def work() -> None:
         with transaction.atomic(using=database()):
             guards.leave_running(execution, **failed_values(execution, failure, running=True))
-            store_failure(execution, failure, step=step, child_id=child_id)
+            with claiming.handing_off(hand_off):
+                store_failure(execution, failure, step=step, child_id=child_id)
 
     guards.persist(work, unless_already=functools.partial(guards.is_mine, execution, ExecutionStatus.FAILED))
 

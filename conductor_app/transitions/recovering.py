@@ -75,6 +75,26 @@ def lose(execution_id: uuid.UUID, *, owner: str | None = None, failure: Failure 
     return lost
 
 
+def give_back(execution_id: uuid.UUID, owner: str) -> bool:
+    """running → queued, at no cost of an attempt: a process that is dead had claimed it, and not begun its body.
+
+    Returns:
+        Whether the process still held it.
+    """
+
+    def work() -> bool:
+        with transaction.atomic(using=database()):
+            rows = Execution.objects.using(database()).filter(pk=execution_id, status=ExecutionStatus.RUNNING)
+            execution = locked(rows.filter(lease_owner=owner), skip=True).first()
+            if execution is None:
+                return False
+            guards.leave_running(execution, status=ExecutionStatus.QUEUED, **guards.queue_now(execution))
+            dispatch.on_commit(execution)
+        return True
+
+    return guards.persist_briefly(work)
+
+
 def _worker_lost(execution: Execution) -> Failure:
     of = "" if execution.max_attempts is None else f" of {execution.max_attempts}"
     message = (

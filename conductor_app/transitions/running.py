@@ -1,14 +1,12 @@
-"""What a run does: claim, remember steps, end."""
+"""What a run does: remember steps, end."""
 
 from __future__ import annotations
 
 import functools
-import uuid
 from typing import Any
 
 from django.db import IntegrityError, transaction
-from django.db.models import F, QuerySet
-from django.db.models.functions import Coalesce
+from django.db.models import F
 
 from conductor_app import clock, dispatch, signals, steps
 from conductor_app.conf import conductor_settings
@@ -18,81 +16,9 @@ from conductor_app.exceptions import (
 )
 from conductor_app.models import Execution, database
 from conductor_app.serialization import dump_failure
-from conductor_app.sql import locked, update_returning
+from conductor_app.sql import locked
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
-from conductor_app.transitions import guards, waking
-
-#: What a run needs to know of the execution that it claims; steps are read separately, and only if there can be any.
-CLAIM_FIELDS = (
-    "id",
-    "task",
-    "queue",
-    "priority",
-    "payload",
-    "status",
-    "attempt",
-    "max_attempts",
-    "parent_id",
-    "root_id",
-    "depth",
-    "step",
-    "position",
-    "fence",
-    "lease_owner",
-    "options",
-    "due_at",
-    "created_at",
-    "started_at",
-)
-
-
-def claim(execution_id: uuid.UUID, owner: str, task: str | None = None, attempt: int | None = None) -> Execution | None:
-    """queued → running: take the lease for one run.
-
-    Args:
-        task: The task that a message names; a forged one may name another than the execution's.
-        attempt: The attempt that a plain task's message is about; see ``ExecutionQuerySet.claimable``.
-
-    Returns:
-        The execution with its new fence, or ``None``: it is not there, not due, cancelled, or another run has it.
-    """
-    named = Execution.objects.using(database()).filter(pk=execution_id)
-    if task is not None:
-        named = named.filter(task=task)
-    return _start(named.claimable(attempt), owner)
-
-
-def claim_again(execution_id: uuid.UUID, owner: str, task: str | None = None) -> Execution | None:
-    """running → running: take over the lease of a claim of this owner's whose COMMIT got no answer.
-
-    Without it the row would be nobody's until the lease ends, and the loss would cost an attempt of a body that never
-    began. The caller knows that no run in this process holds the lease. Should another thread have taken it just now,
-    the new fence makes that run's writes fail, as with any lease that is taken over.
-
-    Returns:
-        The execution with its new fence, or ``None``: the claim had not been made.
-    """
-    taken = Execution.objects.using(database()).filter(
-        pk=execution_id, status=ExecutionStatus.RUNNING, lease_owner=owner
-    )
-    return _start(taken if task is None else taken.filter(task=task), owner)
-
-
-def _start(claimable: QuerySet[Execution], owner: str) -> Execution | None:
-    rows = update_returning(
-        claimable,
-        CLAIM_FIELDS,
-        status=ExecutionStatus.RUNNING,
-        fence=F("fence") + 1,
-        lease_owner=owner,
-        lease_expires_at=clock.after(conductor_settings().LEASE_SECONDS),
-        started_at=Coalesce("started_at", clock.now()),
-        **guards.NOT_QUEUED,
-    )
-    if not rows:
-        return None
-    guards.send_signal(signals.execution_started, rows[0])
-    return rows[0]
+from conductor_app.transitions import claiming, guards, waking
 
 
 def release(execution: Execution) -> None:
@@ -177,8 +103,11 @@ def check_held(execution: Execution) -> None:
         raise CancelExecution
 
 
-def succeed(execution: Execution, result: str) -> None:
+def succeed(execution: Execution, result: str, hand_off: claiming.HandOff | None = None) -> None:
     """running → succeeded, with the stored result; wakes the parent.
+
+    Args:
+        hand_off: Gets the parent, if that was woken.
 
     Raises:
         LeaseLost: Another run has taken over; the result is discarded.
@@ -194,7 +123,8 @@ def succeed(execution: Execution, result: str) -> None:
                 finished_at=clock.now(),
                 announce_at=guards.announcement_instant(execution, running=True),
             )
-            waking.settle_parent(execution, StepStatus.SUCCEEDED)
+            with claiming.handing_off(hand_off):
+                waking.settle_parent(execution, StepStatus.SUCCEEDED)
             guards.send_signal(signals.execution_finished, execution, status=ExecutionStatus.SUCCEEDED)
 
     guards.persist(work, unless_already=functools.partial(guards.is_mine, execution, ExecutionStatus.SUCCEEDED))

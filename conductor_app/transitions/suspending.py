@@ -16,7 +16,7 @@ from conductor_app.exceptions import CancelExecution
 from conductor_app.models import Execution, database
 from conductor_app.serialization import dump_options, loads
 from conductor_app.states import ExecutionStatus, OnTimeout, StepKind, StepStatus
-from conductor_app.transitions import creating, guards, running, sending
+from conductor_app.transitions import claiming, creating, guards, running, sending
 
 #: Children of a map that one INSERT stores.
 _INSERT_BATCH = 500
@@ -105,11 +105,17 @@ def start_child(execution: Execution, wait: Invocation) -> steps.Memory:
     return guards.patiently(lambda: steps.recall(execution.pk, wait.step))[wait.step]
 
 
-def suspend(execution: Execution, wait: Wait, before_commit: Callable[[], None] | None = None) -> bool:
+def suspend(
+    execution: Execution,
+    wait: Wait,
+    before_commit: Callable[[], None] | None = None,
+    hand_off: claiming.HandOff | None = None,
+) -> bool:
     """running → waiting, after the body has unwound; stores the child, or opens the step, that is waited for.
 
     Args:
         before_commit: Called while the row is locked, so that nobody can resume the execution before it returns.
+        hand_off: Gets the child that is waited for.
 
     Returns:
         ``False`` if the step is decided already (meanwhile, or by an event that was sent before): the execution is
@@ -145,7 +151,8 @@ def suspend(execution: Execution, wait: Wait, before_commit: Callable[[], None] 
             elif isinstance(wait, Map):
                 _open_map(execution, wait)
             elif isinstance(wait, Invocation):
-                _open_child(execution, wait, StepKind.INVOKE)
+                with claiming.handing_off(hand_off):
+                    _open_child(execution, wait, StepKind.INVOKE)
             if before_commit is not None:
                 before_commit()
             guards.send_signal(signals.execution_suspended, execution, step=wait.step)
@@ -230,6 +237,8 @@ def _open_child(execution: Execution, wait: Invocation, kind: StepKind) -> None:
         on_timeout=wait.on_timeout,
         kind=kind,
     )
-    if creating.is_due(wait.child):
-        dispatch.on_commit(child)
     guards.send_signal(signals.execution_created, child)
+    if creating.is_due(wait.child):
+        # A started child is to run beside its parent, not after it.
+        ring = claiming.ring if kind == StepKind.INVOKE else dispatch.on_commit
+        ring(child)

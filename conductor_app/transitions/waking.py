@@ -14,7 +14,7 @@ from conductor_app.models import Execution, Step, database
 from conductor_app.serialization import dump_failure
 from conductor_app.sql import locked, update_returning
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
-from conductor_app.transitions import guards
+from conductor_app.transitions import claiming, guards
 
 
 def settle_parent(child: Execution, status: StepStatus, *, error: str | None = None) -> None:
@@ -196,7 +196,7 @@ def wake(execution_id: uuid.UUID, root_id: uuid.UUID | None = None) -> None:
     for row in rows:
         # Queued by this write or already before it: a second ring of the bell is harmless.
         if row.status == ExecutionStatus.QUEUED:
-            dispatch.on_commit(row)
+            claiming.ring(row)
 
 
 def _if_waiting(value: Combinable, column: str) -> Case:

@@ -253,6 +253,7 @@ MOVES: list[tuple[str, str, Callable[[], Execution], Callable[[Execution], objec
     ("queued", "cancelled", lambda: flag(queued()), lambda row: transitions.cancel_flagged(row.pk)),
     ("queued", "cancelled", lambda: make_overdue(queued()), lambda row: transitions.expire(row.pk)),
     ("running", "queued", running, transitions.release),
+    ("running", "queued", running, lambda row: transitions.give_back(row.pk, OWNER)),
     ("running", "queued", running, WRITES["retry later"]),
     ("running", "queued", running, LOSSES["reclaimed"]),
     ("running", "waiting", running, WRITES["invoke"]),

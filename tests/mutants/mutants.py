@@ -18,6 +18,7 @@ OPERATOR = "tests/integration/test_operator_retry.py"
 CONTEXT = "tests/integration/test_context.py"
 FAILURES = "tests/integration/test_failures.py"
 REPLAY = "tests/integration/test_replay.py"
+HAND_OFF = "tests/integration/test_hand_off.py"
 FAN_IN = "tests/races/test_fan_in.py"
 RACING_EVENTS = "tests/races/test_events.py"
 HOLDERS = "tests/races/test_holders.py"
@@ -99,17 +100,17 @@ MUTANTS = [
     ),
     Mutant(
         "claim by the name of another task",
-        "transitions/running.py",
+        "transitions/claiming.py",
         "        named = named.filter(task=task)\n",
         "        pass\n",
         (TRANSITIONS, DECORATOR, "tests/integration/test_concurrency.py", CONTEXT),
     ),
     Mutant(
-        "claim without a new fence", "transitions/running.py", '        fence=F("fence") + 1,\n', "", (TRANSITIONS,)
+        "claim without a new fence", "transitions/claiming.py", '        fence=F("fence") + 1,\n', "", (TRANSITIONS,)
     ),
     Mutant(
         "forget when it was started first",
-        "transitions/running.py",
+        "transitions/claiming.py",
         'started_at=Coalesce("started_at", clock.now())',
         "started_at=clock.now()",
         (TRANSITIONS, SWEEPER),
@@ -123,7 +124,7 @@ MUTANTS = [
     ),
     Mutant(
         "take over another process's lease after an outage",
-        "transitions/running.py",
+        "transitions/claiming.py",
         "        pk=execution_id, status=ExecutionStatus.RUNNING, lease_owner=owner\n",
         "        pk=execution_id, status=ExecutionStatus.RUNNING\n",
         (COMMITS,),
@@ -614,5 +615,67 @@ MUTANTS = [
         "        if not isinstance(wait, AwaitEvent | Gather) and not (isinstance(wait, Map) and not wait.children):\n",
         "        if not isinstance(wait, AwaitEvent):\n",
         (COMMITS,),
+    ),
+    # --- hand-off
+    Mutant(
+        "hand off what goes to another queue",
+        "hand_off.py",
+        "if following.queue != ending.queue or following.priority is not None:",
+        "if following.priority is not None:",
+        (HAND_OFF,),
+    ),
+    Mutant(
+        "hand off what has a priority",
+        "hand_off.py",
+        "if following.queue != ending.queue or following.priority is not None:",
+        "if following.queue != ending.queue:",
+        (HAND_OFF,),
+    ),
+    Mutant(
+        "hand off a task with a rate limit",
+        "hand_off.py",
+        "task.rate_limit or task.time_limit",
+        "task.time_limit",
+        (HAND_OFF,),
+    ),
+    Mutant("hand off while the worker shuts down", "hand_off.py", " or not gate.is_open()", "", (HAND_OFF,)),
+    Mutant(
+        "leave a handed off claim without an answer to its lease",
+        "executor.py",
+        "offer.claimed or _claimed_unheard(offer.wanted, execution.lease_owner)",
+        "offer.claimed",
+        (HAND_OFF,),
+    ),
+    Mutant(
+        "keep what was handed off and cannot be run",
+        "durable_runs.py",
+        "            _give_back(delivery)\n",
+        "",
+        (HAND_OFF,),
+    ),
+    Mutant(
+        "let what a dead process had not begun lose an attempt",
+        "worker.py",
+        "if end.running is None or plain:",
+        "if True:",
+        (HAND_OFF,),
+    ),
+    Mutant(
+        "blame the execution that was delivered for a death",
+        "worker.py",
+        "        if self.worker_pid is not None and self._is_running_in(int(self.worker_pid)):\n            news",
+        "        if self.worker_pid is not None:\n            news",
+        (HAND_OFF,),
+    ),
+    Mutant(
+        "hand receivers of signals the run that they follow",
+        "transitions/suspending.py",
+        """                with claiming.handing_off(hand_off):
+                    _open_child(execution, wait, StepKind.INVOKE)
+""",
+        """                claiming._hand_off.set(hand_off)
+                _open_child(execution, wait, StepKind.INVOKE)
+""",
+        (HAND_OFF,),
     ),
 ]

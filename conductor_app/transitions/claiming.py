@@ -1,0 +1,148 @@
+"""Begin a run: claim an execution, for a message or in the commit that makes it runnable."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from django.db import transaction
+from django.db.models import F, QuerySet
+from django.db.models.functions import Coalesce
+
+from conductor_app import clock, dispatch, signals
+from conductor_app.conf import conductor_settings
+from conductor_app.models import Execution, database
+from conductor_app.sql import update_returning
+from conductor_app.states import ExecutionStatus
+from conductor_app.transitions import guards
+
+#: What a run needs to know of the execution that it claims; steps are read separately, and only if there can be any.
+CLAIM_FIELDS = (
+    "id",
+    "task",
+    "queue",
+    "priority",
+    "payload",
+    "status",
+    "attempt",
+    "max_attempts",
+    "parent_id",
+    "root_id",
+    "depth",
+    "step",
+    "position",
+    "fence",
+    "lease_owner",
+    "options",
+    "due_at",
+    "created_at",
+    "started_at",
+)
+
+
+def claim(execution_id: uuid.UUID, owner: str, task: str | None = None, attempt: int | None = None) -> Execution | None:
+    """queued → running: take the lease for one run.
+
+    Args:
+        task: The task that a message names; a forged one may name another than the execution's.
+        attempt: The attempt that a plain task's message is about; see ``ExecutionQuerySet.claimable``.
+
+    Returns:
+        The execution with its new fence, or ``None``: it is not there, not due, cancelled, or another run has it.
+    """
+    named = Execution.objects.using(database()).filter(pk=execution_id)
+    if task is not None:
+        named = named.filter(task=task)
+    return _start(named.claimable(attempt), owner)
+
+
+def claim_again(execution_id: uuid.UUID, owner: str, task: str | None = None) -> Execution | None:
+    """running → running: take over the lease of a claim of this owner's whose COMMIT got no answer.
+
+    Without it the row would be nobody's until the lease ends, and the loss would cost an attempt of a body that never
+    began. The caller knows that no run in this process holds the lease. Should another thread have taken it just now,
+    the new fence makes that run's writes fail, as with any lease that is taken over.
+
+    Returns:
+        The execution with its new fence, or ``None``: the claim had not been made.
+    """
+    taken = Execution.objects.using(database()).filter(
+        pk=execution_id, status=ExecutionStatus.RUNNING, lease_owner=owner
+    )
+    return _start(taken if task is None else taken.filter(task=task), owner)
+
+
+def _start(claimable: QuerySet[Execution], owner: str) -> Execution | None:
+    rows = update_returning(
+        claimable,
+        CLAIM_FIELDS,
+        status=ExecutionStatus.RUNNING,
+        fence=F("fence") + 1,
+        lease_owner=owner,
+        lease_expires_at=clock.after(conductor_settings().LEASE_SECONDS),
+        started_at=Coalesce("started_at", clock.now()),
+        **guards.NOT_QUEUED,
+    )
+    if not rows:
+        return None
+    guards.send_signal(signals.execution_started, rows[0])
+    return rows[0]
+
+
+class HandOff:
+    """A run that is about to end takes what its last commit makes runnable, and goes on with it.
+
+    Args:
+        owner: Who gets the lease.
+        accepts: Whether this process may run a queued execution next; no message is published for it then.
+    """
+
+    def __init__(self, owner: str, accepts: Callable[[Execution], bool]) -> None:
+        self._owner = owner
+        self._accepts = accepts
+        #: What was to be claimed in the last try of the transaction, whether or not that was committed.
+        self.wanted: Execution | None = None
+        #: What is claimed; the commit has been made.
+        self.claimed: Execution | None = None
+
+    def take(self, execution: Execution) -> bool:
+        """Claim an execution that the current transaction has queued; tell whether it will be run here."""
+        if not self._accepts(execution):
+            return False
+        taken = claim(execution.pk, self._owner, execution.task)
+        if taken is None:
+            return False
+        self.wanted = execution
+        transaction.on_commit(lambda: self._confirm(taken), using=database())
+        return True
+
+    def _confirm(self, taken: Execution) -> None:
+        self.claimed = taken
+
+
+_hand_off: ContextVar[HandOff | None] = ContextVar("conductor_app_hand_off", default=None)
+
+
+@contextmanager
+def handing_off(offer: HandOff | None) -> Iterator[None]:
+    """Hand what the statements in the block make runnable to this process; ``None`` publishes messages.
+
+    Inside the transaction: what receivers of signals do after the commit is no concern of the run that has ended.
+    """
+    token = _hand_off.set(offer)
+    try:
+        yield
+    finally:
+        _hand_off.reset(token)
+
+
+def ring(execution: Execution) -> None:
+    """Publish the message of an execution that the current transaction has queued, when that is committed.
+
+    Unless the run that ends in this transaction goes on with it.
+    """
+    offer = _hand_off.get()
+    if offer is None or not offer.take(execution):
+        dispatch.on_commit(execution)
