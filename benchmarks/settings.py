@@ -11,6 +11,10 @@ INSTALLED_APPS = [*project.INSTALLED_APPS, "benchmarks"]
 if name := os.environ.get("CONDUCTOR_BENCHMARK_DATABASE"):
     project.DATABASES["default"]["NAME"] = name
 
+# As docs/howto/deployment.md says.
+if project.DATABASES["default"]["ENGINE"] == "django.db.backends.postgresql":
+    project.DATABASES["default"]["OPTIONS"].update(server_side_binding=True, prepare_threshold=2)
+
 # Django would keep every query in memory.
 DEBUG = False
 

@@ -186,6 +186,8 @@ class Combination:
     broker: Server | None
     #: The pytest arguments that choose the tests; none for the whole suite.
     selection: tuple[str, ...] = ()
+    #: Whether PostgreSQL prepares the statements.
+    prepares: bool = False
 
     @property
     def servers(self) -> list[Server]:
@@ -196,14 +198,15 @@ class Combination:
         return {
             "DATABASE_URL": self.database.url,
             "CELERY_BROKER_URL": self.broker.url if self.broker else "memory://",
+            "CONDUCTOR_TEST_PREPARED": "1" if self.prepares else "",
         }
 
 
 COMBINATIONS = [
     Combination("postgres-rabbitmq", POSTGRES, RABBITMQ),
     Combination("mariadb-redis", MARIADB, REDIS),
-    Combination("postgres-redis", POSTGRES, REDIS, ("-m", "messaging")),
-    Combination("postgres-memory", POSTGRES, None, ("-m", "combination")),
+    Combination("postgres-redis", POSTGRES, REDIS, ("-m", "messaging"), prepares=True),
+    Combination("postgres-memory", POSTGRES, None, ("-m", "combination"), prepares=True),
 ]
 
 
