@@ -41,6 +41,12 @@ class Peer:
 
 OURS = [
     Peer("conductor-rabbitmq", "conductor", "rabbitmq"),
+    Peer(
+        "conductor-messages",
+        "conductor",
+        "rabbitmq",
+        variables={"CONDUCTOR_BENCHMARK_SETTINGS": '{{"HAND_OFF": false}}'},
+    ),
     Peer("conductor-redis", "conductor", "redis"),
     Peer("conductor-memory", "conductor"),
 ]
