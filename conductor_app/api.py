@@ -84,7 +84,7 @@ def retry(execution: ExecutionRef) -> None:
     transitions.reopen(find(execution).pk, before_commit=lambda row: announcements.show(row, states.PENDING))
 
 
-def rerun(execution: ExecutionRef) -> Execution:
+def rerun(execution: ExecutionRef, *, idempotency_key: str | None = None) -> Execution:
     """Start a new execution like a root that has ended: the same task, payload, queue and priority, and nothing done.
 
     No step is kept, and idempotency keys are new ones, so side effects happen again. The new one has neither the old
@@ -93,6 +93,8 @@ def rerun(execution: ExecutionRef) -> Execution:
 
     Args:
         execution: The execution, its id, or its ``AsyncResult``.
+        idempotency_key: The new one's, unique for its task: a second call with the same key starts none, and returns
+            the first one's.
 
     Returns:
         The new execution.
@@ -100,7 +102,10 @@ def rerun(execution: ExecutionRef) -> Execution:
     Raises:
         Execution.DoesNotExist: There is none.
         ActionRefused: It has not ended, or it is a child, whose result nobody would wait for.
+        InvalidArgument: The key is empty, longer than 255 characters, or not printable.
     """
+    if idempotency_key is not None:
+        idempotency_key = check_key(idempotency_key, "idempotency_key")
     found = find(execution)
     if found.parent_id is not None:
         raise ActionRefused(
@@ -125,6 +130,7 @@ def rerun(execution: ExecutionRef) -> Execution:
         payload=found.payload,
         max_attempts=found.max_attempts,
         priority=found.priority,
+        idempotency_key=idempotency_key,
         options=dump_options(kept),
     )
     created, _is_new = transitions.create(new)

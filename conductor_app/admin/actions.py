@@ -199,14 +199,17 @@ class Acting(admin.ModelAdmin):  # type: ignore[type-arg]
         return TemplateResponse(request, self.action_confirmation_template, context)
 
     def _form(self, action: Action, ids: list[uuid.UUID], data: Any) -> forms.Form:
-        if data is not None or action is not SEND:
+        if data is not None or action not in (SEND, RERUN):
             return action.form(data)
+        key = f"admin-{uuid.uuid4().hex}"
+        if action is RERUN:
+            return action.form(initial={"key": key})
         awaited = Step.objects.using(database()).filter(
             execution_id__in=ids[:CHUNK], kind=StepKind.EVENT, status=StepStatus.PENDING
         )
         names = set(awaited.values_list("task", flat=True))
         event = names.pop() if len(names) == 1 else ""
-        return action.form(initial={"event": event, "key": f"admin-{uuid.uuid4().hex}"})
+        return action.form(initial={"event": event, "key": key})
 
     def _page_of(self, pk: uuid.UUID) -> str:
         return reverse("admin:conductor_app_execution_change", args=[pk], current_app=self.admin_site.name)

@@ -87,6 +87,12 @@ class EventForm(forms.Form):
         return value
 
 
+class RerunForm(forms.Form):
+    """Nothing to say; the same form sent twice, by a double click or a reload, starts one new execution."""
+
+    key = forms.CharField(widget=forms.HiddenInput, max_length=100, required=False)
+
+
 # -------------------------------------------------------------------------------------------------------- the actions
 
 
@@ -132,6 +138,11 @@ def _send(execution: Execution, data: dict[str, Any]) -> None:
             raise Unchanged(gettext("sent already"))
     except ExecutionFinished:
         raise Unchanged(gettext("ended already")) from None
+
+
+def _rerun(execution: Execution, data: dict[str, Any]) -> None:
+    key = f"{data['key']}-{execution.pk}" if data["key"] else None
+    data["created"] = api.rerun(execution, idempotency_key=key)
 
 
 def _publish(execution: Execution, _data: dict[str, Any]) -> None:
@@ -180,8 +191,9 @@ RERUN = Action(
         "Starts a new execution with the same task and payload, by the code of today. It keeps no step, so side "
         "effects happen again. The old one stays as it is."
     ),
-    act=lambda execution, data: data.__setitem__("created", api.rerun(execution)),
+    act=_rerun,
     fits=lambda: Q(parent__isnull=True, status__in=_FINAL),
+    form=RerunForm,
     audit=lambda data: f"Run again as new execution {data['created'].pk}.",
 )
 CANCEL = Action(

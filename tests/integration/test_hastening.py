@@ -9,7 +9,7 @@ import pytest
 from django.db import transaction
 
 from conductor_app import api, clock, dispatch, inline, steps, transitions
-from conductor_app.exceptions import ActionRefused, RetryRefused
+from conductor_app.exceptions import ActionRefused, InvalidArgument, RetryRefused
 from conductor_app.models import Execution, Step
 from conductor_app.serialization import dump_options
 from conductor_app.states import ExecutionStatus, StepStatus
@@ -179,6 +179,18 @@ def test_a_rerun_is_a_new_root_with_nothing_done(published: list[uuid.UUID]) -> 
     assert row.get_options() == options
     assert fresh(old).status == ExecutionStatus.SUCCEEDED
     assert api.rerun(old).pk != new.pk
+
+
+def test_a_rerun_with_a_key_is_made_once(published: list[uuid.UUID]) -> None:
+    old = running()
+    transitions.succeed(old, "1")
+    first = api.rerun(old, idempotency_key="ticket-12")
+    assert api.rerun(old.pk, idempotency_key="ticket-12").pk == first.pk
+    assert api.rerun(old, idempotency_key="ticket-13").pk != first.pk
+    assert fresh(first).idempotency_key == "ticket-12"
+    with pytest.raises(InvalidArgument, match="idempotency_key must have 1–255 characters"):
+        api.rerun(old, idempotency_key="")
+    assert Execution.objects.count() == 3
 
 
 @pytest.mark.parametrize("how", ["succeed", "fail", "cancel"])

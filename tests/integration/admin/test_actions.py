@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -254,6 +255,17 @@ def test_a_rerun_leads_to_the_new_execution(ana: Client) -> None:
     assert said(answer) == f"This is the new execution, started from {ended.pk}."
     assert (created.status, created.payload) == ("queued", ended.payload)
     assert str(LogEntry.objects.get().change_message) == f"Run again as new execution {created.pk}."
+
+
+def test_the_same_form_sent_twice_starts_one_new_execution(ana: Client) -> None:
+    ended, other = failed(), failed()
+    (key,) = re.findall(r'name="key" value="([^"]+)"', ana.get(act_url("rerun", ended.pk)).content.decode())
+    first, second = (post(ana, "rerun", ended.pk, key=key) for _ in range(2))
+    created = Execution.objects.exclude(pk__in=[ended.pk, other.pk]).get()
+    assert first.redirect_chain == second.redirect_chain == [(page_url(created.pk), 302)]
+    # The key is the form's, and a form may be about several executions.
+    post(ana, "rerun", other.pk, key=key)
+    assert Execution.objects.count() == 4
 
 
 def test_a_cancellation_says_who_else_is_concerned(ana: Client) -> None:
