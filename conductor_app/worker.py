@@ -88,8 +88,9 @@ class DurableRequest(Request):
                     # The threads and solo pools call back with this when a body ends its process (``sys.exit``).
                     # Celery takes it for an outcome: the worker's loop would die of it, or never free the slot.
                     return self.on_failure(failed__retval__runtime)
+                ended = original(self, failed__retval__runtime, **details)
                 self._report_followers(failed__retval__runtime[2])
-                return original(self, failed__retval__runtime, **details)
+                return ended
             finally:
                 self._keep_listed(latest)
                 self._report_end(self._callbacks_due_in)
