@@ -1,6 +1,8 @@
 """What an execution is doing and why, in plain words: for ``conductor show``, ``conductor ls`` and the admin.
 
 Everything here is worked out from rows that the caller has read. Nothing is queried, so a list costs no query per row.
+
+Sentences are in the active language; commands, ``document`` and the words of ``label`` never are.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from django.utils import timezone
+from django.utils.translation import gettext as _
+from django.utils.translation import ngettext
 
 from conductor_app.conf import conductor_settings
 from conductor_app.models import Execution, FailedExecution, Step
@@ -246,16 +250,22 @@ def _local(when: dt.datetime) -> dt.datetime:
 
 
 def _of(attempt: int, max_attempts: int | None) -> str:
-    return f"attempt {attempt}" if max_attempts is None else f"attempt {attempt} of {max_attempts}"
+    if max_attempts is None:
+        return _("attempt %(attempt)d") % {"attempt": attempt}
+    return _("attempt %(attempt)d of %(allowed)d") % {"attempt": attempt, "allowed": max_attempts}
 
 
-def _since(when: dt.datetime | None, now: dt.datetime) -> str:
-    return "" if when is None else duration((now - when).total_seconds())
+def _since(when: dt.datetime, now: dt.datetime) -> str:
+    return duration((now - when).total_seconds())
 
 
 def _in(when: dt.datetime, now: dt.datetime) -> str:
     seconds = (when - now).total_seconds()
-    return f"in {duration(seconds)}" if seconds > 0 else "now due"
+    return _("in %(time)s") % {"time": duration(seconds)} if seconds > 0 else _("now due")
+
+
+def _dated(when: dt.datetime, now: dt.datetime) -> dict[str, str]:
+    return {"instant": instant(when, now), "when": _in(when, now)}
 
 
 def _sentence(text: str) -> str:
@@ -264,7 +274,7 @@ def _sentence(text: str) -> str:
 
 def _quoted(names: Sequence[str]) -> str:
     shown = ", ".join(f'"{name}"' for name in names[:5])
-    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
+    return _("%(names)s and %(count)d more") % {"names": shown, "count": len(names) - 5} if len(names) > 5 else shown
 
 
 # ---------------------------------------------------------------------------------------------------------- headlines
@@ -287,47 +297,68 @@ def _queued(situation: Situation) -> Headline:
     execution, now = situation.execution, situation.now
     mark = MARKS[ExecutionStatus.QUEUED]
     if execution.cancel_requested_at is not None:
-        return Headline(mark, "Queued, and cancelled at the next sweep.")
+        return Headline(mark, _("Queued, and cancelled at the next sweep."))
     if execution.due_at is None:
-        return Headline(mark, "Held back until another child of its map ends (max_parallel).")
+        return Headline(mark, _("Held back until another child of its map ends (max_parallel)."))
     if execution.due_at > now:
-        when = _in(execution.due_at, now)
         if execution.attempt > 1:
-            failure = load_failure(execution.error)
-            what = f"{short_name(failure.type)}: {first_line(failure.message)}"
-            previous = _of(execution.attempt - 1, execution.max_attempts).capitalize()
-            return Headline(RETRYING_MARK, f"{previous} failed ({what}). Next try {when}.")
-        return Headline(mark, f"Scheduled for {instant(execution.due_at, now)} ({when}).")
+            return Headline(RETRYING_MARK, _retrying(execution, execution.due_at, now))
+        return Headline(mark, _("Scheduled for %(instant)s (%(when)s).") % _dated(execution.due_at, now))
     waited = (now - execution.due_at).total_seconds()
-    text = f'Queued for {duration(waited)} in queue "{execution.queue}"'
+    values = {"time": duration(waited), "queue": execution.queue}
     if waited >= UNANSWERED_SECONDS or execution.dispatches >= UNDELIVERABLE_DISPATCHES:
-        return Headline(mark, f"{text}: no worker took it.", (_start_worker(situation, execution.queue),))
-    return Headline(mark, f"{text}.")
+        text = _('Queued for %(time)s in queue "%(queue)s": no worker took it.') % values
+        return Headline(mark, text, (_start_worker(situation, execution.queue),))
+    return Headline(mark, _('Queued for %(time)s in queue "%(queue)s".') % values)
+
+
+def _retrying(execution: Execution, due_at: dt.datetime, now: dt.datetime) -> str:
+    failure = load_failure(execution.error)
+    values = {
+        "attempt": execution.attempt - 1,
+        "allowed": execution.max_attempts,
+        "error": f"{short_name(failure.type)}: {first_line(failure.message)}",
+        "when": _in(due_at, now),
+    }
+    if execution.max_attempts is None:
+        return _("Attempt %(attempt)d failed (%(error)s). Next try %(when)s.") % values
+    return _("Attempt %(attempt)d of %(allowed)d failed (%(error)s). Next try %(when)s.") % values
 
 
 def _running(situation: Situation) -> Headline:
     execution, now = situation.execution, situation.now
     mark = MARKS[ExecutionStatus.RUNNING]
+    values = {
+        "worker": worker_name(execution.lease_owner),
+        "attempt": _of(execution.attempt, execution.max_attempts),
+    }
     if execution.lease_expires_at is not None:
         settings = conductor_settings()
         heartbeat = execution.lease_expires_at - dt.timedelta(seconds=settings.LEASE_SECONDS)
         silent = (now - heartbeat).total_seconds()
         if silent > 2 * settings.HEARTBEAT_SECONDS:
-            return Headline(
-                mark,
-                f"Running, but worker {worker_name(execution.lease_owner)} stopped sending heartbeats "
-                f"{duration(silent)} ago. {_when_lapsed(execution)} at {instant(execution.lease_expires_at, now)}.",
-            )
-    text = f"Running on {worker_name(execution.lease_owner)}, {_of(execution.attempt, execution.max_attempts)}"
-    if execution.started_at is not None:
-        text += f"; first started {_since(execution.started_at, now)} ago"
+            values |= {"time": duration(silent)}
+            text = _("Running, but worker %(worker)s stopped sending heartbeats %(time)s ago.") % values
+            return Headline(mark, f"{text} {_when_lapsed(execution, instant(execution.lease_expires_at, now))}")
+    if execution.started_at is None:
+        text = _("Running on %(worker)s, %(attempt)s.") % values
+    else:
+        values |= {"time": _since(execution.started_at, now)}
+        text = _("Running on %(worker)s, %(attempt)s; first started %(time)s ago.") % values
     if execution.cancel_requested_at is not None:
-        text += f". Its cancellation was requested {_since(execution.cancel_requested_at, now)} ago: " + (
-            "a plain Celery task cannot be stopped while it runs, so it runs to its end and keeps its result"
-            if _is_plain(execution)
-            else "the body stops at its next ctx call"
+        text = f"{text} {_when_cancelled(execution, _since(execution.cancel_requested_at, now))}"
+    return Headline(mark, text)
+
+
+def _when_cancelled(execution: Execution, since: str) -> str:
+    if _is_plain(execution):
+        text = _(
+            "Its cancellation was requested %(time)s ago: a plain Celery task cannot be stopped while it runs, so it "
+            "runs to its end and keeps its result."
         )
-    return Headline(mark, f"{text}.")
+    else:
+        text = _("Its cancellation was requested %(time)s ago: the body stops at its next ctx call.")
+    return text % {"time": since}
 
 
 def _is_plain(execution: Execution) -> bool:
@@ -344,10 +375,11 @@ def _runs_again(execution: Execution) -> bool:
         return True
 
 
-def _when_lapsed(execution: Execution) -> str:
+def _when_lapsed(execution: Execution, at: str) -> str:
     if _runs_again(execution):
-        return "It will be re-queued automatically"
-    return "A plain Celery task without acks_late is not run twice: it will be failed"
+        return _("It will be re-queued automatically at %(instant)s.") % {"instant": at}
+    text = _("A plain Celery task without acks_late is not run twice: it will be failed at %(instant)s.")
+    return text % {"instant": at}
 
 
 def _waiting(situation: Situation) -> Headline:
@@ -356,55 +388,110 @@ def _waiting(situation: Situation) -> Headline:
     # A child that was started is awaited by its gather alone.
     pending = [step for step in situation.pending if step.kind != StepKind.START]
     if execution.cancel_requested_at is not None:
-        return Headline(mark, "Waiting, and cancelled at the next sweep.")
+        return Headline(mark, _("Waiting, and cancelled at the next sweep."))
     if not pending:
-        return Headline(mark, "Waiting for nothing: what it waited for is decided. The sweeper wakes it.")
+        return Headline(mark, _("Waiting for nothing: what it waited for is decided. The sweeper wakes it."))
+    hints = tuple(_send_hint(step) for step in pending if step.kind == StepKind.EVENT)
     if len(pending) > 1:
-        names = _quoted([step.name for step in pending])
-        since = _since(min(step.created_at for step in pending), now)
-        return Headline(
-            mark,
-            f"Waiting for {len(pending)} steps ({names}) since {since} ago. No worker is held. "
-            f"It resumes when they are decided{_times_out(pending, now)}.",
-            tuple(_send_hint(step) for step in pending if step.kind == StepKind.EVENT),
-        )
+        values = {
+            "count": len(pending),
+            "names": _quoted([step.name for step in pending]),
+            "time": _since(min(step.created_at for step in pending), now),
+        }
+        waits = _("Waiting for %(count)d steps (%(names)s) since %(time)s ago. No worker is held.") % values
+        resumes = _resumes(_("when they are decided"), pending, now)
+        return Headline(mark, f"{waits} {resumes}", hints)
     step = pending[0]
-    since = _since(step.created_at, now)
     if step.kind == StepKind.SLEEP:
-        until = "" if step.deadline_at is None else f" until {instant(step.deadline_at, now)}"
-        when = "" if step.deadline_at is None else f" ({_in(step.deadline_at, now)})"
-        return Headline(mark, f'Sleeping (step "{step.name}"){until}{when}. No worker is held.')
+        return Headline(mark, _sleeping(step, now))
     if step.kind in (StepKind.MAP, StepKind.GATHER):
-        return Headline(
-            mark,
-            f"{_waiting_for_many(step)} since {since} ago. No worker is held. It resumes once, "
-            f"{_when_decided(step)}{_times_out(pending, now)}.",
-        )
+        return Headline(mark, f"{_waiting_for_many(step, now)} {_resumes(_when_decided(step), pending, now)}")
     if step.kind == StepKind.EVENT:
-        return Headline(
-            mark,
-            f'Waiting for the event "{step.task}" (step "{step.name}") since {since} ago. No worker is held. '
-            f"It resumes when the event is sent{_times_out(pending, now)}.",
-            (_send_hint(step),),
-        )
-    name = short_name(step.task)
+        values = {"event": step.task, "step": step.name, "time": _since(step.created_at, now)}
+        waits = _('Waiting for the event "%(event)s" (step "%(step)s") since %(time)s ago. No worker is held.') % values
+        resumes = _resumes(_("when the event is sent"), pending, now)
+        return Headline(mark, f"{waits} {resumes}", hints)
+    return _waiting_for_child(step, situation)
+
+
+def _sleeping(step: Step, now: dt.datetime) -> str:
+    if step.deadline_at is None:
+        return _('Sleeping (step "%(step)s"). No worker is held.') % {"step": step.name}
+    text = _('Sleeping (step "%(step)s") until %(instant)s (%(when)s). No worker is held.')
+    return text % {"step": step.name, **_dated(step.deadline_at, now)}
+
+
+def _waiting_for_many(step: Step, now: dt.datetime) -> str:
+    values = {"children": _children(step), "step": step.name, "time": _since(step.created_at, now)}
+    if step.kind == StepKind.GATHER:
+        return _("Waiting for %(children)s since %(time)s ago. No worker is held.") % values
+    if step.max_parallel is None:
+        return _('Waiting for %(children)s (step "%(step)s") since %(time)s ago. No worker is held.') % values
+    values["limit"] = f"{step.max_parallel:,}"
+    text = _(
+        'Waiting for %(children)s (step "%(step)s", at most %(limit)s at once) since %(time)s ago. No worker is held.'
+    )
+    return text % values
+
+
+def _waiting_for_child(step: Step, situation: Situation) -> Headline:
+    now = situation.now
+    mark = MARKS[ExecutionStatus.WAITING]
+    values = {"task": short_name(step.task), "step": step.name, "time": _since(step.created_at, now)}
     child = situation.tree.get(step.child_id) if step.child_id is not None else None
     if child is not None and child.status == ExecutionStatus.QUEUED:
         waited = (now - (child.due_at or now)).total_seconds()
         if waited >= UNANSWERED_SECONDS or child.dispatches >= UNDELIVERABLE_DISPATCHES:
-            return Headline(
-                mark,
-                f'Waiting for {name} (step "{step.name}"), which has been queued for {duration(waited)}: no worker '
-                f'took it from queue "{child.queue}"{_times_out(pending, now)}.',
-                (_start_worker(situation, child.queue),),
-            )
-    text = (
-        f'Waiting for {name} (step "{step.name}") since {since} ago. No worker is held. '
-        f"It resumes when that execution finishes{_times_out(pending, now)}."
-    )
+            values |= {"time": duration(waited), "queue": child.queue}
+            return Headline(mark, _not_taken(step, values, now), (_start_worker(situation, child.queue),))
+    sentences = [
+        _('Waiting for %(task)s (step "%(step)s") since %(time)s ago. No worker is held.') % values,
+        _resumes(_("when that execution finishes"), [step], now),
+    ]
     if child is not None:
-        text += f" That execution is {label(child, now).word}, {_of(child.attempt, child.max_attempts)}."
-    return Headline(mark, text)
+        # ``admin.text`` marks the word for translators.
+        values = {"status": _(label(child, now).word), "attempt": _of(child.attempt, child.max_attempts)}
+        sentences.append(_("That execution is %(status)s, %(attempt)s.") % values)
+    return Headline(mark, " ".join(sentences))
+
+
+def _not_taken(step: Step, values: Mapping[str, str], now: dt.datetime) -> str:
+    if step.deadline_at is None:
+        text = _(
+            'Waiting for %(task)s (step "%(step)s"), which has been queued for %(time)s: no worker took it from queue '
+            '"%(queue)s".'
+        )
+        return text % values
+    text = _(
+        'Waiting for %(task)s (step "%(step)s"), which has been queued for %(time)s: no worker took it from queue '
+        '"%(queue)s"; times out at %(instant)s (%(when)s).'
+    )
+    return text % {**values, **_dated(step.deadline_at, now)}
+
+
+def _resumes(condition: str, pending: Sequence[Step], now: dt.datetime) -> str:
+    deadlines = [step.deadline_at for step in pending if step.deadline_at is not None]
+    if not deadlines:
+        return _("It resumes %(condition)s.") % {"condition": condition}
+    text = _("It resumes %(condition)s; times out at %(instant)s (%(when)s).")
+    return text % {"condition": condition, **_dated(min(deadlines), now)}
+
+
+def _when_decided(step: Step) -> str:
+    if step.fails_fast:
+        return _("once, when all have finished or one has failed")
+    return _("once, when all have finished")
+
+
+def _children(step: Step) -> str:
+    """Return whom a map or a gather waits for."""
+    values = {"task": short_name(step.task)}
+    is_map = step.kind == StepKind.MAP
+    if step.remaining is None or step.total is None:
+        return _("the %(task)s") % values if is_map else _("the started children")
+    values |= {"left": f"{step.remaining:,}", "total": f"{step.total:,}"}
+    text = _("%(left)s of %(total)s %(task)s") if is_map else _("%(left)s of %(total)s started children")
+    return text % values
 
 
 def awaited(situation: Situation) -> list[Awaited]:
@@ -416,69 +503,43 @@ def awaited(situation: Situation) -> list[Awaited]:
 
 def _awaited(step: Step, situation: Situation) -> Awaited:
     child = situation.tree.get(step.child_id) if step.child_id is not None else None
-    name = short_name(step.task)
     if step.kind == StepKind.SLEEP:
-        return Awaited(step, "The end of a sleep.", ("It resumes by itself.",))
+        return Awaited(step, _("The end of a sleep."), (_("It resumes by itself."),))
     if step.kind == StepKind.EVENT:
-        then = ["It resumes with the event's payload.", _send_hint(step)]
-        what = f'The event "{step.task}".'
-    elif step.kind == StepKind.MAP:
-        what = f"{_left(step)} {name}{_parallel(step)}."
-        then = [f"It resumes once, {_when_decided(step)}."]
-        if step.fails_fast:
-            then.append("If one fails, ChildFailed is raised here, and the others are cancelled.")
-    elif step.kind == StepKind.GATHER:
-        what = f"{_left(step)} started children."
-        then = [f"It resumes once, {_when_decided(step)}."]
+        what = _('The event "%(event)s".') % {"event": step.task}
+        then = [_("It resumes with the event's payload."), _send_hint(step)]
+    elif step.kind in (StepKind.MAP, StepKind.GATHER):
+        what = _("%(children)s.") % {"children": _children(step)}
+        if step.kind == StepKind.MAP and step.max_parallel is not None:
+            values = {"children": _children(step), "limit": f"{step.max_parallel:,}"}
+            what = _("%(children)s, at most %(limit)s at once.") % values
+        then = [_resumes(_when_decided(step), (), situation.now)]
+        if step.kind == StepKind.MAP and step.fails_fast:
+            then.append(_("If one fails, ChildFailed is raised here, and the others are cancelled."))
     else:
-        what = f"{name}, a child."
+        what = _("%(task)s, a child.") % {"task": short_name(step.task)}
         then = [
-            "When it succeeds, this execution resumes with its result.",
-            "If it fails for good, ChildFailed is raised here: uncaught, it fails this execution, too.",
+            _("When it succeeds, this execution resumes with its result."),
+            _("If it fails for good, ChildFailed is raised here: uncaught, it fails this execution, too."),
         ]
     if step.deadline_at is not None:
-        error = "EventTimedOut" if step.kind == StepKind.EVENT else "ChildTimedOut"
-        at = instant(step.deadline_at, situation.now)
-        end = f"At {at} ({_in(step.deadline_at, situation.now)}) it times out: {error} is raised here"
-        if step.kind != StepKind.EVENT:
-            goes_on = step.on_timeout == OnTimeout.ABANDON
-            end += ", and what still runs goes on" if goes_on else ", and what still runs is cancelled"
-        then.append(f"{end}.")
+        then.append(_at_deadline(step) % _dated(step.deadline_at, situation.now))
     return Awaited(step, what, tuple(then), child)
 
 
-def _waiting_for_many(step: Step) -> str:
-    if step.kind == StepKind.GATHER:
-        return f"Waiting for {_left(step)} started children"
-    return f'Waiting for {_left(step)} {short_name(step.task)} (step "{step.name}"{_parallel(step)})'
-
-
-def _left(step: Step) -> str:
-    return f"{step.remaining:,} of {step.total:,}" if step.remaining is not None and step.total is not None else "the"
-
-
-def _parallel(step: Step) -> str:
-    return "" if step.max_parallel is None else f", at most {step.max_parallel:,} at once"
-
-
-def _when_decided(step: Step) -> str:
-    return "when all have finished or one has failed" if step.fails_fast else "when all have finished"
-
-
-def _times_out(pending: Sequence[Step], now: dt.datetime) -> str:
-    deadlines = [step.deadline_at for step in pending if step.deadline_at is not None]
-    if not deadlines:
-        return ""
-    return f"; times out at {instant(min(deadlines), now)} ({_in(min(deadlines), now)})"
+def _at_deadline(step: Step) -> str:
+    if step.kind == StepKind.EVENT:
+        return _("At %(instant)s (%(when)s) it times out: EventTimedOut is raised here.")
+    if step.on_timeout == OnTimeout.ABANDON:
+        return _("At %(instant)s (%(when)s) it times out: ChildTimedOut is raised here, and what still runs goes on.")
+    return _("At %(instant)s (%(when)s) it times out: ChildTimedOut is raised here, and what still runs is cancelled.")
 
 
 def _succeeded(situation: Situation) -> Headline:
-    execution, now = situation.execution, situation.now
-    took = ""
-    if execution.finished_at is not None:
-        took = f" in {duration((execution.finished_at - execution.created_at).total_seconds())}"
-    text = f"Succeeded {_since(execution.finished_at, now)} ago{took}."
-    return Headline(MARKS[ExecutionStatus.SUCCEEDED], text)
+    execution = situation.execution
+    finished_at = execution.finished_at or situation.now
+    values = {"since": _since(finished_at, situation.now), "took": _since(execution.created_at, finished_at)}
+    return Headline(MARKS[ExecutionStatus.SUCCEEDED], _("Succeeded %(since)s ago in %(took)s.") % values)
 
 
 def _failed(situation: Situation) -> Headline:
@@ -489,61 +550,76 @@ def _failed(situation: Situation) -> Headline:
     message = first_line(own.message)
     if failure is None or not failure.step:
         made = execution.attempt if failure is None else failure.attempts
-        text = f"Failed: {message} ({short_name(own.type)}, {_of(made, execution.max_attempts)})."
+        text = _("Failed: %(message)s (%(error)s, %(attempt)s).") % {
+            "message": message,
+            "error": short_name(own.type),
+            "attempt": _of(made, execution.max_attempts),
+        }
         return Headline(mark, text, (*_mismatch_hint(own.type), *_retry_hint(situation)))
+    values = {"step": failure.step, "message": message}
     step = next((step for step in situation.steps if step.name == failure.step), None)
     if step is not None and step.status == StepStatus.TIMED_OUT:
-        text = _sentence(f'Timed out at step "{failure.step}": {message}')
+        text = _sentence(_('Timed out at step "%(step)s": %(message)s') % values)
         child = situation.tree.get(step.child_id) if step.child_id is not None else None
         if child is not None and not child.is_final:
-            text += f" The child is still {child.status} ({child.pk})."
-            return Headline(
-                mark, text, (f"Cancel the child: manage.py conductor cancel {child.pk}", *_retry_hint(situation))
-            )
+            still = _("The child is still %(status)s (%(id)s).")
+            text = f"{text} {still % {'status': child.get_status_display(), 'id': child.pk}}"
+            cancel = _("Cancel the child: %(command)s") % {"command": f"manage.py conductor cancel {child.pk}"}
+            return Headline(mark, text, (cancel, *_retry_hint(situation)))
         return Headline(mark, text, _retry_hint(situation))
-    text = f'Failed at step "{failure.step}": {message}'
-    return Headline(mark, _sentence(f"{text}{_root_cause(situation, failure)}"), _retry_hint(situation))
+    text = _('Failed at step "%(step)s": %(message)s') % values
+    if failure.root_cause_id is not None:
+        text += f" → {_root_cause(situation, failure.root_cause_id)}"
+    return Headline(mark, _sentence(text), _retry_hint(situation))
 
 
 def _mismatch_hint(error_class: str) -> tuple[str, ...]:
     if short_name(error_class) != "StepMismatch":
         return ()
     return (
-        "The code changed while this execution was in flight. Before it is run again, give the new call a name of its "
-        "own, or deploy the old code for as long as such executions are open",
+        _(
+            "The code changed while this execution was in flight. Before it is run again, give the new call a name of "
+            "its own, or deploy the old code for as long as such executions are open"
+        ),
     )
 
 
-def _root_cause(situation: Situation, failure: FailedExecution) -> str:
-    if failure.root_cause_id is None:
-        return ""
-    cause = situation.failures.get(failure.root_cause_id)
+def _root_cause(situation: Situation, key: uuid.UUID) -> str:
+    cause = situation.failures.get(key)
     if cause is None:
-        return f" → root cause in {failure.root_cause_id}"
-    execution = situation.tree.get(failure.root_cause_id)
-    allowed = None if execution is None else execution.max_attempts
-    return (
-        f" → root cause {short_name(cause.error_class)} in {short_name(cause.task)} {failure.root_cause_id} "
-        f"({_of(cause.attempts, allowed)})"
-    )
+        return _("root cause in %(id)s") % {"id": key}
+    execution = situation.tree.get(key)
+    return _("root cause %(error)s in %(task)s %(id)s (%(attempt)s)") % {
+        "error": short_name(cause.error_class),
+        "task": short_name(cause.task),
+        "id": key,
+        "attempt": _of(cause.attempts, None if execution is None else execution.max_attempts),
+    }
 
 
 def _cancelled(situation: Situation) -> Headline:
     execution, now = situation.execution, situation.now
-    text = f"Cancelled {_since(execution.finished_at, now)} ago"
+    values = {"time": _since(execution.finished_at or now, now)}
     undecided = [
         step
         for step in situation.steps
         if step.kind != StepKind.STEP and step.status in (StepStatus.PENDING, StepStatus.CANCELLED)
     ]
     if undecided:
-        text += f' while waiting for "{undecided[-1].name}"'
+        values["step"] = undecided[-1].name
+        text = _('Cancelled %(time)s ago while waiting for "%(step)s"') % values
+    else:
+        text = _("Cancelled %(time)s ago") % values
     if execution.cancel_reason:
         text += f": {first_line(execution.cancel_reason)}"
     census = situation.census
     if census.total:
-        noun = "child" if census.cancelled == 1 else "children"
-        text += f"; {census.cancelled:,} {noun} cancelled, {census.open:,} left running"
+        children = ngettext(
+            "%(cancelled)s child cancelled, %(open)s left running",
+            "%(cancelled)s children cancelled, %(open)s left running",
+            census.cancelled,
+        )
+        text += f"; {children % {'cancelled': f'{census.cancelled:,}', 'open': f'{census.open:,}'}}"
     return Headline(MARKS[ExecutionStatus.CANCELLED], _sentence(text), _retry_hint(situation))
 
 
@@ -552,14 +628,22 @@ def _retry_hint(situation: Situation) -> tuple[str, ...]:
     root = situation.tree.get(execution.root_id, execution)
     if root.status not in (ExecutionStatus.FAILED, ExecutionStatus.CANCELLED):
         return ()  # the root went on without it
+    values = {"command": f"manage.py conductor retry {execution.root_id}"}
     kept = [step.name for step in situation.steps if step.status == StepStatus.SUCCEEDED]
-    keeping = f", keeping {'the results' if len(kept) > 1 else 'the result'} of {_quoted(kept)}" if kept else ""
-    return (f"Run it again from where it stopped{keeping}: manage.py conductor retry {execution.root_id}",)
+    if not kept:
+        return (_("Run it again from where it stopped: %(command)s") % values,)
+    text = ngettext(
+        "Run it again from where it stopped, keeping the result of %(names)s: %(command)s",
+        "Run it again from where it stopped, keeping the results of %(names)s: %(command)s",
+        len(kept),
+    )
+    return (text % {**values, "names": _quoted(kept)},)
 
 
 def _send_hint(step: Step) -> str:
-    return f"Send it: manage.py conductor send {step.execution_id} {step.task} --payload JSON"
+    command = f"manage.py conductor send {step.execution_id} {step.task} --payload JSON"
+    return _("Send it: %(command)s") % {"command": command}
 
 
 def _start_worker(situation: Situation, queue: str) -> str:
-    return f"Start a worker: celery -A {situation.app} worker -Q {queue}"
+    return _("Start a worker: %(command)s") % {"command": f"celery -A {situation.app} worker -Q {queue}"}

@@ -17,6 +17,7 @@ from typing import Any
 from django.db import connections
 from django.db.models import Case, Count, F, IntegerField, Q, QuerySet, Sum, TextField, Value, When, Window
 from django.db.models.functions import Coalesce, Length, RowNumber, Substr
+from django.utils.translation import gettext as _
 
 from conductor_app import clock
 from conductor_app.exceptions import Failure
@@ -439,28 +440,31 @@ def shortened(moments: list[Moment], most: int) -> list[Moment]:
         return moments
     half = most // 2
     hidden = len(moments) - 2 * half
-    return [*moments[:half], Moment(moments[half].at, f"… {hidden:,} more"), *moments[-half:]]
+    left_out = Moment(moments[half].at, _("… %(count)s more") % {"count": f"{hidden:,}"})
+    return [*moments[:half], left_out, *moments[-half:]]
 
 
 def _moments(story: Story) -> Iterator[Moment]:
     execution, now = story.execution, story.now
-    origin = f'by its parent, for step "{execution.step}"' if execution.parent_id else f'in queue "{execution.queue}"'
-    yield Moment(execution.created_at, f"queued {origin}")
+    queued = _('queued by its parent, for step "%(step)s"') if execution.parent_id else _('queued in queue "%(queue)s"')
+    yield Moment(execution.created_at, queued % {"step": execution.step, "queue": execution.queue})
     if execution.started_at is not None:
-        yield Moment(execution.started_at, "first run started")
+        yield Moment(execution.started_at, _("first run started"))
     for attempt, at in attempts_begun(story.steps):
-        yield Moment(at, f"attempt {attempt} under way")
+        yield Moment(at, _("attempt %(attempt)d under way") % {"attempt": attempt})
     for step in story.steps:
         yield from _step_moments(step, story)
     due_at = execution.due_at if execution.status == ExecutionStatus.QUEUED else None
     if due_at is not None and due_at > execution.created_at:
-        yield Moment(due_at, "queued again" if due_at <= now else "due")
+        yield Moment(due_at, _("queued again") if due_at <= now else _("due"))
     if execution.cancel_requested_at is not None:
-        yield Moment(execution.cancel_requested_at, f"cancel requested: {execution.cancel_reason}".rstrip(": "))
+        reason = execution.cancel_reason.rstrip(": ")
+        requested = _("cancel requested: %(reason)s") % {"reason": reason} if reason else _("cancel requested")
+        yield Moment(execution.cancel_requested_at, requested)
     if execution.status == ExecutionStatus.RUNNING and execution.lease_expires_at is not None:
-        yield Moment(execution.lease_expires_at, "its lease expires, unless it is renewed")
+        yield Moment(execution.lease_expires_at, _("its lease expires, unless it is renewed"))
     if execution.finished_at is not None:
-        yield Moment(execution.finished_at, str(execution.status))
+        yield Moment(execution.finished_at, execution.get_status_display())
 
 
 def attempts_begun(steps: Iterable[Step]) -> list[tuple[int, dt.datetime]]:
@@ -473,28 +477,41 @@ def attempts_begun(steps: Iterable[Step]) -> list[tuple[int, dt.datetime]]:
 
 
 def _step_moments(step: Step, story: Story) -> Iterator[Moment]:
-    outcome = str(step.status).replace("_", " ")
+    values = {"step": step.name, "status": step.get_status_display()}
     if step.kind == StepKind.STEP:
-        yield Moment(step.created_at, f'step "{step.name}" {outcome}')
+        yield Moment(step.created_at, _('step "%(step)s" %(status)s') % values)
         return
+    yield Moment(step.created_at, _begun(step))
     child = story.child_of(step)
-    what = {
-        StepKind.INVOKE.value: f"{short_name(step.task)} queued, waits for it",
-        StepKind.START.value: f"{short_name(step.task)} queued; goes on",
-        StepKind.MAP.value: f"{step.total or 0:,} {short_name(step.task)} queued, waits for them",
-        StepKind.GATHER.value: f"waits for {step.total or 0:,} started children",
-        StepKind.SLEEP.value: "sleeps",
-        StepKind.EVENT.value: f'waits for the event "{step.task}"',
-    }.get(str(step.kind), "waits")
-    released = "" if step.kind == StepKind.START else "; no worker is held"
-    yield Moment(step.created_at, f'step "{step.name}": {what}{released}')
     if child is not None and child.started_at is not None:
-        queued = duration((child.started_at - child.created_at).total_seconds())
-        yield Moment(
-            child.started_at, f'step "{step.name}": {short_name(child.task)} started after {queued} in the queue'
-        )
+        values |= {
+            "task": short_name(child.task),
+            "time": duration((child.started_at - child.created_at).total_seconds()),
+        }
+        yield Moment(child.started_at, _('step "%(step)s": %(task)s started after %(time)s in the queue') % values)
     if step.finished_at is not None:
-        took = duration((step.finished_at - step.created_at).total_seconds())
-        yield Moment(step.finished_at, f'step "{step.name}" {outcome} after {took}')
+        values["time"] = duration((step.finished_at - step.created_at).total_seconds())
+        yield Moment(step.finished_at, _('step "%(step)s" %(status)s after %(time)s') % values)
     elif step.deadline_at is not None:
-        yield Moment(step.deadline_at, f'step "{step.name}" {"ends" if step.kind == StepKind.SLEEP else "times out"}')
+        ends = _('step "%(step)s" ends') if step.kind == StepKind.SLEEP else _('step "%(step)s" times out')
+        yield Moment(step.deadline_at, ends % values)
+
+
+def _begun(step: Step) -> str:
+    values = {"step": step.name, "task": short_name(step.task), "event": step.task, "count": f"{step.total or 0:,}"}
+    match step.kind:
+        case StepKind.INVOKE:
+            text = _('step "%(step)s": %(task)s queued, waits for it; no worker is held')
+        case StepKind.START:
+            text = _('step "%(step)s": %(task)s queued; goes on')
+        case StepKind.MAP:
+            text = _('step "%(step)s": %(count)s %(task)s queued, waits for them; no worker is held')
+        case StepKind.GATHER:
+            text = _('step "%(step)s": waits for %(count)s started children; no worker is held')
+        case StepKind.SLEEP:
+            text = _('step "%(step)s": sleeps; no worker is held')
+        case StepKind.EVENT:
+            text = _('step "%(step)s": waits for the event "%(event)s"; no worker is held')
+        case _:
+            text = _('step "%(step)s": waits; no worker is held')
+    return text % values

@@ -42,6 +42,8 @@ MOST_EVENTS = 100
 MOST_MOMENTS = 200
 
 _ID = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})")
+#: Whatever language and punctuation stand before it.
+_COMMAND = re.compile(r"(?:manage\.py conductor|celery -A) .*\Z", re.DOTALL)
 _FRAME = re.compile(r'^\s*[|+ ]*File "(?P<file>[^"\n]*)", line \d+')
 #: Where code lives that is not the project's own.
 _FOREIGN = re.compile(
@@ -448,10 +450,11 @@ class ExecutionPage(ReadOnlyAdmin):
 
 def _with_command(hint: str) -> SafeString:
     """Return a hint with the command at its end as code."""
-    advice, colon, command = explain.visible(hint).partition(": ")
-    if not command.startswith(("manage.py ", "celery ")):
-        return format_html("{}", explain.visible(hint))
-    return format_html("{}{}<code>{}</code>", advice, colon, command)
+    hint = explain.visible(hint)
+    command = _COMMAND.search(hint)
+    if command is None:
+        return format_html("{}", hint)
+    return format_html("{}<code>{}</code>", hint[: command.start()], command[0])
 
 
 def _more(number: int) -> str:

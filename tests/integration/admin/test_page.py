@@ -467,6 +467,16 @@ def test_statuses_are_translated(staff: Client, monkeypatch: pytest.MonkeyPatch)
     assert "▶</span> am Laufen" in page_of(staff, row)
 
 
+def test_the_command_of_a_translated_hint_is_code(staff: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = executions.running()
+    assert transitions.suspend(row, transitions.AwaitEvent("approval", "approved", None))
+    command = f"manage.py conductor send {row.pk} approved --payload JSON"
+    assert f"Send it: <code>{command}</code>" in page_of(staff, row)
+    catalogue = {"Send it: %(command)s": "Senden mit %(command)s"}
+    monkeypatch.setattr("conductor_app.explain._", lambda text: catalogue.get(text, text))
+    assert f"Senden mit <code>{command}</code>" in page_of(staff, row)
+
+
 def test_the_timeline_stands_beside_a_table_of_the_same_times(staff: Client) -> None:
     root, middle, _leaf = failed_tree()
     timeline = section(page_of(staff, root), "timeline")
