@@ -11,6 +11,10 @@ INSTALLED_APPS = [*project.INSTALLED_APPS, "benchmarks"]
 if name := os.environ.get("CONDUCTOR_BENCHMARK_DATABASE"):
     project.DATABASES["default"]["NAME"] = name
 
+if project.DATABASES["default"]["ENGINE"] == "django.db.backends.sqlite3":
+    # A file: workers have to open it, too.
+    project.DATABASES["default"]["TEST"] = {"NAME": project.VAR_DIR / "benchmark.sqlite3"}
+
 # As docs/howto/deployment.md says.
 if project.DATABASES["default"]["ENGINE"] == "django.db.backends.postgresql":
     project.DATABASES["default"]["OPTIONS"].update(server_side_binding=True, prepare_threshold=2)

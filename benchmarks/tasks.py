@@ -19,6 +19,12 @@ def fan_out(ctx: ExecutionContext, children: int, max_parallel: int | None = Non
 
 
 @durable_task(max_retries=None)
+def one_by_one(ctx: ExecutionContext, children: int) -> int:
+    """Invoke so many children, one after another, and leave no marks."""
+    return sum(ctx.invoke(f"child-{n}", double, {"n": n}) for n in range(children))
+
+
+@durable_task(max_retries=None)
 def trivial(ctx: ExecutionContext, n: int) -> int:
     """Do nothing: a child."""
     return n
