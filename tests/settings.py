@@ -26,8 +26,8 @@ elif _database["ENGINE"].endswith(".sqlite3"):
     atexit.register(shutil.rmtree, _directory, ignore_errors=True)
     _database["TEST"] = {**_database.get("TEST", {}), "NAME": str(Path(_directory) / "test.sqlite3")}
 
-if os.environ.get("CONDUCTOR_TEST_PREPARED"):
-    # As docs/howto/deployment.md recommends for PostgreSQL.
+if os.environ.get("CONDUCTOR_TEST_PREPARED") and _database["ENGINE"].endswith(".postgresql"):
+    # Not in a process that a test gives another database. As docs/howto/deployment.md recommends for PostgreSQL.
     _database["OPTIONS"].update(server_side_binding=True, prepare_threshold=2)
 
 CONDUCTOR = {
