@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import random
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from conductor_app import api
+from conductor_app.dispatch import is_embedded
 from conductor_app.models import Execution, Step
 from conductor_app.states import ExecutionStatus
+from project.celery import app
 from tests.app import parallel
 from tests.app.ledger import count
 from tests.support import invariants
 from tests.support.polling import wait_until
 from tests.support.watching import wait_for_body, wait_for_status
-from tests.support.worker import pools
+from tests.support.worker import Worker, pools
 
 pytestmark = pytest.mark.usefixtures("recorded")
 
@@ -121,16 +124,33 @@ def test_bodies_that_kill_their_process_cost_no_child_and_no_wake_up(worker: Any
 
 def test_processes_killed_at_any_moment_cost_no_child_and_no_wake_up(worker: Any) -> None:
     """They die between bodies, in the middle of them, of their commits, and of the parent's fan-out."""
-    started = worker(concurrency=4, conductor={"REDISPATCH_SECONDS": 5})
+
+    def start() -> Worker:
+        return cast(Worker, worker(concurrency=4, conductor={"REDISPATCH_SECONDS": 5}))
+
+    started = start()
     result = parallel.sum_of_squares.delay(n=150)
     done = Execution.objects.filter(parent_id=result.id, status=ExecutionStatus.SUCCEEDED)
+
+    def went_on(target: int) -> bool:
+        return done.count() >= min(target, 150) and bool(started.pool_pids())
+
     seeded = random.Random(7)
     kills = 0
     while not Execution.objects.get(pk=result.id).is_final and kills < 10:
         started.kill_pool_process(seeded.choice(started.pool_pids()))
         kills += 1
         target = done.count() + seeded.randint(3, 12)
-        wait_until(lambda target=target: done.count() >= min(target, 150) and started.pool_pids(), timeout=60)
+        goes_on = functools.partial(went_on, target)
+        try:
+            wait_until(goes_on, timeout=30)
+        except AssertionError:
+            if not is_embedded(app):
+                raise
+            # The pool of memory:// stands still, rarely: see "Pool processes that are killed" in deployment.md.
+            started.kill()
+            started = start()
+            wait_until(goes_on, timeout=60)
     assert kills >= 3
     assert api.get_result(result, timeout=60) == {"sum": sum(n * n for n in range(150)), "runs": 2}
     invariants.check(started, timeout=60)
