@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import json
 import uuid
 from typing import Any
@@ -23,18 +22,10 @@ from conductor_app.explain import (
     visible,
 )
 from conductor_app.models import Execution, FailedExecution, Step
+from tests.support.instants import NOW, ago, ahead
 
-NOW = dt.datetime(2026, 11, 22, 14, 5, 0, tzinfo=dt.UTC)
 ROOT = uuid.UUID("01a204e4-551c-7612-a2a5-dfa2a183dfde")
 CHILD = uuid.UUID("01a204e4-551c-8d00-9390-f4c34f9e36ab")
-
-
-def ago(seconds: float) -> dt.datetime:
-    return NOW - dt.timedelta(seconds=seconds)
-
-
-def ahead(seconds: float) -> dt.datetime:
-    return NOW + dt.timedelta(seconds=seconds)
 
 
 def execution(status: str, **fields: Any) -> Execution:

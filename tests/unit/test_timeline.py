@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import re
 import uuid
 from typing import Any
@@ -26,13 +25,9 @@ from conductor_app.admin.timeline import (
 from conductor_app.explain import Situation
 from conductor_app.models import Execution, Step
 from conductor_app.story import Story
+from tests.support.instants import NOW, ago
 
-NOW = dt.datetime(2026, 11, 22, 14, 5, 0, tzinfo=dt.UTC)
 ROOT = uuid.UUID("01a204e4-551c-7612-a2a5-dfa2a183dfde")
-
-
-def ago(seconds: float) -> dt.datetime:
-    return NOW - dt.timedelta(seconds=seconds)
 
 
 def execution(status: str, created: float, started: float | None, finished: float | None, **fields: Any) -> Execution:

@@ -7,7 +7,6 @@ small letters was not looked up in a catalogue.
 from __future__ import annotations
 
 import ast
-import datetime as dt
 import json
 import re
 import uuid
@@ -25,8 +24,8 @@ from conductor_app.explain import Situation, awaited, document, headline, label
 from conductor_app.models import Execution, FailedExecution, Step
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
 from conductor_app.story import Story, history, shortened
+from tests.support.instants import NOW, ago, ahead
 
-NOW = dt.datetime(2026, 11, 22, 14, 5, 0, tzinfo=dt.UTC)
 ROOT, CHILD = uuid.UUID(int=1), uuid.UUID(int=2)
 
 _PLACEHOLDER = re.compile(r"(%\(\w+\)[sd])")
@@ -61,14 +60,6 @@ def capitals(monkeypatch: pytest.MonkeyPatch, settings: Any) -> Iterator[Capital
     monkeypatch.setitem(trans_real._translations, "xx", catalogue)
     with translation.override("xx"):
         yield catalogue
-
-
-def ago(seconds: float) -> dt.datetime:
-    return NOW - dt.timedelta(seconds=seconds)
-
-
-def ahead(seconds: float) -> dt.datetime:
-    return NOW + dt.timedelta(seconds=seconds)
 
 
 def execution(status: str, **fields: Any) -> Execution:
