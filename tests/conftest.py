@@ -27,16 +27,17 @@ QUEUES: set[str] = set()
 def worker(request: pytest.FixtureRequest, transactional_db: None, tmp_path: Path) -> Iterator[Callable[..., Worker]]:
     """A function that starts a worker and returns it when it is ready; it takes the arguments of ``Worker``.
 
-    Workers are killed when the test ends, and before the database is flushed.
+    With ``wait=False`` it returns at once, for a worker that may end before it is ready. Workers are killed when the
+    test ends, and before the database is flushed.
     """
     workers = request.node.stash.setdefault(WORKERS, [])
     purge(QUEUES)
 
-    def start(**options: Any) -> Worker:
+    def start(*, wait: bool = True, **options: Any) -> Worker:
         started = Worker(tmp_path / f"worker-{len(workers) + 1}.log", **options)
         workers.append(started)
         QUEUES.update(started.queues)
-        return started.__enter__()
+        return started.__enter__() if wait else started.start()
 
     yield start
     for started in workers:
