@@ -90,7 +90,7 @@ def show(execution: Execution, state: str, info: Any = None, hostname: str | Non
 
     Call it in the transaction that has locked the execution's row: nobody can then store a later state before.
     """
-    if execution.get_options().get("ignore_result", True) or is_resting():
+    if not is_shown(execution):
         return
     connection = connections[database()]
     mark = connection.savepoint() if connection.in_atomic_block else None
@@ -105,6 +105,11 @@ def show(execution: Execution, state: str, info: Any = None, hostname: str | Non
     else:
         if mark is not None:
             connection.savepoint_commit(mark)
+
+
+def is_shown(execution: Execution) -> bool:
+    """Tell whether the result backend is to know how an execution stands, and can be told now."""
+    return not execution.get_options().get("ignore_result", True) and not is_resting()
 
 
 def is_resting() -> bool:

@@ -48,10 +48,15 @@ def now() -> Combinable:
 
 def after(seconds: float | dt.timedelta) -> Combinable:
     """Return the instant ``seconds`` from now as an SQL expression; negative values lie in the past."""
-    delta = (seconds if isinstance(seconds, dt.timedelta) else dt.timedelta(seconds=seconds)) + _offset
+    delta = interval(seconds)
     if not delta:
         return DatabaseNow()
     return ExpressionWrapper(DatabaseNow() + Value(delta), output_field=DateTimeField())
+
+
+def interval(seconds: float | dt.timedelta) -> dt.timedelta:
+    """Return what to add to the database's own clock for the instant ``seconds`` from now."""
+    return (seconds if isinstance(seconds, dt.timedelta) else dt.timedelta(seconds=seconds)) + _offset
 
 
 def read(using: str) -> dt.datetime:

@@ -11,6 +11,7 @@ worker's feed takes due executions from the database instead (``maintenance.swee
 
 from __future__ import annotations
 
+import datetime as dt
 import logging
 import struct
 import time
@@ -18,6 +19,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 from amqp.exceptions import ChannelError
@@ -112,13 +114,31 @@ def first_instant(due: Combinable, *, is_due: bool, root_id: uuid.UUID | None = 
     """
     if not is_due:
         return due
+    first = first_publication(root_id, ahead)
+    if first.by is not None:
+        return Least(due, Value(first.by, output_field=DateTimeField()))
+    return clock.after(first.seconds) if first.seconds else due
+
+
+@dataclass(frozen=True)
+class FirstPublication:
+    """When the sweeper is to publish an execution that is queued and due now: at the earlier of two instants."""
+
+    #: So long after now.
+    seconds: float
+    #: That instant, if there is one.
+    by: dt.datetime | None = None
+
+
+def first_publication(root_id: uuid.UUID | None, ahead: int = 0) -> FirstPublication:
+    """Return when the sweeper is to publish an execution that is queued and due now; see ``first_instant``."""
     if not is_embedded() or is_inline():
-        return clock.after(conductor_settings().REDISPATCH_SECONDS * (1 + ahead / REDISPATCH_CROWD))
-    if root_id is None or root_id.version != 7:
-        return due
+        return FirstPublication(conductor_settings().REDISPATCH_SECONDS * (1 + ahead / REDISPATCH_CROWD))
     # The feed serves the smallest instant first. A tree that has begun goes on before younger ones begin, or a
     # thousand parents would all wait for their first child before any of them got its second.
-    return Least(due, Value(created_at(root_id), output_field=DateTimeField()))
+    if root_id is None or root_id.version != 7:
+        return FirstPublication(0)
+    return FirstPublication(0, by=created_at(root_id))
 
 
 def on_commit(*executions: Execution) -> None:

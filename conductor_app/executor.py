@@ -352,8 +352,10 @@ def _tell_celery(task: Task[Any, Any], execution: Execution, outcome: announceme
         )
 
 
-def _state_writer(task: Task[Any, Any], execution: Execution, wait: transitions.Wait) -> Callable[[], None]:
-    """Return what shows SUSPENDED in the result backend, while the execution's row is locked."""
+def _state_writer(task: Task[Any, Any], execution: Execution, wait: transitions.Wait) -> Callable[[], None] | None:
+    """Return what shows SUSPENDED in the result backend, while the execution's row is locked; ``None`` without one."""
+    if not announcements.is_shown(execution):
+        return None
     child_id = wait.child.id if isinstance(wait, transitions.Invocation) else None
     info = {"waiting_for": wait.step, "child": None if child_id is None else str(child_id)}
     return lambda: announcements.show(execution, "SUSPENDED", info, task.request.hostname)

@@ -77,7 +77,7 @@ def is_limited(task: Any) -> bool:
 class _Kept:
     """What a parent remembers while its child runs in the same process."""
 
-    fence: int
+    parent: Execution
     memory: dict[str, steps.Memory]
     child: steps.Memory
 
@@ -96,7 +96,13 @@ class Delivery:
 
     def offer(self, execution: Execution) -> HandOff:
         """Return what the last transition of a run hands its successor to."""
-        return HandOff(execution.lease_owner, lambda following: self._accepts(execution, following))
+        return HandOff(
+            execution.lease_owner, lambda following: self._accepts(execution, following), self._recall_parent
+        )
+
+    def _recall_parent(self, execution_id: uuid.UUID) -> Execution | None:
+        kept = self._kept.get(execution_id)
+        return None if kept is None else kept.parent
 
     def _accepts(self, ending: Execution, following: Execution) -> bool:
         if self._runs >= MAX_RUNS or not gate.is_open() or dispatch.is_inline():
@@ -154,7 +160,7 @@ class Delivery:
             error=None,
             fence=parent.fence,
         )
-        self._kept[parent.pk] = _Kept(parent.fence, dict(memory), child)
+        self._kept[parent.pk] = _Kept(parent, dict(memory), child)
 
     def settle(self, child: Execution, result: str) -> None:
         """Note the result of a child that has just ended here, and whose parent runs next."""
@@ -165,7 +171,7 @@ class Delivery:
     def recall(self, execution: Execution) -> dict[str, steps.Memory] | None:
         """Return what an execution remembers, if no other run can have added to it since it was kept."""
         kept = self._kept.pop(execution.pk, None)
-        if kept is None or execution.fence != kept.fence + 1 or kept.child.name not in kept.memory:
+        if kept is None or execution.fence != kept.parent.fence + 1 or kept.child.name not in kept.memory:
             return None
         return kept.memory
 

@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -73,6 +74,17 @@ class Literal(Expression):
     def as_sql(self, compiler: Any, connection: Any) -> Any:
         del compiler, connection
         return f"'{self.value}'", []
+
+
+def one_statement(using: str) -> AbstractContextManager[object]:
+    """Return what goes around a single statement that may fail.
+
+    Nothing where the statement is a transaction itself; inside another one a savepoint, which keeps that usable.
+    """
+    connection = connections[using]
+    if connection.in_atomic_block or not connection.get_autocommit():
+        return transaction.atomic(using=using)
+    return contextlib.nullcontext()
 
 
 def update_returning(queryset: QuerySet[M], returning: Iterable[str], **values: Any) -> list[M]:

@@ -82,7 +82,10 @@ ALLOWED_MOVES: MappingProxyType[ExecutionStatus, frozenset[ExecutionStatus]] = M
                 ExecutionStatus.CANCELLED,
             }
         ),
-        ExecutionStatus.WAITING: frozenset({ExecutionStatus.QUEUED, ExecutionStatus.CANCELLED}),
+        # To running by a hand-off: the process that has ended the child goes on with the parent.
+        ExecutionStatus.WAITING: frozenset(
+            {ExecutionStatus.QUEUED, ExecutionStatus.RUNNING, ExecutionStatus.CANCELLED},
+        ),
         ExecutionStatus.SUCCEEDED: frozenset(),
         # An operator's retry reopens these two, and nothing else does.
         ExecutionStatus.FAILED: frozenset({ExecutionStatus.QUEUED, ExecutionStatus.WAITING}),

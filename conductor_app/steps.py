@@ -1,4 +1,7 @@
-"""Find and record what an execution remembers. The only writer of the table ``Step``."""
+"""Find and record what an execution remembers.
+
+The only writer of the table ``Step``, except for ``transitions.statements``, which writes several tables at once.
+"""
 
 from __future__ import annotations
 

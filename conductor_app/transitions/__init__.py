@@ -4,6 +4,9 @@ Each move is a guarded compare-and-set: it names the status (and, for a run, the
 of a race changes nothing. What belongs together is one transaction: a final status and the parent's wake-up, a failure
 and its ``FailedExecution``, a suspension and the child that is waited for. Messages and signals follow the commit.
 
+The moves that every run makes have two forms: a transaction of several statements, for every database, and one
+statement for PostgreSQL (``statements``).
+
 Locks are taken child before parent, everywhere, so two moves cannot wait for each other.
 """
 

@@ -16,30 +16,8 @@ from conductor_app.conf import conductor_settings
 from conductor_app.models import Execution, database
 from conductor_app.sql import update_returning
 from conductor_app.states import ExecutionStatus
-from conductor_app.transitions import guards
-
-#: What a run needs to know of the execution that it claims; steps are read separately, and only if there can be any.
-CLAIM_FIELDS = (
-    "id",
-    "task",
-    "queue",
-    "priority",
-    "payload",
-    "status",
-    "attempt",
-    "max_attempts",
-    "parent_id",
-    "root_id",
-    "depth",
-    "step",
-    "position",
-    "fence",
-    "lease_owner",
-    "options",
-    "due_at",
-    "created_at",
-    "started_at",
-)
+from conductor_app.transitions import guards, statements
+from conductor_app.transitions.statements import CLAIM_FIELDS
 
 
 def claim(execution_id: uuid.UUID, owner: str, task: str | None = None, attempt: int | None = None) -> Execution | None:
@@ -52,6 +30,8 @@ def claim(execution_id: uuid.UUID, owner: str, task: str | None = None, attempt:
     Returns:
         The execution with its new fence, or ``None``: it is not there, not due, cancelled, or another run has it.
     """
+    if attempt is None and statements.are_at_hand():
+        return _started(statements.claim(execution_id, owner, task))
     named = Execution.objects.using(database()).filter(pk=execution_id)
     if task is not None:
         named = named.filter(task=task)
@@ -85,10 +65,13 @@ def _start(claimable: QuerySet[Execution], owner: str) -> Execution | None:
         started_at=Coalesce("started_at", clock.now()),
         **guards.NOT_QUEUED,
     )
-    if not rows:
-        return None
-    guards.send_signal(signals.execution_started, rows[0])
-    return rows[0]
+    return _started(rows[0] if rows else None)
+
+
+def _started(execution: Execution | None) -> Execution | None:
+    if execution is not None:
+        guards.send_signal(signals.execution_started, execution)
+    return execution
 
 
 class HandOff:
@@ -97,29 +80,45 @@ class HandOff:
     Args:
         owner: Who gets the lease.
         accepts: Whether this process may run a queued execution next; no message is published for it then.
+        recalls: What this process knows of an execution that it has run, if it does.
     """
 
-    def __init__(self, owner: str, accepts: Callable[[Execution], bool]) -> None:
-        self._owner = owner
-        self._accepts = accepts
+    def __init__(
+        self,
+        owner: str,
+        accepts: Callable[[Execution], bool],
+        recalls: Callable[[uuid.UUID], Execution | None] = lambda _: None,
+    ) -> None:
+        self.owner = owner
+        self.accepts = accepts
+        self.recalls = recalls
         #: What was to be claimed in the last try of the transaction, whether or not that was committed.
         self.wanted: Execution | None = None
         #: What is claimed; the commit has been made.
         self.claimed: Execution | None = None
 
     def take(self, execution: Execution) -> bool:
-        """Claim an execution that the current transaction has queued; tell whether it will be run here."""
-        if not self._accepts(execution):
-            return False
-        taken = claim(execution.pk, self._owner, execution.task)
-        if taken is None:
+        """Claim an execution that has just been queued; tell whether it will be run here."""
+        if not self.accepts(execution):
             return False
         self.wanted = execution
-        transaction.on_commit(lambda: self._confirm(taken), using=database())
+        taken = claim(execution.pk, self.owner, execution.task)
+        if taken is None:
+            self.wanted = None
+            return False
+        self._confirm(taken)
         return True
 
+    def confirm(self, taken: Execution) -> None:
+        """Note an execution that the write claimed which made it runnable."""
+        self._confirm(taken)
+        _started(taken)
+
     def _confirm(self, taken: Execution) -> None:
-        self.claimed = taken
+        def note() -> None:
+            self.claimed = taken
+
+        transaction.on_commit(note, using=database())
 
 
 _hand_off: ContextVar[HandOff | None] = ContextVar("conductor_app_hand_off", default=None)
@@ -143,6 +142,10 @@ def ring(execution: Execution) -> None:
 
     Unless the run that ends in this transaction goes on with it.
     """
-    offer = _hand_off.get()
+    pass_on(execution, _hand_off.get())
+
+
+def pass_on(execution: Execution, offer: HandOff | None) -> None:
+    """Go on with an execution that has just been queued, or publish its message."""
     if offer is None or not offer.take(execution):
         dispatch.on_commit(execution)

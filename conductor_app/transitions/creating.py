@@ -7,10 +7,11 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from django.db import IntegrityError, transaction
+from django.db import IntegrityError
 
 from conductor_app import clock, dispatch, signals
 from conductor_app.models import Execution, database
+from conductor_app.sql import one_statement
 from conductor_app.states import ExecutionStatus
 from conductor_app.transitions import guards
 
@@ -45,8 +46,7 @@ def create(new: NewExecution) -> tuple[Execution, bool]:
     using = database()
     row = queued_row(new)
     try:
-        # A savepoint only where a conflict is possible: it keeps the caller's transaction usable.
-        with transaction.atomic(using=using):
+        with one_statement(using):
             row.save(force_insert=True, using=using)
             if row.dispatch_at is not None and is_due(new):
                 dispatch.on_commit(row)
@@ -90,6 +90,20 @@ def queued_row(
     """
     due: Any = clock.after(max(new.countdown, 0)) if new.eta is None else new.eta
     expires: Any = clock.after(new.expires) if isinstance(new.expires, (int, float)) else new.expires
+    row = timeless_row(new, parent, step, position=position)
+    row.due_at = None if is_held else due
+    row.deadline_at = expires
+    row.dispatch_at = dispatch.first_instant(
+        due, is_due=is_due(new), root_id=None if parent is None else parent.root_id, ahead=position or 0
+    )
+    row.created_at = clock.now()
+    return row
+
+
+def timeless_row(
+    new: NewExecution, parent: Execution | None = None, step: str = "", *, position: int | None = None
+) -> Execution:
+    """Return the row of an execution that is queued, without any instant; it is not saved."""
     return Execution(
         id=new.id,
         task=new.task,
@@ -103,12 +117,6 @@ def queued_row(
         depth=0 if parent is None else parent.depth + 1,
         step=step,
         position=position,
-        due_at=None if is_held else due,
-        deadline_at=expires,
-        dispatch_at=dispatch.first_instant(
-            due, is_due=is_due(new), root_id=None if parent is None else parent.root_id, ahead=position or 0
-        ),
         idempotency_key=new.idempotency_key,
         options=new.options,
-        created_at=clock.now(),
     )

@@ -27,14 +27,23 @@ NO_LEASE: dict[str, Any] = {"lease_owner": "", "lease_expires_at": None}
 NOT_QUEUED: dict[str, Any] = {"dispatch_at": None, "dispatches": 0}
 
 
-def announcement_instant(execution: Execution, *, running: bool = False) -> Combinable | None:
-    """Return when the sweeper is to tell Celery of the end; a run does it itself, unless it dies before it can."""
+def announcement_delay(execution: Execution, *, running: bool = False) -> float | None:
+    """Return in how many seconds the sweeper is to tell Celery of the end; ``None`` if there is nothing to tell.
+
+    A run tells it itself, unless it dies before it can.
+    """
     options = execution.get_options()
     if not options.get("announce"):
         return None
     if running and not dispatch.is_left_to_sweeper(options):
-        return clock.after(conductor_settings().LEASE_SECONDS)
-    return clock.now()
+        return conductor_settings().LEASE_SECONDS
+    return 0
+
+
+def announcement_instant(execution: Execution, *, running: bool = False) -> Combinable | None:
+    """Return when that is; see ``announcement_delay``."""
+    delay = announcement_delay(execution, running=running)
+    return None if delay is None else clock.after(delay)
 
 
 def patiently(read: Callable[[], T]) -> T:
@@ -80,9 +89,15 @@ def leave_running(execution: Execution, *, cancel_requested: bool = True, **valu
     guarded = held if cancel_requested else held.filter(cancel_requested_at__isnull=True)
     if guarded.update(**{**NO_LEASE, **values}):
         return
-    if not cancel_requested and held.exists():
-        raise CancelExecution
-    raise lease_lost(execution)
+    raise lease_lost(execution) if cancel_requested else refusal(execution)
+
+
+def refusal(execution: Execution) -> CancelExecution | LeaseLost:
+    """Return why a run that is not to be cancelled could not write."""
+    held = Execution.objects.using(database()).held_by(execution.pk, execution.fence)
+    if held.exists():
+        return CancelExecution()
+    return lease_lost(execution)
 
 
 def must_hold(execution: Execution) -> None:

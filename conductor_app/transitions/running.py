@@ -18,7 +18,7 @@ from conductor_app.models import Execution, database
 from conductor_app.serialization import dump_failure
 from conductor_app.sql import locked
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
-from conductor_app.transitions import claiming, guards, waking
+from conductor_app.transitions import claiming, guards, statements, waking
 
 
 def release(execution: Execution) -> None:
@@ -41,7 +41,15 @@ def record_step(
         CancelExecution: The execution is to be cancelled; the outcome is recorded all the same.
     """
 
+    status = StepStatus.SUCCEEDED if failure is None else StepStatus.FAILED
+    error = None if failure is None else dump_failure(failure)
+
     def work() -> bool:
+        if statements.are_at_hand():
+            cancelled = statements.record_step(execution, name, status, result=result, error=error)
+            if cancelled is None:
+                raise guards.lease_lost(execution)
+            return cancelled
         with transaction.atomic(using=database()):
             cancelled = lock_held(execution)
             steps.record(execution, name, result=result, failure=failure)
@@ -57,13 +65,13 @@ def record_step(
     return steps.Memory(
         name=name,
         kind=StepKind.STEP,
-        status=StepStatus.SUCCEEDED if failure is None else StepStatus.FAILED,
+        status=status,
         task="",
         payload_digest="",
         child_id=None,
         timeout_seconds=None,
         result=result,
-        error=None if failure is None else dump_failure(failure),
+        error=error,
         fence=execution.fence,
     )
 
@@ -114,6 +122,8 @@ def succeed(execution: Execution, result: str, hand_off: claiming.HandOff | None
     """
 
     def work() -> None:
+        if statements.are_at_hand() and _succeed_at_once(execution, result, hand_off):
+            return
         with transaction.atomic(using=database()):
             guards.leave_running(
                 execution,
@@ -128,6 +138,33 @@ def succeed(execution: Execution, result: str, hand_off: claiming.HandOff | None
             guards.send_signal(signals.execution_finished, execution, status=ExecutionStatus.SUCCEEDED)
 
     guards.persist(work, unless_already=functools.partial(guards.is_mine, execution, ExecutionStatus.SUCCEEDED))
+
+
+def _succeed_at_once(execution: Execution, result: str, hand_off: claiming.HandOff | None) -> bool:
+    """Do it in one statement; ``False`` if that has refused, or is not enough."""
+    if execution.position is not None and execution.get_options().get("throttled"):
+        return False  # its end lets a sibling go
+    # What is known of the parent here does not change while that waits; how it stands, the statement looks at.
+    parent = None if hand_off is None or execution.parent_id is None else hand_off.recalls(execution.parent_id)
+    offer = hand_off if parent is not None and hand_off is not None and hand_off.accepts(parent) else None
+    if offer is not None:
+        offer.wanted = parent
+    ended = statements.succeed(
+        execution,
+        result,
+        None if offer is None else offer.owner,
+        announce_in=guards.announcement_delay(execution, running=True),
+    )
+    if ended is None:
+        return False
+    if offer is not None and ended.claimed is not None:
+        offer.confirm(ended.claimed)
+    elif ended.queued is not None:
+        # A claim of its own, just after the commit that woke it; as with a message, the sweeper makes up for a process
+        # that dies between the two.
+        claiming.pass_on(ended.queued, hand_off)
+    guards.send_signal(signals.execution_finished, execution, status=ExecutionStatus.SUCCEEDED)
+    return True
 
 
 def retry_later(

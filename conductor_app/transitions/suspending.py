@@ -16,7 +16,7 @@ from conductor_app.exceptions import CancelExecution
 from conductor_app.models import Execution, database
 from conductor_app.serialization import dump_options, loads
 from conductor_app.states import ExecutionStatus, OnTimeout, StepKind, StepStatus
-from conductor_app.transitions import claiming, creating, guards, running, sending
+from conductor_app.transitions import claiming, creating, guards, running, sending, statements
 
 #: Children of a map that one INSERT stores.
 _INSERT_BATCH = 500
@@ -127,6 +127,8 @@ def suspend(
     """
 
     def work() -> bool:
+        if isinstance(wait, Invocation) and before_commit is None and _is_one_statement(wait):
+            return _suspend_at_once(execution, wait, hand_off)
         with transaction.atomic(using=database()):
             if isinstance(wait, AwaitEvent) and _is_there(execution, wait):
                 return False
@@ -166,6 +168,35 @@ def suspend(
         # Recorded already, by this run, whose COMMIT got no answer: an event that it took, a gather of children that
         # had ended, a map of none. Had it been left waiting, the guards would have said so.
         return False
+
+
+def _is_one_statement(wait: Invocation) -> bool:
+    new = wait.child
+    return creating.is_due(new) and new.expires is None and statements.are_at_hand()
+
+
+def _suspend_at_once(execution: Execution, wait: Invocation, hand_off: claiming.HandOff | None) -> bool:
+    child = creating.timeless_row(wait.child, execution, wait.step)
+    offer = hand_off if hand_off is not None and hand_off.accepts(child) else None
+    if offer is not None:
+        offer.wanted = child
+    suspended = statements.suspend(
+        execution,
+        child,
+        None if offer is None else offer.owner,
+        payload_digest=wait.payload_digest,
+        timeout=wait.timeout,
+        on_timeout=wait.on_timeout,
+    )
+    if not suspended:
+        raise guards.refusal(execution)
+    guards.send_signal(signals.execution_created, child)
+    if offer is not None:
+        offer.confirm(child)
+    else:
+        dispatch.on_commit(child)
+    guards.send_signal(signals.execution_suspended, execution, step=wait.step)
+    return True
 
 
 def _is_there(execution: Execution, wait: AwaitEvent) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -30,14 +31,20 @@ def limit_at(transactional_db: None) -> Iterator[Callable[[Statement], Any]]:
     def come(_number: int, _frame: Any) -> None:
         raise SoftTimeLimitExceeded
 
-    def at(is_the_one: Statement) -> Any:
+    @contextmanager
+    def at(is_the_one: Statement) -> Iterator[None]:
+        found: list[str] = []
+
         def execute(run: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
             result = run(sql, params, many, context)
-            if is_the_one(sql, tuple(params or ())):
+            if is_the_one(sql, tuple(params.values() if isinstance(params, dict) else params or ())):
+                found.append(sql)
                 os.kill(os.getpid(), signal.SIGUSR1)
             return result
 
-        return connection.execute_wrapper(execute)
+        with connection.execute_wrapper(execute):
+            yield
+        assert found, "no such statement"
 
     before = signal.signal(signal.SIGUSR1, come)
     yield at
@@ -49,6 +56,8 @@ def sets(status: str) -> Statement:
 
     def is_the_one(sql: str, params: tuple[Any, ...]) -> bool:
         assignments, where, _condition = sql.partition(" WHERE ")
+        if f"status = '{status}'" in sql:
+            return True
         return bool(where) and sql.startswith("UPDATE") and status in params[: assignments.count("%s")]
 
     return is_the_one
@@ -88,7 +97,7 @@ def test_a_limit_that_comes_while_a_step_is_recorded_is_raised_after_it(
     limit_at: Callable[[Statement], Any],
 ) -> None:
     result = scenarios.step_by_step.delay(steps=3, pause=0)
-    with limit_at(lambda sql, params: sql.startswith("INSERT") and "step-0" in params):
+    with limit_at(lambda sql, params: "INSERT" in sql and "step-0" in params):
         deliver(scenarios.step_by_step, result.id, **doorbell())
     execution = Execution.objects.get(pk=result.id)
     assert (execution.status, execution.attempt) == ("queued", 2)

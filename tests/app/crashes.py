@@ -21,7 +21,7 @@ from tests.app.ledger import note
 #: The environment variable that names the directory of the files.
 DIRECTORY = "CONDUCTOR_TEST_CRASHES"
 #: Statements that write nothing, or are part of a transaction whose COMMIT is a point.
-_QUIET = ("SELECT", "BEGIN", "SAVEPOINT", "RELEASE", "ROLLBACK", "SET", "PRAGMA")
+QUIET = ("SELECT", "BEGIN", "SAVEPOINT", "RELEASE", "ROLLBACK", "SET", "PRAGMA")
 
 
 @durable_task(max_retries=2, retry_backoff=0.1)
@@ -111,7 +111,7 @@ class _Points:
         self._root_id = root_id or ""
 
     def _execute(self, execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
-        if connection.in_atomic_block or sql.startswith(_QUIET):
+        if connection.in_atomic_block or sql.startswith(QUIET):
             return execute(sql, params, many, context)
         self._pass(f"before {sql[:60]}")
         result = execute(sql, params, many, context)

@@ -12,6 +12,7 @@ from celery.exceptions import SoftTimeLimitExceeded
 from django.db import connection
 
 from conductor_app import ChildCancelled, ChildFailed, ChildTimedOut, EventTimedOut, ExecutionContext, durable_task
+from tests.app.crashes import QUIET
 from tests.app.ledger import count, note
 
 
@@ -310,8 +311,18 @@ def _die_at_commit(ctx: ExecutionContext, runs: list[str]) -> None:
             commit()
         os.kill(os.getpid(), signal.SIGKILL)
 
+    def execute_and_die(execute: Any, sql: str, *rest: Any) -> Any:
+        is_deadly = not connection.in_atomic_block and not sql.startswith(QUIET)
+        if is_deadly and moment == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = execute(sql, *rest)
+        if is_deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
     if moment:
         connection._commit = commit_and_die
+        connection.execute_wrappers.append(execute_and_die)
 
 
 @durable_task(retry_backoff=0.1)

@@ -18,7 +18,7 @@ from conductor_app.leases import keeper
 from conductor_app.maintenance import pruner
 from conductor_app.models import Execution, FailedExecution, Step
 from conductor_app.states import OnTimeout
-from conductor_app.transitions import Gather, Map, Sleep
+from conductor_app.transitions import Gather, HandOff, Map, Sleep, waking
 from conductor_app.transitions.suspending import Wait
 from tests.app.scenarios import echo
 from tests.support.executions import (
@@ -31,6 +31,7 @@ from tests.support.executions import (
     fresh,
     invocation,
     invoke,
+    mapping,
     napping,
     new,
     queued,
@@ -183,6 +184,161 @@ def test_a_receivers_error_changes_nothing(caplog: pytest.LogCaptureFixture) -> 
     finally:
         signals.execution_created.disconnect(refuse)
     assert transitions.claim(execution.pk, OWNER) is not None
+
+
+# What a run goes on with
+
+
+def handing_off(*known: Execution, accepts: bool = True) -> HandOff:
+    """What a process hands a run's successor to: ``known`` are the parents that it remembers."""
+    parents = {parent.pk: parent for parent in known}
+    return HandOff(OWNER, lambda following: accepts, parents.get)
+
+
+def standing(execution: Execution) -> tuple[str, int, str]:
+    row = fresh(execution)
+    assert (row.lease_expires_at is not None) == (row.status == "running")
+    assert (row.dispatch_at is not None) == (row.status == "queued")
+    return row.status, row.fence, row.lease_owner
+
+
+def test_a_child_is_claimed_by_the_commit_that_stores_it(published: list[Any]) -> None:
+    parent = running()
+    published.clear()
+    hand_off = handing_off()
+    assert transitions.suspend(parent, invocation(parent, timeout=5), hand_off=hand_off)
+    (child,) = Execution.objects.filter(parent=parent)
+    assert (standing(parent), standing(child)) == (("waiting", 1, ""), ("running", 1, OWNER))
+    taken = hand_off.claimed
+    assert taken is not None
+    assert taken == hand_off.wanted == child
+    for field in (field.attname for field in Execution._meta.concrete_fields):
+        if field not in ("lease_expires_at", "dispatch_at"):
+            assert getattr(taken, field) == getattr(child, field), field
+    assert child.started_at is not None
+    assert published == []
+    # It is the run of it that writes.
+    transitions.succeed(taken, "1")
+    assert step_of(parent).status == "succeeded"
+
+
+def test_a_child_that_this_process_may_not_run_is_queued(published: list[Any], embedded: bool) -> None:
+    parent = running()
+    published.clear()
+    hand_off = handing_off(accepts=False)
+    assert transitions.suspend(parent, invocation(parent), hand_off=hand_off)
+    (child,) = Execution.objects.filter(parent=parent)
+    assert standing(child) == ("queued", 0, "")
+    assert (child.started_at, hand_off.claimed, hand_off.wanted) == (None, None, None)
+    assert published == ([] if embedded else [child.pk])
+
+
+def test_a_child_that_is_due_later_is_queued() -> None:
+    parent = running()
+    hand_off = handing_off()
+    assert transitions.suspend(parent, invocation(parent, countdown=60), hand_off=hand_off)
+    assert standing(Execution.objects.get(parent=parent)) == ("queued", 0, "")
+    assert hand_off.claimed is None
+
+
+@pytest.mark.parametrize("is_known", [True, False], ids=["known", "unknown"])
+def test_a_parent_is_claimed_when_its_child_succeeds(published: list[Any], is_known: bool) -> None:
+    parent, child = family()
+    published.clear()
+    hand_off = handing_off(*[parent] if is_known else [])
+    transitions.succeed(child, "1", hand_off)
+    assert (standing(child), standing(parent)) == (("succeeded", 1, ""), ("running", 2, OWNER))
+    taken = hand_off.claimed
+    assert taken is not None
+    assert taken == hand_off.wanted == parent
+    assert (taken.fence, taken.payload, taken.status) == (2, parent.payload, "running")
+    assert published == []
+
+
+@pytest.mark.parametrize("is_known", [True, False], ids=["known", "unknown"])
+def test_a_parent_that_is_to_be_cancelled_is_not_claimed(published: list[Any], is_known: bool) -> None:
+    parent, child = family()
+    flag(parent)
+    hand_off = handing_off(*[parent] if is_known else [])
+    transitions.succeed(child, "1", hand_off)
+    assert standing(parent) == ("queued", 1, "")
+    assert hand_off.claimed is None
+
+
+def test_a_parent_that_this_process_may_not_run_is_queued(published: list[Any], embedded: bool) -> None:
+    parent, child = family()
+    published.clear()
+    hand_off = handing_off(parent, accepts=False)
+    transitions.succeed(child, "1", hand_off)
+    assert standing(parent) == ("queued", 1, "")
+    assert hand_off.claimed is None
+    assert published == ([] if embedded else [parent.pk])
+
+
+def test_a_parent_that_runs_is_left_alone(published: list[Any]) -> None:
+    """As the first run of an operator's retry may find its child at work."""
+    parent, child = family()
+    waking.wake(parent.pk)
+    parent = claimed(parent, "test@host/2")
+    published.clear()
+    hand_off = handing_off(parent)
+    transitions.succeed(child, "1", hand_off)
+    assert standing(parent) == ("running", 2, "test@host/2")
+    assert step_of(parent).status == "succeeded"
+    assert (hand_off.claimed, published) == (None, [])
+
+
+@pytest.mark.parametrize("decided", ["timed out", "cancelled"])
+def test_a_parent_that_no_longer_waits_for_a_child_is_left_alone(published: list[Any], decided: str) -> None:
+    parent, child = family(timeout=5, on_timeout="abandon")
+    if decided == "timed out":
+        assert transitions.decide_overdue(step_of(make_overdue(parent)))
+        parent = claimed(parent, "test@host/2")
+    else:
+        assert transitions.cancel_flagged(flag(parent).pk)
+    before = standing(parent)
+    published.clear()
+    hand_off = handing_off(parent)
+    transitions.succeed(child, "1", hand_off)
+    assert standing(parent) == before
+    assert step_of(parent).status == ("timed_out" if decided == "timed out" else "succeeded")
+    assert (hand_off.claimed, published) == (None, [])
+
+
+@pytest.mark.parametrize("max_parallel", [None, 1])
+def test_the_last_child_of_a_map_hands_its_parent_on(max_parallel: int | None) -> None:
+    parent, children = mapping(2, max_parallel=max_parallel)
+    first = handing_off(parent)
+    transitions.succeed(claimed(children[0]), "1", first)
+    assert standing(parent) == ("waiting", 1, "")
+    assert (step_of(parent).status, step_of(parent).remaining) == ("pending", 1)
+    assert first.claimed is None
+    hand_off = handing_off(parent)
+    transitions.succeed(claimed(children[1]), "2", hand_off)
+    assert standing(parent) == ("running", 2, OWNER)
+    assert hand_off.claimed == parent
+    assert (step_of(parent).status, step_of(parent).remaining) == ("succeeded", 0)
+
+
+def test_the_last_member_of_a_gather_hands_its_parent_on() -> None:
+    parent, (first, last) = starting(2)
+    assert transitions.suspend(parent, Gather("both", ["child-0", "child-1"], fails_fast=True))
+    for child in (first, last):
+        assert standing(parent) == ("waiting", 1, "")
+        hand_off = handing_off(parent)
+        transitions.succeed(child, "1", hand_off)
+    assert hand_off.claimed == parent
+    assert standing(parent) == ("running", 2, OWNER)
+
+
+def test_a_claim_inside_a_transaction_that_is_rolled_back_hands_nothing_on() -> None:
+    parent, child = family()
+    hand_off = handing_off(parent)
+    with transaction.atomic():
+        transitions.succeed(child, "1", hand_off)
+        transaction.set_rollback(True)
+    assert hand_off.claimed is None
+    assert (standing(parent)[0], standing(child)[0]) == ("waiting", "running")
 
 
 # A COMMIT whose answer is lost: the transaction is run again, and finds its own traces

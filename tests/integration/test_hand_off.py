@@ -20,6 +20,7 @@ from conductor_app import clock, dispatch, durable_runs, executor, hand_off, sig
 from conductor_app.exceptions import ChildFailed
 from conductor_app.leases import keeper
 from conductor_app.models import Execution, Step
+from conductor_app.transitions import statements
 from project.celery import app
 from tests.app import plain, scenarios
 from tests.support import history, invariants
@@ -364,18 +365,28 @@ def test_a_tree_that_runs_eagerly_inside_a_body_is_its_own(ran: list[str]) -> No
 
 @contextmanager
 def answer_lost(monkeypatch: pytest.MonkeyPatch, number: int) -> Iterator[None]:
-    """Let the COMMIT of a transaction, counted from 1, succeed and its answer get lost."""
+    """Let a transaction, counted from 1, be committed and the answer get lost."""
     commits: list[int] = []
-    commit = connection.commit
+    commit, fetch = connection.commit, statements._fetch
 
-    def commit_and_lose() -> None:
-        commit()
+    def lose() -> None:
         commits.append(1)
         if len(commits) == number:
             raise OperationalError(2013, "Lost connection to server during query")
 
+    def commit_and_lose() -> None:
+        commit()
+        lose()
+
+    def fetch_and_lose(*args: Any, **values: Any) -> Any:
+        rows = fetch(*args, **values)
+        if not connection.in_atomic_block:
+            lose()
+        return rows
+
     with monkeypatch.context() as patched:
         patched.setattr(connection, "commit", commit_and_lose)
+        patched.setattr(statements, "_fetch", fetch_and_lose)
         yield
     assert len(commits) >= number
 

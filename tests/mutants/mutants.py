@@ -28,6 +28,9 @@ SWEEPERS = "tests/races/test_sweepers.py"
 WAKE_UPS = "tests/races/test_wake_ups.py"
 HASTENING = "tests/integration/test_hastening.py"
 
+#: What PostgreSQL runs in the place of some of the other transitions.
+STATEMENTS = "transitions/statements.py"
+
 
 @dataclass(frozen=True)
 class Mutant:
@@ -39,6 +42,7 @@ class Mutant:
         old: Text that stands there exactly once.
         new: What it becomes.
         tests: Test files, or tests, of which one has to fail. Those below ``tests/races`` need PostgreSQL.
+        on_postgres: Whether all of them are run there: they are about what only PostgreSQL does.
     """
 
     name: str
@@ -46,11 +50,12 @@ class Mutant:
     old: str
     new: str
     tests: tuple[str, ...]
+    on_postgres: bool = False
 
     @property
     def needs_postgres(self) -> bool:
-        """Whether its tests race two connections."""
-        return any(test.startswith("tests/races/") for test in self.tests)
+        """Whether a test of it needs PostgreSQL."""
+        return self.on_postgres or any(test.startswith("tests/races/") for test in self.tests)
 
     def applied(self, text: str) -> str:
         """Return the file's text with the replacement.
@@ -154,8 +159,8 @@ MUTANTS = [
     Mutant(
         "let a loser go on",
         "transitions/guards.py",
-        "        raise CancelExecution\n    raise lease_lost(execution)\n",
-        "        raise CancelExecution\n",
+        "    raise lease_lost(execution) if cancel_requested else refusal(execution)\n",
+        "    if not cancel_requested and held.exists():\n        raise refusal(execution)\n",
         (TRANSITIONS,),
     ),
     Mutant(
@@ -677,5 +682,203 @@ MUTANTS = [
                 _open_child(execution, wait, StepKind.INVOKE)
 """,
         (HAND_OFF,),
+    ),
+    # --- statements that do several things at once
+    Mutant(
+        "claim at once what is not queued",
+        STATEMENTS,
+        " AND status || '' = 'queued' AND due_at",
+        " AND due_at",
+        (TRANSITIONS, HOLDERS),
+        on_postgres=True,
+    ),
+    Mutant(
+        "claim at once before it is due",
+        STATEMENTS,
+        " AND due_at <= {_NOW}\n        AND cancel",
+        "\n        AND cancel",
+        (TRANSITIONS, CONTEXT),
+        on_postgres=True,
+    ),
+    Mutant(
+        "claim at once what is to be cancelled",
+        STATEMENTS,
+        "        AND cancel_requested_at IS NULL\n        AND (deadline",
+        "        AND (deadline",
+        (TRANSITIONS,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "claim at once what has expired",
+        STATEMENTS,
+        "(deadline_at IS NULL OR deadline_at",
+        "(TRUE OR deadline_at",
+        (TRANSITIONS,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "claim at once by the name of another task",
+        STATEMENTS,
+        " AND task = COALESCE(%(task)s, task)",
+        "",
+        (TRANSITIONS,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "claim at once without a new fence",
+        STATEMENTS,
+        "fence = fence + 1, lease_owner",
+        "lease_owner",
+        (TRANSITIONS,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "forget at once when it was started first",
+        STATEMENTS,
+        "COALESCE(started_at, {_NOW})",
+        "{_NOW}",
+        (TRANSITIONS,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "write at once whatever the fence", STATEMENTS, " AND fence = %(fence)s", "", (TRANSITIONS,), on_postgres=True
+    ),
+    Mutant(
+        "write at once whatever the status",
+        STATEMENTS,
+        "AND status || '' = 'running'\"",
+        '"',
+        (TRANSITIONS,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "suspend at once what is to be cancelled",
+        STATEMENTS,
+        "{_HELD} AND cancel_requested_at IS NULL",
+        "{_HELD}",
+        (TRANSITIONS,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "settle at once what is settled",
+        STATEMENTS,
+        " AND is_open\n",
+        "\n",
+        (OUTCOMES, COMMITS, TRANSITIONS),
+        on_postgres=True,
+    ),
+    Mutant(
+        "wake at once before a map's last child",
+        STATEMENTS,
+        " WHERE status <> 'pending')",
+        ")",
+        (COMMITS,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "count a map's children down at once to one too many",
+        STATEMENTS,
+        "CASE WHEN remaining <= 1 THEN 'succeeded'",
+        "CASE WHEN remaining <= 0 THEN 'succeeded'",
+        (COMMITS,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "judge a step at once by how it stood before",
+        STATEMENTS,
+        " FOR NO KEY UPDATE OF {_STEPS}\n",
+        "\n",
+        (OPERATORS, FAN_IN),
+        on_postgres=True,
+    ),
+    Mutant(
+        "judge a parent at once by how it stood before",
+        STATEMENTS,
+        "        FOR NO KEY UPDATE\n    ), parent",
+        "    ), parent",
+        (WAKE_UPS,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "wake at once only a parent that waits",
+        STATEMENTS,
+        " WHERE id = found_id\n",
+        " WHERE id = found_id AND was_waiting\n",
+        (WAKE_UPS,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "leave the old run's lease to a parent that is woken at once",
+        STATEMENTS,
+        " WHEN was_waiting THEN NULL ELSE lease_expires_at",
+        " ELSE lease_expires_at",
+        (WAKE_UPS,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "settle a started child's step at once",
+        STATEMENTS,
+        " AND kind = '{kind.value}'",
+        "",
+        (COMMITS, PARALLEL),
+        on_postgres=True,
+    ),
+    Mutant(
+        "claim at once a parent that is to be cancelled",
+        STATEMENTS,
+        " AND cancel_requested_at IS NULL AND %(is_claimed)s",
+        " AND %(is_claimed)s",
+        (COMMITS,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "claim at once a parent that this process may not run",
+        STATEMENTS,
+        " AND %(is_claimed)s::boolean AS",
+        " AS",
+        (COMMITS,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "claim a parent at once without a new fence",
+        STATEMENTS,
+        "            fence = fence + is_claimed::integer,\n",
+        "",
+        (COMMITS,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "let a loser suspend at once",
+        "transitions/suspending.py",
+        "    if not suspended:\n        raise guards.refusal(execution)\n",
+        "",
+        (TRANSITIONS,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "let a loser record at once",
+        "transitions/running.py",
+        "            if cancelled is None:\n                raise guards.lease_lost(execution)\n",
+        "",
+        (TRANSITIONS,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "end at once a child whose end lets a sibling go",
+        "transitions/running.py",
+        """    if execution.position is not None and execution.get_options().get("throttled"):
+        return False  # its end lets a sibling go
+""",
+        "",
+        (COMMITS, PARALLEL),
+        on_postgres=True,
+    ),
+    Mutant(
+        "forget a parent that was woken at once",
+        "transitions/running.py",
+        "        claiming.pass_on(ended.queued, hand_off)\n",
+        "        pass\n",
+        (COMMITS,),
+        on_postgres=True,
     ),
 ]

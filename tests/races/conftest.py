@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from conductor_app import dispatch
-from tests.races.harness import Race
+from tests.races.harness import FORMS, Race
 from tests.support.executions import committing
 
 
@@ -17,10 +17,10 @@ def transactional_db(django_db_setup: None, django_db_blocker: Any) -> Iterator[
         yield
 
 
-@pytest.fixture
-def race(transactional_db: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Race]:
-    """Several connections to the test database, and a broker that nobody listens to."""
+@pytest.fixture(params=FORMS)
+def race(request: pytest.FixtureRequest, transactional_db: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Race]:
+    """Several connections to the test database, and a broker that nobody listens to; once with each form of moves."""
     monkeypatch.setattr(dispatch, "publish", lambda execution: True)
-    race = Race(monkeypatch)
+    race = Race(monkeypatch, request.param)
     yield race
     race.end()

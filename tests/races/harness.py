@@ -11,9 +11,10 @@ from contextlib import contextmanager, suppress
 from typing import Any, Self
 
 import pytest
-from django.db import connection, connections
+from django.db import connection, connections, transaction
 
 from conductor_app import sql
+from conductor_app.transitions import statements
 from tests.support.polling import wait_until
 
 #: Seconds after which a stopped or blocked actor is a bug of the test. Longer than any lock wait or retry here.
@@ -21,6 +22,11 @@ PATIENCE_SECONDS = 20
 
 #: The stop just before an actor's outermost COMMIT: everything is written, every lock is held.
 BEFORE_COMMIT = "before commit"
+
+#: How the moves of a run are written; the fixture ``race`` runs each test with both.
+FORMS = ("one statement", "several statements")
+#: For tests that look into a move, or weaken a part of it.
+in_several_statements = pytest.mark.parametrize("race", FORMS[1:], indirect=True)
 
 
 class IsolationLevel(enum.IntEnum):
@@ -42,7 +48,7 @@ class Actor:
         self.isolation = isolation
         #: SQLSTATEs of the conflicts after which ``sql.persist`` has run a transaction again.
         self.conflicts: list[str] = []
-        self._stop_at = ""
+        self.stop_at = ""
         self._stopped = threading.Event()
         self._go_on = threading.Event()
         self._done = threading.Event()
@@ -53,7 +59,7 @@ class Actor:
 
     def start(self, act: Callable[..., Any], *args: Any, stop: str = "") -> Self:
         """Run ``act`` in this actor's thread, which is to stop once at ``stop``."""
-        self._stop_at = stop
+        self.stop_at = stop
         self._thread = threading.Thread(target=self._run, args=(act, args), name=self.name, daemon=True)
         self._thread.actor = self  # type: ignore[attr-defined]
         self._thread.start()
@@ -70,13 +76,13 @@ class Actor:
             lambda: self._stopped.is_set() or self._done.is_set(),
             PATIENCE_SECONDS,
             interval=0.001,
-            message=f"{self.name} did not get to its stop, {self._stop_at!r}",
+            message=f"{self.name} did not get to its stop, {self.stop_at!r}",
         )
         return self._stopped.is_set()
 
     def wait_stopped(self) -> Self:
         """Return when this actor stands at its stop."""
-        assert self.is_stopped(), f"{self.name} ended before its stop, {self._stop_at!r}: {self._error!r}"
+        assert self.is_stopped(), f"{self.name} ended before its stop, {self.stop_at!r}: {self._error!r}"
         return self
 
     def wait_blocked(self, by: Actor) -> Self:
@@ -149,7 +155,7 @@ class Actor:
 
     def reach(self, point: str) -> None:
         """Stop here if it is this actor's stop; in the actor's thread."""
-        if self._stop_at == point and not self._stopped.is_set():
+        if self.stop_at == point and not self._stopped.is_set():
             self._stopped.set()
             assert self._go_on.wait(PATIENCE_SECONDS), f"nobody let {self.name} go on"
 
@@ -166,13 +172,18 @@ def _blockers(pid: int | None) -> list[int]:
 
 
 class Race:
-    """The fixture ``race``: makes actors, and the points at which they can stop."""
+    """The fixture ``race``: makes actors, and the points at which they can stop.
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    Args:
+        form: One of ``FORMS``. An actor that is to stop within a move makes it in several statements all the same.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
         self._monkeypatch = monkeypatch
         self._points: set[str] = set()
         self._actors: list[Actor] = []
         self._count_conflicts()
+        self._choose(form)
 
     def start(
         self, name: str, act: Callable[..., Any], *args: Any, isolation: IsolationLevel | None = None, stop: str = ""
@@ -256,6 +267,28 @@ class Race:
             return result
 
         self._monkeypatch.setattr(module, function_name, stopping)
+
+    def _choose(self, form: str) -> None:
+        fetch = statements._fetch
+
+        def are_at_hand() -> bool:
+            actor = getattr(threading.current_thread(), "actor", None)
+            return form == FORMS[0] and (actor is None or actor.stop_at in ("", BEFORE_COMMIT))
+
+        def stoppable(query: str, **values: Any) -> Any:
+            actor = getattr(threading.current_thread(), "actor", None)
+            # Where the statement is its own transaction there is no COMMIT to stop at, and no level to set. A claim is
+            # its own in both forms.
+            if actor is None or query is statements._CLAIM or (actor.isolation is None and not actor.stop_at):
+                return fetch(query, **values)
+            with transaction.atomic():
+                rows = fetch(query, **values)
+                if not rows:  # refused: there is nothing to commit
+                    transaction.set_rollback(True)
+                return rows
+
+        self._monkeypatch.setattr(statements, "are_at_hand", are_at_hand)
+        self._monkeypatch.setattr(statements, "_fetch", stoppable)
 
     def _count_conflicts(self) -> None:
         original = sql.is_conflict

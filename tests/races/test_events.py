@@ -15,7 +15,7 @@ from conductor_app.models import Event, Execution, Step
 from conductor_app.sql import locked
 from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.transitions import AwaitEvent, sending
-from tests.races.harness import BEFORE_COMMIT, IsolationLevel, Race
+from tests.races.harness import BEFORE_COMMIT, IsolationLevel, Race, in_several_statements
 from tests.support.executions import FAILURE, claimed, fresh, queued, running, snapshot, step_of
 from tests.support.invariants import violations
 
@@ -350,6 +350,7 @@ def test_an_event_is_refused_until_an_operators_retry_is_committed(race: Race, i
 # Canaries: with a weaker guard the same races lose the event, and this harness sees it.
 
 
+@in_several_statements
 def test_canary_a_sender_that_does_not_look_again_loses_the_event(race: Race, monkeypatch: pytest.MonkeyPatch) -> None:
     execution = running()
     looks: list[Any] = []
@@ -367,6 +368,7 @@ def test_canary_a_sender_that_does_not_look_again_loses_the_event(race: Race, mo
     assert is_stuck(execution)
 
 
+@in_several_statements
 def test_canary_a_lock_without_a_write_loses_the_event_at_repeatable_read(
     race: Race, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -385,6 +387,7 @@ def test_canary_a_lock_without_a_write_loses_the_event_at_repeatable_read(
     assert is_stuck(execution)
 
 
+@in_several_statements
 def test_canary_a_run_that_does_not_lock_first_loses_the_event(race: Race, monkeypatch: pytest.MonkeyPatch) -> None:
     from conductor_app.transitions import running as runs
 

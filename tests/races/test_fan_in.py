@@ -12,7 +12,7 @@ from conductor_app.exceptions import LeaseLost
 from conductor_app.models import Execution, Step
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
 from conductor_app.transitions import Gather, cancelling
-from tests.races.harness import BEFORE_COMMIT, IsolationLevel, Race
+from tests.races.harness import BEFORE_COMMIT, IsolationLevel, Race, in_several_statements
 from tests.support.executions import FAILURE, OWNER, claimed, fresh, invocation, mapping, starting, step_of
 
 pytestmark = pytest.mark.races
@@ -72,6 +72,7 @@ def test_wherever_the_first_stands_the_other_is_counted_too(race: Race, stop: st
     assert step_of(parent).remaining == 0
 
 
+@in_several_statements
 def test_canary_a_count_that_is_read_and_written_is_lost(race: Race, monkeypatch: pytest.MonkeyPatch) -> None:
     def read_and_write(counted: Any, status: StepStatus, **_: Any) -> Step:
         step = counted.get()

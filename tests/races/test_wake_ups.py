@@ -11,7 +11,7 @@ from conductor_app.models import Execution
 from conductor_app.sql import locked
 from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.transitions import Pending, waking
-from tests.races.harness import BEFORE_COMMIT, IsolationLevel, Race
+from tests.races.harness import BEFORE_COMMIT, IsolationLevel, Race, in_several_statements
 from tests.support.executions import FAILURE, claimed, family, fresh, invocation, step_of
 
 pytestmark = pytest.mark.races
@@ -126,6 +126,7 @@ def lock_and_wake_if_waiting(execution_id: Any, *_: Any) -> None:
     wake_if_waiting(execution_id)
 
 
+@in_several_statements
 def test_canary_a_conditional_wake_up_is_lost(race: Race, monkeypatch: pytest.MonkeyPatch) -> None:
     parent, child = replaying()
     monkeypatch.setattr(waking, "wake", wake_if_waiting)
@@ -136,6 +137,7 @@ def test_canary_a_conditional_wake_up_is_lost(race: Race, monkeypatch: pytest.Mo
     assert is_stuck(parent)
 
 
+@in_several_statements
 def test_canary_a_suspension_that_does_not_look_again_is_lost(race: Race, monkeypatch: pytest.MonkeyPatch) -> None:
     parent, child = replaying()
     monkeypatch.setattr(steps, "is_pending", lambda *_: True)
@@ -146,6 +148,7 @@ def test_canary_a_suspension_that_does_not_look_again_is_lost(race: Race, monkey
     assert is_stuck(parent)
 
 
+@in_several_statements
 def test_canary_a_lock_without_a_write_is_lost_at_repeatable_read(race: Race, monkeypatch: pytest.MonkeyPatch) -> None:
     parent, child = replaying()
     monkeypatch.setattr(waking, "wake", lock_and_wake_if_waiting)

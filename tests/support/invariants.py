@@ -199,7 +199,11 @@ def _of_results(executions: Iterable[Execution]) -> Iterator[str]:
 
 def _of_history(moves: list[Move]) -> Iterator[str]:
     first = moves[0]
-    if (first.status, first.fence, first.attempt) != (ExecutionStatus.QUEUED, 0, 1):
+    # The second is a child that its parent's process has claimed as it stored it.
+    if (first.status, first.fence, first.attempt) not in (
+        (ExecutionStatus.QUEUED, 0, 1),
+        (ExecutionStatus.RUNNING, 1, 1),
+    ):
         yield f"begins with {first}"
     ends = 0
     for before, move in itertools.pairwise(moves):

@@ -1,6 +1,7 @@
 """Servers that go away: a proxy between a client and a server."""
 
 import random
+import re
 import selectors
 import socket
 import threading
@@ -9,6 +10,8 @@ from typing import Self
 from urllib.parse import urlsplit, urlunsplit
 
 _DEFAULT_PORTS = {"redis": 6379, "amqp": 5672, "pyamqp": 5672, "postgres": 5432, "mysql": 3306}
+#: What ends a transaction: ``COMMIT``, and the statements that are transactions of their own.
+_COMMITS = re.compile(rb"COMMIT|WITH (held|parent|child) AS|SET\s+status = 'running'")
 
 
 class Proxy:
@@ -103,7 +106,7 @@ class Proxy:
                     if not self._speaks.is_set():
                         self._speaks.wait()
                         return
-                    if key.fileobj is client and b"COMMIT" in data and random.random() < self.cut_commits:
+                    if key.fileobj is client and _COMMITS.search(data) and random.random() < self.cut_commits:
                         self._cut(server, data)
                         return
                     key.data.sendall(data)

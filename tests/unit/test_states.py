@@ -45,11 +45,11 @@ def test_a_final_status_is_left_by_an_operators_retry_alone() -> None:
     assert ALLOWED_MOVES[ExecutionStatus.SUCCEEDED] == frozenset()
 
 
-def test_an_execution_runs_only_after_it_was_queued_and_succeeds_only_from_a_run() -> None:
+def test_an_execution_runs_only_after_it_was_queued_or_has_waited_and_succeeds_only_from_a_run() -> None:
     into = {
         status: {before for before, after in ALLOWED_MOVES.items() if status in after} for status in ExecutionStatus
     }
-    assert into[ExecutionStatus.RUNNING] == {ExecutionStatus.QUEUED}
+    assert into[ExecutionStatus.RUNNING] == {ExecutionStatus.QUEUED, ExecutionStatus.WAITING}
     assert into[ExecutionStatus.SUCCEEDED] == into[ExecutionStatus.FAILED] == {ExecutionStatus.RUNNING}
     assert into[ExecutionStatus.CANCELLED] == OPEN_STATUSES
 

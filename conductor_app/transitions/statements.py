@@ -1,0 +1,364 @@
+"""The moves of a run as one statement each, where the database has statements that write several rows: PostgreSQL.
+
+What belongs together is one transaction. Elsewhere that is ``BEGIN``, three to five statements and ``COMMIT``, each a
+trip to the server and back; here it is one trip, and one statement is a transaction. Each does what the general form in
+the module that calls it does, with the same guards and the same order of locks: a part that writes names the part
+before it, so PostgreSQL runs them in this order. No row is written twice, so an execution that is handed off is claimed
+by the write that makes it runnable.
+
+Only runs are so frequent that it matters. What an operator, the sweeper or a failure does has its general form alone.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from django.db import connections
+
+from conductor_app import clock, dispatch
+from conductor_app.conf import conductor_settings
+from conductor_app.models import Execution, Step, database
+from conductor_app.sql import one_statement
+from conductor_app.states import ExecutionStatus, OnTimeout, StepKind, StepStatus
+
+#: What a run needs to know of the execution that it claims, in the order of the model's fields (as ``from_db`` takes
+#: them); steps are read separately, and only if there can be any.
+CLAIM_FIELDS = (
+    "id",
+    "task",
+    "queue",
+    "priority",
+    "payload",
+    "status",
+    "attempt",
+    "max_attempts",
+    "parent_id",
+    "root_id",
+    "depth",
+    "step",
+    "position",
+    "fence",
+    "lease_owner",
+    "due_at",
+    "options",
+    "created_at",
+    "started_at",
+)
+_EXECUTIONS = Execution._meta.db_table
+_STEPS = Step._meta.db_table
+#: The payload travels only to a run.
+_PARENT_COLUMNS = [f"CASE WHEN is_claimed THEN {name} END" if name == "payload" else name for name in CLAIM_FIELDS]
+#: The database's clock at the start of the statement, as in ``clock``.
+_NOW = "(STATEMENT_TIMESTAMP() + %(shift)s::interval)"
+_LEASE_END = "(STATEMENT_TIMESTAMP() + %(lease)s::interval)"
+#: When the sweeper is to publish it; null adds nothing, and is nothing. LEAST() passes over what is null.
+_DISPATCH_AT = "LEAST(STATEMENT_TIMESTAMP() + %(dispatch_in)s::interval, %(dispatch_by)s::timestamptz)"
+
+# The indexes of what is to be dispatched and of leases would do as well, and hold an entry of each execution for each
+# time that it was queued or claimed since the last vacuum: a claim reads 20 to 32 pages by them, and 4 by the primary
+# key. The concatenation keeps the planner from them.
+
+#: What only a run that holds the execution may change.
+_HELD = "id = %(id)s::uuid AND fence = %(fence)s AND status || '' = 'running'"
+
+_CLAIM = f"""
+    UPDATE {_EXECUTIONS} SET
+        status = 'running', fence = fence + 1, lease_owner = %(owner)s, lease_expires_at = {_LEASE_END},
+        started_at = COALESCE(started_at, {_NOW}), dispatch_at = NULL, dispatches = 0
+    WHERE id = %(id)s::uuid AND task = COALESCE(%(task)s, task) AND status || '' = 'queued' AND due_at <= {_NOW}
+        AND cancel_requested_at IS NULL
+        AND (deadline_at IS NULL OR deadline_at > {_NOW} OR started_at IS NOT NULL)
+    RETURNING {", ".join(CLAIM_FIELDS)}
+"""  # noqa: S608 - names of our own tables and columns, here and below
+
+_RECORD_STEP = f"""
+    WITH held AS (
+        SELECT id, cancel_requested_at FROM {_EXECUTIONS} WHERE {_HELD} FOR NO KEY UPDATE
+    ), step AS (
+        INSERT INTO {_STEPS} (
+            execution_id, name, kind, status, task, payload_digest, result, error, fails_fast, on_timeout,
+            attempt, fence, created_at, finished_at
+        )
+        SELECT
+            id, %(name)s, 'step', %(status)s, '', '', %(result)s::text, %(error)s::text, TRUE, 'cancel',
+            %(attempt)s::integer, %(fence)s::bigint, {_NOW}, {_NOW}
+        FROM held
+    )
+    SELECT cancel_requested_at IS NOT NULL FROM held
+"""  # noqa: S608
+
+_SUSPEND = f"""
+    WITH parent AS (
+        UPDATE {_EXECUTIONS} SET
+            status = 'waiting', lease_owner = '', lease_expires_at = NULL, dispatch_at = NULL, dispatches = 0
+        WHERE {_HELD} AND cancel_requested_at IS NULL
+        RETURNING id
+    ), child AS (
+        INSERT INTO {_EXECUTIONS} (
+            id, task, queue, priority, payload, status, attempt, max_attempts, parent_id, root_id, depth, step,
+            fence, lease_owner, lease_expires_at, due_at, dispatch_at, dispatches, cancel_reason, idempotency_key,
+            options, created_at, started_at
+        )
+        SELECT
+            %(child)s::uuid, %(task)s, %(queue)s, %(priority)s::smallint, %(payload)s, %(status)s, 1,
+            %(max_attempts)s::integer, id, %(root_id)s::uuid, %(depth)s::integer, %(step)s,
+            %(is_claimed)s::integer, %(owner)s, {_LEASE_END}, {_NOW}, {_DISPATCH_AT}, 0, '', %(idempotency_key)s,
+            %(options)s, {_NOW}, CASE WHEN %(is_claimed)s::integer = 1 THEN {_NOW} END
+        FROM parent
+        RETURNING due_at, created_at, started_at
+    ), step AS (
+        INSERT INTO {_STEPS} (
+            execution_id, name, kind, status, task, payload_digest, child_id, fails_fast, timeout_seconds, on_timeout,
+            deadline_at, attempt, fence, created_at
+        )
+        SELECT
+            id, %(step)s, 'invoke', 'pending', %(task)s, %(payload_digest)s, %(child)s::uuid, TRUE,
+            %(timeout)s::float, %(on_timeout)s, STATEMENT_TIMESTAMP() + %(deadline)s::interval, %(attempt)s::integer,
+            %(fence)s::bigint, {_NOW}
+        FROM parent
+    )
+    SELECT due_at, created_at, started_at FROM child
+"""  # noqa: S608
+
+#: What the end of a child does to its parent's step, by the kind of that.
+_SETTLED = {
+    StepKind.INVOKE: f"status = 'succeeded', error = NULL, finished_at = {_NOW}",
+    StepKind.MAP: f"""
+            status = CASE WHEN remaining <= 1 THEN 'succeeded' ELSE 'pending' END,
+            finished_at = CASE WHEN remaining <= 1 THEN {_NOW} END,
+            remaining = remaining - 1
+    """,
+}
+_SUCCEED = f"""
+    UPDATE {_EXECUTIONS} SET
+        status = 'succeeded', result = %(result)s, error = NULL, lease_owner = '', lease_expires_at = NULL,
+        finished_at = {_NOW}, announce_at = STATEMENT_TIMESTAMP() + %(announce)s::interval
+    WHERE {_HELD}
+"""  # noqa: S608
+
+
+def _succeed_child(kind: StepKind) -> str:
+    # A step that is settled already stays as it is, and its parent, too. A step of another kind: nothing is written.
+    #
+    # The statement sees the rows as they were when it began, and may wait for the child's, the step's and the parent's
+    # while somebody changes the next. Only a locked row says how that stands *now*; so the step and the parent are
+    # found by their keys alone, locked, and judged then. (A step that an operator's retry is just reopening would be
+    # passed over by ``WHERE status = 'pending'``, and the parent never woken.)
+    #
+    # A parent that is just suspending either commits first, and is found waiting, or comes after this, and finds its
+    # step settled. It is written whatever it does: at REPEATABLE READ, a suspension that has not seen the settled step
+    # has to fail and be run again.
+    #
+    # PostgreSQL checks constraints with the old row's values first, and again with those of the row that it then finds.
+    # So whatever a waiting row says of itself is written, too, for a parent that waits only since this one waited.
+    return f"""
+    WITH child AS (
+        {_SUCCEED} AND EXISTS (
+            SELECT FROM {_STEPS} WHERE execution_id = %(parent)s::uuid AND name = %(step)s AND kind = '{kind.value}'
+        )
+        RETURNING id
+    ), entry AS (
+        SELECT {_STEPS}.id AS entry_id, status = 'pending' AS is_open
+        FROM {_STEPS}, child
+        WHERE execution_id = %(parent)s::uuid AND name = %(step)s
+        FOR NO KEY UPDATE OF {_STEPS}
+    ), step AS (
+        UPDATE {_STEPS} SET {_SETTLED[kind]}
+        FROM entry
+        WHERE {_STEPS}.id = entry_id AND is_open
+        RETURNING execution_id, status
+    ), found AS (
+        SELECT
+            id AS found_id,
+            status = 'waiting' AS was_waiting,
+            status = 'waiting' AND cancel_requested_at IS NULL AND %(is_claimed)s::boolean AS is_claimed
+        FROM {_EXECUTIONS}
+        WHERE id = (SELECT execution_id FROM step WHERE status <> 'pending')
+        FOR NO KEY UPDATE
+    ), parent AS (
+        UPDATE {_EXECUTIONS} SET
+            status = CASE WHEN is_claimed THEN 'running' WHEN was_waiting THEN 'queued' ELSE status END,
+            fence = fence + is_claimed::integer,
+            lease_owner = CASE WHEN is_claimed THEN %(owner)s WHEN was_waiting THEN '' ELSE lease_owner END,
+            lease_expires_at = CASE
+                WHEN is_claimed THEN {_LEASE_END} WHEN was_waiting THEN NULL ELSE lease_expires_at
+            END,
+            finished_at = CASE WHEN was_waiting THEN NULL ELSE finished_at END,
+            due_at = CASE WHEN was_waiting THEN {_NOW} ELSE due_at END,
+            dispatch_at = CASE WHEN is_claimed THEN NULL WHEN was_waiting THEN {_DISPATCH_AT} ELSE dispatch_at END
+        FROM found
+        WHERE id = found_id
+        RETURNING {", ".join(_PARENT_COLUMNS)}, is_claimed
+    )
+    SELECT parent.* FROM child LEFT JOIN parent ON TRUE
+"""  # noqa: S608
+
+
+_SUCCEED_CHILD = {kind: _succeed_child(kind) for kind in _SETTLED}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What the end of a run means for its parent."""
+
+    #: The parent, if it is to be published.
+    queued: Execution | None = None
+    #: The parent, if this process has claimed it.
+    claimed: Execution | None = None
+
+
+def are_at_hand() -> bool:
+    """Tell whether the database has such statements, and commits each of them."""
+    connection = connections[database()]
+    return connection.vendor == "postgresql" and bool(connection.settings_dict["AUTOCOMMIT"])
+
+
+def claim(execution_id: uuid.UUID, owner: str, task: str | None) -> Execution | None:
+    """queued → running, as ``claiming.claim``."""
+    rows = _fetch(_CLAIM, id=execution_id, task=task, owner=owner, lease=_lease())
+    return _execution(rows[0]) if rows else None
+
+
+def record_step(
+    execution: Execution, name: str, status: StepStatus, *, result: str | None, error: str | None
+) -> bool | None:
+    """Insert the outcome of a function, as ``running.record_step``.
+
+    Returns:
+        Whether the execution is to be cancelled; ``None`` if another run has it, and nothing is stored.
+    """
+    rows = _fetch(
+        _RECORD_STEP,
+        id=execution.pk,
+        fence=execution.fence,
+        attempt=execution.attempt,
+        name=name,
+        status=status.value,
+        result=result,
+        error=error,
+    )
+    return rows[0][0] if rows else None
+
+
+def suspend(
+    execution: Execution,
+    child: Execution,
+    owner: str | None,
+    *,
+    payload_digest: str,
+    timeout: float | None,
+    on_timeout: OnTimeout,
+) -> bool:
+    """running → waiting, with a child and the step that it will settle, as ``suspending.suspend``.
+
+    Args:
+        child: As it is to be stored, due at once. It gets its status and instants.
+        owner: Who claims the child; ``None`` queues it.
+
+    Returns:
+        ``False`` if another run has the execution, or it is to be cancelled; nothing is stored.
+    """
+    is_claimed = owner is not None
+    first = dispatch.first_publication(child.root_id)
+    child.status = ExecutionStatus.RUNNING if is_claimed else ExecutionStatus.QUEUED
+    child.fence = int(is_claimed)
+    child.lease_owner = owner or ""
+    rows = _fetch(
+        _SUSPEND,
+        id=execution.pk,
+        fence=execution.fence,
+        attempt=execution.attempt,
+        child=child.pk,
+        **{name: getattr(child, name) for name in _GIVEN},
+        status=child.status.value,
+        is_claimed=child.fence,
+        owner=child.lease_owner,
+        lease=_lease() if is_claimed else None,
+        dispatch_in=None if is_claimed else clock.interval(first.seconds),
+        dispatch_by=None if is_claimed else first.by,
+        payload_digest=payload_digest,
+        timeout=timeout,
+        deadline=None if timeout is None else clock.interval(timeout),
+        on_timeout=on_timeout.value,
+    )
+    if not rows:
+        return False
+    child.due_at, child.created_at, child.started_at = rows[0]
+    return True
+
+
+#: What a child's row says from the beginning.
+_GIVEN = (
+    "task",
+    "queue",
+    "priority",
+    "payload",
+    "max_attempts",
+    "root_id",
+    "depth",
+    "step",
+    "idempotency_key",
+    "options",
+)
+
+
+def succeed(execution: Execution, result: str, owner: str | None, *, announce_in: float | None) -> Ended | None:
+    """running → succeeded; settles the parent's step, and wakes or claims the parent, as ``running.succeed``.
+
+    Args:
+        owner: Who claims the parent if it waits for this; ``None`` queues it.
+        announce_in: Seconds until the sweeper tells Celery; ``None`` if there is nothing to tell.
+
+    Returns:
+        ``None`` if another run has the execution, or its parent's step is of a kind that asks for more than this (a
+        start); nothing is stored.
+    """
+    values: dict[str, Any] = {
+        "id": execution.pk,
+        "fence": execution.fence,
+        "result": result,
+        "announce": None if announce_in is None else clock.interval(announce_in),
+    }
+    if execution.parent_id is None:
+        return Ended() if _fetch(f"{_SUCCEED} RETURNING 1", **values) else None
+    first = dispatch.first_publication(execution.root_id)
+    rows = _fetch(
+        _SUCCEED_CHILD[StepKind.INVOKE if execution.position is None else StepKind.MAP],
+        **values,
+        parent=execution.parent_id,
+        step=execution.step,
+        is_claimed=owner is not None,
+        owner=owner or "",
+        lease=_lease(),
+        dispatch_in=clock.interval(first.seconds),
+        dispatch_by=first.by,
+    )
+    if not rows:
+        return None
+    *parent, is_claimed = rows[0]
+    if is_claimed is None:
+        return Ended()
+    found = _execution(parent)
+    if is_claimed:
+        return Ended(claimed=found)
+    # Queued by this write or already before it: a second ring of the bell is harmless.
+    return Ended(queued=found if found.status == ExecutionStatus.QUEUED else None)
+
+
+def _lease() -> dt.timedelta:
+    return clock.interval(conductor_settings().LEASE_SECONDS)
+
+
+def _execution(row: Sequence[Any]) -> Execution:
+    return Execution.from_db(database(), CLAIM_FIELDS, row)
+
+
+def _fetch(sql: str, **values: Any) -> list[Sequence[Any]]:
+    parameters: Any = {**values, "shift": clock.interval(0)}
+    with one_statement(database()), connections[database()].cursor() as cursor:
+        cursor.execute(sql, parameters)
+        return list(cursor.fetchall())
