@@ -77,7 +77,7 @@ def is_left_to_sweeper(options: Mapping[str, Any]) -> bool:
 
     With ``memory://``, a message that a pool process sends stays in that process's own memory.
     """
-    return is_embedded() and any(options.get(name) for name in ("link", "link_error", "chain", "chord"))
+    return any(options.get(name) for name in ("link", "link_error", "chain", "chord")) and is_embedded()
 
 
 @contextmanager

@@ -8,11 +8,14 @@ worker's main process sees one job; what it has to know of the others travels ba
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
+from billiard.einfo import ExceptionInfo
 from celery import Celery, current_app
+from celery.app import trace
 from celery.app.trace import trace_ok_t
 from celery.exceptions import WorkerShutdown, WorkerTerminate
 from django.db import DatabaseError
@@ -38,8 +41,23 @@ class Runtime(float):
     events: list[tuple[str, dict[str, Any]]] = []
 
 
+class EndInfo(ExceptionInfo):
+    """What Celery's tracer says of a run that has ended without an outcome: there is no error to trace."""
+
+    def __init__(self, ended: RunEnded, internal: bool) -> None:
+        vars(self).update(type=type(ended), exception=ended, tb=None, traceback="", internal=internal)
+
+
+def _exception_info(exc_info: Any = None, internal: bool = False) -> ExceptionInfo:
+    # Celery asks twice for each run that is suspended, and gets copies of the tracer's own frame, with the position of
+    # each of its instructions, and the text of a traceback: a fifth of a short run.
+    error = exc_info[1] if exc_info else sys.exc_info()[1]
+    return EndInfo(error, internal) if isinstance(error, RunEnded) else ExceptionInfo(exc_info, internal)
+
+
 def guard_tasks(app: Celery) -> None:
     """Put the guard around the tracer of each durable task of ``app``. Celery builds new ones on each reconnect."""
+    vars(trace)["ExceptionInfo"] = _exception_info
     for task in app.tasks.values():
         tracer = getattr(task, "__trace__", None)
         if tracer is not None and isinstance(task, Invocable) and not hasattr(tracer, "is_conductor"):

@@ -47,6 +47,7 @@ class LeaseKeeper:
         self._held: set[Lease] = set()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
+        self._is_idle = False
 
     @contextlib.contextmanager
     def hold(self, execution: Execution) -> Iterator[Lease]:
@@ -62,7 +63,9 @@ class LeaseKeeper:
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._run, name="conductor-heartbeat", daemon=True)
                 self._thread.start()
-            self._changed.notify()
+            # Between two heartbeats the thread waits for the next one, and a lease that is younger is renewed later.
+            if self._is_idle:
+                self._changed.notify()
         try:
             yield lease
         finally:
@@ -82,7 +85,9 @@ class LeaseKeeper:
         while True:
             with self._changed:
                 while not self._held:
+                    self._is_idle = True
                     self._changed.wait()
+                self._is_idle = False
                 interval = conductor_settings().HEARTBEAT_SECONDS
                 oldest = min(lease.renewed_at for lease in self._held)
                 self._changed.wait(max(oldest + interval - time.monotonic(), 0.01))

@@ -263,7 +263,7 @@ def suspend(
         ``False`` if another run has the execution, or it is to be cancelled; nothing is stored.
     """
     is_claimed = owner is not None
-    first = dispatch.first_publication(child.root_id)
+    first = None if is_claimed else dispatch.first_publication(child.root_id)
     child.status = ExecutionStatus.RUNNING if is_claimed else ExecutionStatus.QUEUED
     child.fence = int(is_claimed)
     child.lease_owner = owner or ""
@@ -278,8 +278,8 @@ def suspend(
         is_claimed=child.fence,
         owner=child.lease_owner,
         lease=_lease() if is_claimed else None,
-        dispatch_in=None if is_claimed else clock.interval(first.seconds),
-        dispatch_by=None if is_claimed else first.by,
+        dispatch_in=None if first is None else clock.interval(first.seconds),
+        dispatch_by=None if first is None else first.by,
         payload_digest=payload_digest,
         timeout=timeout,
         deadline=None if timeout is None else clock.interval(timeout),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -121,6 +122,28 @@ def test_an_ignored_run_is_logged_with_its_description_as_data(app: Celery, capl
     assert record.data["exc"] == repr(Ignore("because"))  # type: ignore[attr-defined]
     assert isinstance(record.args, dict)
     assert record.getMessage() == "Task body[some-id] ignored"
+
+
+def test_the_tracer_finds_its_exception_info_in_its_module(
+    app: Celery, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where ``durable_runs`` puts its own; the tracer returns what it gets there."""
+    asked: list[Any] = []
+
+    def note(exc_info: Any = None, internal: bool = False) -> Any:
+        asked.append((sys.exc_info()[1] if exc_info is None else exc_info[1], internal))
+        return ExceptionInfo(exc_info, internal)
+
+    monkeypatch.setattr("celery.app.trace.ExceptionInfo", note)
+    ended = Ignore("suspended")
+
+    @app.task
+    def ignored() -> None:
+        raise ended
+
+    outcome = build_tracer(ignored.name, ignored, app=app)("id-1", (), {}, {})
+    assert asked == [(ended, True), (ended, False)]
+    assert isinstance(outcome.retval, ExceptionInfo)
 
 
 def test_a_base_exception_leaves_the_tracer(app: Celery, told: Told) -> None:

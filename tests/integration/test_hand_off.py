@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from billiard.einfo import ExceptionInfo
 from celery import signals as celery_signals
 from celery.app.trace import build_tracer
 from celery.exceptions import WorkerShutdown
@@ -358,6 +360,31 @@ def test_a_tree_that_runs_eagerly_inside_a_body_is_its_own(ran: list[str]) -> No
     assert reload(result).get_result() == [0, 1]
     assert Execution.objects.filter(task=child.name).count() == 2
     invariants.check()
+
+
+def test_a_run_without_an_outcome_has_no_traceback_to_copy() -> None:
+    @durable
+    def naps(ctx: Any) -> None:
+        ctx.sleep("nap", 60)
+
+    @durable(max_retries=0)
+    def fails(ctx: Any) -> None:
+        raise ValueError("card declined")
+
+    traced(naps, fails)
+    durable_runs.guard_tasks(app)
+    suspended = deliver(naps.delay()).retval
+    assert isinstance(suspended, durable_runs.EndInfo)
+    for info in (suspended, pickle.loads(pickle.dumps(suspended))):
+        assert (info.type, repr(info.exception), info.internal) == (
+            executor.RunEnded,
+            "<run suspended: waiting for step 'nap'>",
+            True,
+        )
+        assert (info.exc_info[2], str(info)) == (None, "")
+    failed = deliver(fails.delay()).retval
+    assert type(failed) is ExceptionInfo
+    assert "card declined" in failed.traceback
 
 
 # ------------------------------------------------------------------------------------------------------ what goes wrong
