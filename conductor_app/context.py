@@ -17,10 +17,23 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequenc
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, NoReturn, ParamSpec, Protocol, TypeVar, cast, overload, runtime_checkable
+from typing import (
+    Any,
+    Generic,
+    Literal,
+    NoReturn,
+    ParamSpec,
+    Protocol,
+    TypeGuard,
+    TypeVar,
+    cast,
+    overload,
+    runtime_checkable,
+)
 
 from celery import Task, current_app
 from celery.canvas import Signature
+from celery.local import Proxy
 from django.db import connections, transaction
 
 from conductor_app import observing, steps, transitions
@@ -94,6 +107,15 @@ class Invocable(Protocol):
     ) -> transitions.NewExecution:
         """Check the arguments against the task's signature and return the execution to store."""
         ...
+
+    def stored_payload(self, args: list[Any], kwargs: Mapping[str, Any]) -> str:
+        """Return the arguments as they are stored."""
+        ...
+
+
+def is_invocable(task: object) -> TypeGuard[Invocable]:
+    """Tell whether a task is an ``Invocable``; as ``isinstance`` does, without looking at each member each time."""
+    return hasattr(type(task), "new_execution")
 
 
 class ExecutionContext:
@@ -250,6 +272,10 @@ class ExecutionContext:
         self._enter(step, call)
         seconds, on_timeout, options = given.checked()
         invocable, args, kwargs, own = resolve_child(child, payload, call)
+        if step in self._memory:
+            # Whatever else was asked for when it was stored: a long replay is not to work that out for each child.
+            stored = digest(invocable.stored_payload(args, kwargs))
+            return cast(steps.Memory, self._recall(step, kind, task=invocable.name, payload_digest=stored))
         new = invocable.new_execution(
             args,
             kwargs,
@@ -257,13 +283,10 @@ class ExecutionContext:
             what=f"payload of {call}",
             execution_id=derive_child_id(self._execution.pk, step),
         )
-        payload_digest = digest(new.payload)
-        remembered = self._recall(step, kind, task=new.task, payload_digest=payload_digest)
-        if remembered is not None:
-            return cast(steps.Memory, remembered)
+        self._recall(step, kind)
         self._check_depth(call, new.task)
         self._hint_at_milliseconds(step, given.timeout, seconds)
-        return transitions.Invocation(step, new, payload_digest, seconds, on_timeout)
+        return transitions.Invocation(step, new, digest(new.payload), seconds, on_timeout)
 
     def _check_depth(self, call: str, task: str) -> None:
         limit = conductor_settings().MAX_DEPTH
@@ -1037,6 +1060,9 @@ def resolve_child(
     options: dict[str, Any] = {}
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
+    if issubclass(type(child), Proxy):
+        # Once: what a decorator returns in a module of tasks looks its task up whenever it is asked for anything.
+        child = cast(Any, child)._get_current_object()
     if isinstance(child, Signature):
         if child.get("subtask_type"):
             raise InvalidArgumentType(
@@ -1073,7 +1099,7 @@ def resolve_child(
     task = current_app.tasks.get(name)
     if task is None:
         raise UnknownTask(_unknown(name))
-    return task if isinstance(task, Invocable) else PlainTask(task), args, kwargs, options
+    return task if is_invocable(task) else PlainTask(task), args, kwargs, options
 
 
 def _unknown(name: str) -> str:

@@ -257,7 +257,7 @@ class DurableTask(_Task[P, R]):
             NotSerializable, PayloadTooLarge, InvalidArgument, InvalidArgumentType: Nothing is stored.
         """
         self._check_signature(args, kwargs, what)
-        payload = dump_call(args, kwargs, conductor_settings().MAX_PAYLOAD_BYTES)
+        payload = self.stored_payload(args, kwargs)
         if idempotency_key is not None:
             check_key(idempotency_key, "idempotency_key")
         given = {name: value for name, value in options.items() if value is not None}
@@ -279,6 +279,14 @@ class DurableTask(_Task[P, R]):
             expires=expiry(options.get("expires")),
             idempotency_key=idempotency_key,
         )
+
+    def stored_payload(self, args: list[Any], kwargs: Mapping[str, Any]) -> str:
+        """Return the arguments as they are stored.
+
+        Raises:
+            NotSerializable, PayloadTooLarge: They cannot be.
+        """
+        return dump_call(args, kwargs, conductor_settings().MAX_PAYLOAD_BYTES)
 
     def _check_signature(self, args: list[Any], kwargs: Mapping[str, Any], what: str) -> None:
         try:

@@ -74,13 +74,11 @@ class PlainTask:
         given = {**own, **{name: value for name, value in options.items() if value is not None}}
         given["shadow"] = given.get("shadow") or task.shadow_name(args, kwargs, dict(given))
         countdown, eta = due_time(given)
-        dump_models = getattr(task, "_dump_pydantic_arguments", None)
-        sent_args, sent_kwargs = dump_models(args, kwargs) if dump_models is not None else (args, kwargs)
         return transitions.NewExecution(
             id=execution_id or new_root_id(),
             task=self.name,
             queue=queue_name(task, given, args, kwargs),
-            payload=dump_call(list(sent_args), sent_kwargs, conductor_settings().MAX_PAYLOAD_BYTES),
+            payload=self.stored_payload(args, kwargs),
             max_attempts=task.max_retries + 1 if isinstance(task.max_retries, int) else None,
             priority=check_priority(given.get("priority")),
             options=dump_options(_kept_options(task, given)),
@@ -88,6 +86,16 @@ class PlainTask:
             eta=eta,
             expires=expiry(given.get("expires")),
         )
+
+    def stored_payload(self, args: list[Any], kwargs: Mapping[str, Any]) -> str:
+        """Return the arguments as they are stored.
+
+        Raises:
+            NotSerializable, PayloadTooLarge: They cannot be.
+        """
+        dump_models = getattr(self._task, "_dump_pydantic_arguments", None)
+        sent_args, sent_kwargs = dump_models(args, kwargs) if dump_models is not None else (args, kwargs)
+        return dump_call(list(sent_args), sent_kwargs, conductor_settings().MAX_PAYLOAD_BYTES)
 
     def _check_signature(self, args: list[Any], kwargs: Mapping[str, Any], what: str) -> None:
         """Check the arguments as ``apply_async`` does: none of ``typing=False``, none of a class-based task."""
@@ -130,8 +138,15 @@ class DjangoTask:
             signature = inspect.signature(task.func)
             raise InvalidArgumentType(f"{what} does not fit {task.module_path}{signature}: {error}") from None
         own = {"eta": task.run_after, "queue": None if task.queue_name == "default" else task.queue_name}
-        payload = {"path": task.module_path, "args": args, "kwargs": dict(kwargs)}
-        return self._plain.new_execution([], payload, {**own, **options}, what=what, execution_id=execution_id)
+        options = {**own, **options}
+        return self._plain.new_execution([], self._call(args, kwargs), options, what=what, execution_id=execution_id)
+
+    def stored_payload(self, args: list[Any], kwargs: Mapping[str, Any]) -> str:
+        """Return the arguments as they are stored; see ``PlainTask``."""
+        return self._plain.stored_payload([], self._call(args, kwargs))
+
+    def _call(self, args: list[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        return {"path": self._task.module_path, "args": args, "kwargs": dict(kwargs)}
 
 
 def is_django_task(child: object) -> bool:
