@@ -290,6 +290,8 @@ class News:
         self._reports: queue.SimpleQueue[PlainReport] = queue.SimpleQueue()
         self._next_due = float("inf")
         self._usual_run_seconds = float("inf")
+        #: Whether a free pool slot is to be filled from the database.
+        self.feeds = False
 
     @property
     def runs_are_short(self) -> bool:
@@ -309,6 +311,12 @@ class News:
         if due_in is not None:
             with self._lock:
                 self._next_due = min(self._next_due, time.monotonic() + due_in)
+        # With a broker server, thousands of runs a second would wake the thread for nothing.
+        if due_in is not None or self.feeds:
+            self._wake.set()
+
+    def rouse(self) -> None:
+        """Let the thread look around."""
         self._wake.set()
 
     def process_died(self, execution_id: str, owner: str) -> None:
@@ -395,12 +403,13 @@ class SweeperThread(threading.Thread):
     def stop(self) -> None:
         """Ask the thread to end, and wait for the tick that it is in."""
         self._stop_requested.set()
-        news.run_ended()
+        news.rouse()
         if self.is_alive() and threading.current_thread() is not self:
             self.join(timeout=5)
 
     def run(self) -> None:
         """Tick until stopped. A tick that fails is tried again; nothing ends the thread."""
+        news.feeds = self._embedded
         while not self._stop_requested.is_set():
             self._no_fork.wait(timeout=1)
             with self._busy:
