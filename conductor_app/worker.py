@@ -57,6 +57,9 @@ CELERY_LOST_WAIT_SECONDS = 10.0
 DEATH_SECONDS = 10.0
 #: How often to look meanwhile, in seconds.
 DEATH_POLL_SECONDS = 0.2
+#: The first sweep that fails is repeated at once; so many seconds follow each other one, and at most so many.
+RETRY_PAUSE_SECONDS = 0.2
+MAX_RETRY_SECONDS = 1.0
 #: Longest pause before a worker is asked again for a task that it did not know, in seconds.
 UNKNOWN_SECONDS = 3_600.0
 #: While runs are shorter than this, in seconds, the feed fetches more executions than there are free slots.
@@ -445,10 +448,16 @@ class SweeperThread(threading.Thread):
             if self._embedded and not self._shutdown.is_requested():
                 self._feed()
         except Exception as error:  # noqa: BLE001 - the thread must outlive any outage
+            is_first = not self._last_problem
             self._report(error)
-            self._next_sweep = max(self._next_sweep, time.monotonic() + min(self._settings.SWEEP_SECONDS, 1.0))
-            self._stop_requested.wait(0.2)
             self._close()
+            if is_first:
+                # Most often the connection was at fault, and a new one will do: what waits for this sweep has waited.
+                self._next_sweep = time.monotonic()
+            else:
+                pause = min(self._settings.SWEEP_SECONDS, MAX_RETRY_SECONDS)
+                self._next_sweep = max(self._next_sweep, time.monotonic() + pause)
+                self._stop_requested.wait(RETRY_PAUSE_SECONDS)
         else:
             self._last_problem = ""
             if not self._embedded:

@@ -24,10 +24,6 @@ from tests.support import history, invariants
 #: Seconds on top of a published bound: two cores, and every process wants them.
 GRACE_SECONDS = 2.0
 
-#: How much later a sweep is repeated that has failed: pauses of ``worker.SweeperThread``. Sessions are ended all the
-#: time, those of sweepers too.
-FAILED_SWEEP_SECONDS = 0.7
-
 #: How much later than its end a run must have written to be a zombie.
 ZOMBIE_SECONDS = 1.0
 
@@ -210,8 +206,7 @@ def _of_recovery(acts: list[Act], outages: list[tuple[float, float]], found: dic
     for name in sorted({act.name for act in acts if act.victims} - {"shift_lease"}):
         # A process that is frozen in the middle of a transaction keeps its locks until it wakes up.
         frozen = FROZEN_SECONDS if name == "freeze" else 0
-        swept = 1.2 * settings.SWEEP_SECONDS + FAILED_SWEEP_SECONDS
-        recovery = found[name] = Recovery(round(settings.LEASE_SECONDS + swept + frozen, 1))
+        recovery = found[name] = Recovery(round(settings.LEASE_SECONDS + 1.2 * settings.SWEEP_SECONDS + frozen, 1))
         allowed = recovery.bound + GRACE_SECONDS
         for act in acts:
             if act.name != name:

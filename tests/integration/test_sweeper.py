@@ -473,3 +473,29 @@ def test_a_worker_sweeps_again_at_once_when_there_was_more_than_a_batch(
         sweeps += 1
     assert sweeps == 3
     assert {fresh(execution).status for execution in naps} == {ExecutionStatus.QUEUED}
+
+
+def test_a_sweep_that_fails_is_repeated_at_once_and_then_after_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most often its connection was at fault; leases that have lapsed wait for it."""
+
+    def refuse(**_options: Any) -> Any:
+        raise OperationalError("terminating connection due to administrator command")
+
+    monkeypatch.setattr(sweeper, "sweep", refuse)
+    monkeypatch.setattr(worker, "RETRY_PAUSE_SECONDS", 0)
+    # The thread's own; that of the test is not to be closed.
+    monkeypatch.setattr(worker.SweeperThread, "_close", lambda thread: None)
+    thread = worker.SweeperThread(SimpleNamespace(app=current_app), worker.Shutdown())
+    pauses = []
+    for _ in range(3):
+        thread._next_sweep = 0.0
+        thread._tick()
+        pauses.append(thread._next_sweep > monotonic())
+    assert pauses == [False, True, True]
+    monkeypatch.setattr(sweeper, "sweep", lambda **_options: Counter())
+    thread._next_sweep = 0.0
+    thread._tick()
+    monkeypatch.setattr(sweeper, "sweep", refuse)
+    thread._next_sweep = 0.0
+    thread._tick()
+    assert thread._next_sweep <= monotonic()
