@@ -62,10 +62,12 @@ RETRY_PAUSE_SECONDS = 0.2
 MAX_RETRY_SECONDS = 1.0
 #: Longest pause before a worker is asked again for a task that it did not know, in seconds.
 UNKNOWN_SECONDS = 3_600.0
-#: While runs are shorter than this, in seconds, the feed fetches more executions than there are free slots.
+#: While runs are shorter than this, in seconds, the feed fetches more executions than there are free slots: at least
+#: so many for each, as many as are worked off in so many seconds, and at most so many.
 SHORT_RUN_SECONDS = 0.25
-#: How many executions it fetches for each slot then.
 SHORT_RUN_ROOM = 3
+FED_SECONDS = 0.04
+MAX_ROOM = 20
 
 
 class DurableRequest(Request):
@@ -297,9 +299,15 @@ class News:
         self.feeds = False
 
     @property
-    def runs_are_short(self) -> bool:
-        """Whether lately runs have been so short that fetching the next execution takes longer."""
-        return self._usual_run_seconds < SHORT_RUN_SECONDS
+    def room(self) -> int:
+        """How many executions each pool slot is to have in this process, with the one that runs.
+
+        More than one if lately runs have been so short that fetching the next one takes longer.
+        """
+        usual = self._usual_run_seconds
+        if usual >= SHORT_RUN_SECONDS:
+            return 1
+        return max(SHORT_RUN_ROOM, MAX_ROOM if usual * MAX_ROOM < FED_SECONDS else int(FED_SECONDS / usual))
 
     def run_ended(self, due_in: float | None = None, seconds: float | None = None) -> None:
         """A pool slot is free; ``due_in`` seconds from now the sweeper has something to do.
@@ -494,9 +502,10 @@ class SweeperThread(threading.Thread):
 
     def _feed(self) -> None:
         """Publish due executions into this process's own memory:// queue, as many as the pool has room for."""
-        slots = self._pool_size() * (SHORT_RUN_ROOM if news.runs_are_short else 1)
-        room = slots - len(worker_state.reserved_requests) - self._unread()
-        if room > 0:
+        wanted = self._pool_size() * news.room
+        room = wanted - len(worker_state.reserved_requests) - self._unread()
+        # A transaction for each run that ends would cost as much as the run.
+        if room > 0 and 2 * room >= wanted:
             sweeper.publish_due(room, self._queues())
 
     def _pool_size(self) -> int:

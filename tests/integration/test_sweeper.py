@@ -499,3 +499,31 @@ def test_a_sweep_that_fails_is_repeated_at_once_and_then_after_a_pause(monkeypat
     thread._next_sweep = 0.0
     thread._tick()
     assert thread._next_sweep <= monotonic()
+
+
+def test_a_worker_is_fed_with_what_it_works_off_meanwhile() -> None:
+    news = worker.News()
+    assert news.room == 1, "nothing is known of the runs"
+    news.run_ended(seconds=0.1)
+    assert news.room == worker.SHORT_RUN_ROOM
+    for _ in range(50):
+        news.run_ended(seconds=0.004)
+    assert 9 <= news.room <= 10
+    for _ in range(50):
+        news.run_ended(seconds=0.0)
+    assert news.room == worker.MAX_ROOM
+    news.run_ended(seconds=1.0)
+    assert news.room == 1, "a long run may follow, and others are free for the next"
+
+
+@pytest.mark.parametrize(("waiting", "fetched"), [(0, [6]), (3, [3]), (4, []), (6, [])])
+def test_a_worker_is_fed_when_half_of_that_is_worked_off(
+    monkeypatch: pytest.MonkeyPatch, waiting: int, fetched: list[int]
+) -> None:
+    monkeypatch.setattr(worker.News, "room", worker.SHORT_RUN_ROOM)
+    monkeypatch.setattr(worker.SweeperThread, "_pool_size", lambda thread: 2)
+    monkeypatch.setattr(worker.SweeperThread, "_unread", lambda thread: waiting)
+    asked: list[int] = []
+    monkeypatch.setattr(sweeper, "publish_due", lambda room, queues: asked.append(room))
+    worker.SweeperThread(SimpleNamespace(app=current_app), worker.Shutdown())._feed()
+    assert asked == fetched
