@@ -105,9 +105,9 @@ def test_the_checker_holds_recovery_against_its_bound(
     monkeypatch.setattr(checker.history, "left_running", lambda: {run: 1_000.0 + seconds})
     found: dict[str, checker.Recovery] = {}
     assert [*checker._of_recovery([killed], [], found)] == (
-        [] if is_fine else ["A run of worker-1 was given up 30.0s after kill_worker; 6.3s are allowed"]
+        [] if is_fine else ["A run of worker-1 was given up 30.0s after kill_worker; 5.6s are allowed"]
     )
-    assert found == {"kill_worker": checker.Recovery(bound=4.3, seconds=[seconds])}
+    assert found == {"kill_worker": checker.Recovery(bound=3.6, seconds=[seconds])}
     assert not [*checker._of_recovery([killed], [(1_001.0, 1_004.0)], found)], "the database was away"
 
 
