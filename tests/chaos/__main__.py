@@ -1,6 +1,7 @@
 """Let real workers run on real servers while processes are killed and connections cut, and check what comes out.
 
     python -m tests.chaos [--seed N] [--roots N] [--seconds S] [--broker redis|rabbitmq] [--hours H] [--report FILE]
+        [--no-hand-off]
 
 One round takes ``--seconds``, the start of the stack and the drain. With ``--hours``, rounds with the next seeds follow
 until the time is over, and commits are forced to disk.
@@ -15,6 +16,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import random
 import shutil
 import sys
@@ -57,7 +59,10 @@ def main() -> int:
     parser.add_argument("--hours", type=float, help="repeat with the next seeds until so much time is over")
     parser.add_argument("--fsync", action="store_true", help="force commits to disk; implied by --hours")
     parser.add_argument("--report", type=Path, help="write the report to this file as JSON")
+    parser.add_argument("--no-hand-off", action="store_true", help="publish a message for each run")
     options = parser.parse_args()
+    if options.no_hand_off:
+        os.environ["CONDUCTOR_CHAOS_HAND_OFF"] = "0"  # of the workers, and of further rounds
     if options.hours is not None:
         return soak.soak(options, console)
     options.broker = options.broker or soak.BROKERS[0]

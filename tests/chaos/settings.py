@@ -18,4 +18,5 @@ CONDUCTOR = {
     "SWEEP_SECONDS": 0.5,
     "REDISPATCH_SECONDS": 2,
     "AUDIT_SECONDS": 5,
+    "HAND_OFF": os.environ.get("CONDUCTOR_CHAOS_HAND_OFF") != "0",
 }
