@@ -38,6 +38,7 @@ def setup() -> None:
 def fresh_database() -> Iterator[None]:
     """Create and migrate a test database, drop it afterwards, and empty the queue before and after."""
     runner = get_runner(settings)(verbosity=0, interactive=False)
+    _remove_journals()
     databases = runner.setup_databases()
     os.environ[DATABASE] = str(connection.settings_dict["NAME"])
     _purge()
@@ -47,6 +48,13 @@ def fresh_database() -> Iterator[None]:
         _purge()
         runner.teardown_databases(databases)
         del os.environ[DATABASE]
+
+
+def _remove_journals() -> None:
+    """Remove what killed workers have left beside a SQLite file that is gone: a new one would be taken for broken."""
+    if connection.vendor == "sqlite":
+        for suffix in ("-wal", "-shm"):
+            Path(f"{connection.settings_dict['TEST']['NAME']}{suffix}").unlink(missing_ok=True)
 
 
 def _purge() -> None:
