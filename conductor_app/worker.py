@@ -474,8 +474,10 @@ class SweeperThread(threading.Thread):
     def _sweep(self) -> None:
         interval = self._settings.SWEEP_SECONDS * random.uniform(0.8, 1.2)
         now = time.monotonic()
-        # By the clock on the wall, which goes on while the machine sleeps.
-        if time.time() - self._swept_at > max(self._settings.LEASE_SECONDS / 2, 2 * self._settings.SWEEP_SECONDS):
+        # By the clock on the wall, which goes on while the machine sleeps; from begin to begin, for it may have fallen
+        # asleep in the middle of a sweep.
+        began = time.time()
+        if began - self._swept_at > max(self._settings.LEASE_SECONDS / 2, 2 * self._settings.SWEEP_SECONDS):
             self._ticks, self._first_tick_at = 0, None
         audit = now >= self._next_audit
         found = sweeper.sweep(reclaim=self._may_reclaim(now), audit=audit, publish=not self._embedded)
@@ -486,7 +488,7 @@ class SweeperThread(threading.Thread):
             self._next_sweep = now  # there is more
         self._ticks += 1
         self._first_tick_at = self._first_tick_at or now
-        self._swept_at = time.time()
+        self._swept_at = began
         if found:
             logger.info("Swept: %s.", ", ".join(f"{count} {what}" for what, count in sorted(found.items())))
 

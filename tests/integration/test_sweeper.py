@@ -442,7 +442,15 @@ def test_a_worker_reclaims_only_after_it_has_looked_on_for_half_a_lease(monkeypa
     allowed: list[bool] = []
     clocks = SimpleNamespace(monotonic=lambda: 500 + elapsed, time=lambda: 1_000_000 + elapsed + asleep)
     monkeypatch.setattr(worker, "time", clocks)
-    monkeypatch.setattr(sweeper, "sweep", lambda *, reclaim, **_: allowed.append(reclaim) or Counter())
+    falls_asleep_for = 0.0
+
+    def sweep(*, reclaim: bool, **_options: Any) -> Any:
+        nonlocal asleep, falls_asleep_for
+        allowed.append(reclaim)
+        asleep, falls_asleep_for = asleep + falls_asleep_for, 0.0
+        return Counter()
+
+    monkeypatch.setattr(sweeper, "sweep", sweep)
     thread = worker.SweeperThread(SimpleNamespace(app=current_app), worker.Shutdown())
 
     def sweep_for(seconds: float) -> list[bool]:
@@ -458,6 +466,8 @@ def test_a_worker_reclaims_only_after_it_has_looked_on_for_half_a_lease(monkeypa
     assert sweep_for(700) == [False] * 5 + [True] * 2
     asleep += 600
     assert sweep_for(700) == [False] * 5 + [True] * 2
+    falls_asleep_for = 600  # in the middle of a sweep
+    assert sweep_for(800) == [True] + [False] * 5 + [True] * 2
 
 
 def test_a_worker_sweeps_again_at_once_when_there_was_more_than_a_batch(
