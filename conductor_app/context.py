@@ -28,7 +28,6 @@ from typing import (
     TypeVar,
     cast,
     overload,
-    runtime_checkable,
 )
 
 from celery import Task, current_app
@@ -90,7 +89,6 @@ logger = logging.getLogger("conductor_app.execution")
 current_context: ContextVar[ExecutionContext | None] = ContextVar("conductor_app_context", default=None)
 
 
-@runtime_checkable
 class Invocable(Protocol):
     """A task that can be a child; ``DurableTask`` is one, ``plain.PlainTask`` makes one of any other."""
 
@@ -114,7 +112,7 @@ class Invocable(Protocol):
 
 
 def is_invocable(task: object) -> TypeGuard[Invocable]:
-    """Tell whether a task is an ``Invocable``; as ``isinstance`` does, without looking at each member each time."""
+    """Tell whether a task of the app's registry is an ``Invocable``: one look, where a protocol's is one a member."""
     return hasattr(type(task), "new_execution")
 
 

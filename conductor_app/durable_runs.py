@@ -21,7 +21,7 @@ from celery.exceptions import WorkerShutdown, WorkerTerminate
 from django.db import DatabaseError
 
 from conductor_app import dispatch, hand_off, transitions
-from conductor_app.context import Invocable
+from conductor_app.context import is_invocable
 from conductor_app.exceptions import AbandonRun, LeaseLost
 from conductor_app.executor import RunEnded
 from conductor_app.ids import of_task_id
@@ -60,7 +60,7 @@ def guard_tasks(app: Celery) -> None:
     vars(trace)["ExceptionInfo"] = _exception_info
     for task in app.tasks.values():
         tracer = getattr(task, "__trace__", None)
-        if tracer is not None and isinstance(task, Invocable) and not hasattr(tracer, "is_conductor"):
+        if tracer is not None and is_invocable(task) and not hasattr(tracer, "is_conductor"):
             any_task: Any = task
             any_task.__trace__ = guard(task, tracer)
 

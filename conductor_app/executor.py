@@ -100,7 +100,7 @@ def run(task: Task[Any, Any], execution_id: uuid.UUID) -> Any:
     try:
         return _run(task, execution_id, limit)
     except RunEnded as ended:
-        # Celery copies every frame of the traceback, with all positions of its code: a tenth of a short run.
+        # Celery keeps the exception for a while, and with it the body's frames and all that they hold.
         raise ended.with_traceback(None) from None
     finally:
         limit.forget()  # the body is done, and what follows it is not the body's to fail

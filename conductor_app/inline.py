@@ -14,7 +14,7 @@ from celery.app.trace import build_tracer
 from celery.result import EagerResult
 
 from conductor_app import clock, dispatch, plain_runs
-from conductor_app.context import Invocable
+from conductor_app.context import is_invocable
 from conductor_app.exceptions import ExecutionCancelled, UnknownTask
 from conductor_app.maintenance import sweeper
 from conductor_app.models import Execution, FailedExecution, Step, database
@@ -51,7 +51,7 @@ def run_once(execution: Execution, app: Celery) -> None:
         "retries": execution.attempt - 1,
     }
     tracer = build_tracer(task.name, task, app=app, eager=True, propagate=False)
-    if not isinstance(task, Invocable):
+    if not is_invocable(task):
         options = execution.get_options()
         request.update(callbacks=options.get("link"), errbacks=options.get("link_error"))
         tracer = plain_runs.guard(task, tracer)

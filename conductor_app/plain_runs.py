@@ -28,7 +28,7 @@ from django.utils import timezone
 
 from conductor_app import executor, observing, transitions
 from conductor_app.conf import conductor_settings
-from conductor_app.context import Invocable
+from conductor_app.context import is_invocable
 from conductor_app.exceptions import (
     AbandonRun,
     CancelExecution,
@@ -58,7 +58,7 @@ def guard_tasks(app: Celery) -> None:
     """Put the guard around the tracer of each plain task of ``app``. Celery builds new ones on each reconnect."""
     for task in app.tasks.values():
         tracer = getattr(task, "__trace__", None)
-        if tracer is not None and not isinstance(task, Invocable) and not hasattr(tracer, "is_conductor"):
+        if tracer is not None and not is_invocable(task) and not hasattr(tracer, "is_conductor"):
             cast_task: Any = task
             cast_task.__trace__ = guard(task, tracer)
 

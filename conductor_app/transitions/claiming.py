@@ -90,18 +90,24 @@ class HandOff:
         recalls: Callable[[uuid.UUID], Execution | None] = lambda _: None,
     ) -> None:
         self.owner = owner
-        self.accepts = accepts
+        self._accepts = accepts
         self.recalls = recalls
         #: What was to be claimed in the last try of the transaction, whether or not that was committed.
         self.wanted: Execution | None = None
         #: What is claimed; the commit has been made.
         self.claimed: Execution | None = None
 
-    def take(self, execution: Execution) -> bool:
-        """Claim an execution that has just been queued; tell whether it will be run here."""
-        if not self.accepts(execution):
+    def wants(self, execution: Execution) -> bool:
+        """Tell whether this process runs an execution next if it can be claimed, and note that it is to be."""
+        if not self._accepts(execution):
             return False
         self.wanted = execution
+        return True
+
+    def take(self, execution: Execution) -> bool:
+        """Claim an execution that has just been queued; tell whether it will be run here."""
+        if not self.wants(execution):
+            return False
         taken = claim(execution.pk, self.owner, execution.task)
         if taken is None:
             self.wanted = None

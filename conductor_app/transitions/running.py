@@ -146,9 +146,7 @@ def _succeed_at_once(execution: Execution, result: str, hand_off: claiming.HandO
         return False  # its end lets a sibling go
     # What is known of the parent here does not change while that waits; how it stands, the statement looks at.
     parent = None if hand_off is None or execution.parent_id is None else hand_off.recalls(execution.parent_id)
-    offer = hand_off if parent is not None and hand_off is not None and hand_off.accepts(parent) else None
-    if offer is not None:
-        offer.wanted = parent
+    offer = hand_off if parent is not None and hand_off is not None and hand_off.wants(parent) else None
     ended = statements.succeed(
         execution,
         result,

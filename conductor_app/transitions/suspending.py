@@ -177,9 +177,7 @@ def _is_one_statement(wait: Invocation) -> bool:
 
 def _suspend_at_once(execution: Execution, wait: Invocation, hand_off: claiming.HandOff | None) -> bool:
     child = creating.timeless_row(wait.child, execution, wait.step)
-    offer = hand_off if hand_off is not None and hand_off.accepts(child) else None
-    if offer is not None:
-        offer.wanted = child
+    offer = hand_off if hand_off is not None and hand_off.wants(child) else None
     suspended = statements.suspend(
         execution,
         child,

@@ -160,6 +160,10 @@ class Actor:
             assert self._go_on.wait(PATIENCE_SECONDS), f"nobody let {self.name} go on"
 
 
+def _current_actor() -> Actor | None:
+    return getattr(threading.current_thread(), "actor", None)
+
+
 def _blockers(pid: int | None) -> list[int]:
     if pid is None:
         return []
@@ -258,7 +262,7 @@ class Race:
         original = getattr(module, function_name)
 
         def stopping(*args: Any, **kwargs: Any) -> Any:
-            actor = getattr(threading.current_thread(), "actor", None)
+            actor = _current_actor()
             if actor is None:
                 return original(*args, **kwargs)
             actor.reach(f"before {name}")
@@ -272,11 +276,11 @@ class Race:
         fetch = statements._fetch
 
         def are_at_hand() -> bool:
-            actor = getattr(threading.current_thread(), "actor", None)
+            actor = _current_actor()
             return form == FORMS[0] and (actor is None or actor.stop_at in ("", BEFORE_COMMIT))
 
         def stoppable(query: str, **values: Any) -> Any:
-            actor = getattr(threading.current_thread(), "actor", None)
+            actor = _current_actor()
             # Where the statement is its own transaction there is no COMMIT to stop at, and no level to set. A claim is
             # its own in both forms.
             if actor is None or query is statements._CLAIM or (actor.isolation is None and not actor.stop_at):
@@ -295,7 +299,7 @@ class Race:
 
         def counting(error: BaseException) -> bool:
             found = original(error)
-            actor = getattr(threading.current_thread(), "actor", None)
+            actor = _current_actor()
             if found and actor is not None:
                 actor.conflicts.append(getattr(error.__cause__, "sqlstate", ""))
             return found
