@@ -28,6 +28,7 @@ from kombu.exceptions import EncodeError
 from conductor_app import transitions
 from conductor_app.exceptions import ExecutionFailed, ProgrammingError, StepFailed
 from conductor_app.models import Execution, FailedExecution, database
+from conductor_app.plain import is_invocable
 from conductor_app.serialization import load_failure, revive
 from conductor_app.states import ExecutionStatus
 
@@ -359,7 +360,7 @@ def _is_canvas(signature: Any) -> bool:
 def _is_durable(signature: Any) -> bool:
     """Tell whether all tasks of a signature are durable, so that calling it only writes to the database."""
     if not _is_canvas(signature):
-        return hasattr(current_app.tasks.get(signature.get("task")), "new_execution")
+        return is_invocable(current_app.tasks.get(signature.get("task")))
     return all(_is_durable(_signature(member)) for member in _members(signature))
 
 

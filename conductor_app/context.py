@@ -23,8 +23,6 @@ from typing import (
     Literal,
     NoReturn,
     ParamSpec,
-    Protocol,
-    TypeGuard,
     TypeVar,
     cast,
     overload,
@@ -66,7 +64,7 @@ from conductor_app.exceptions import (
 from conductor_app.ids import derive_child_id
 from conductor_app.leases import Lease
 from conductor_app.models import Execution, database
-from conductor_app.plain import DjangoTask, PlainTask, is_django_task
+from conductor_app.plain import DjangoTask, Invocable, PlainTask, is_django_task, is_invocable
 from conductor_app.serialization import describe, digest, dump_call, loads, revive, round_trip, shown
 from conductor_app.sql import is_outage
 from conductor_app.states import ExecutionStatus, OnTimeout, StepKind, StepStatus
@@ -87,33 +85,6 @@ logger = logging.getLogger("conductor_app.execution")
 
 #: The context of the body that runs in this thread.
 current_context: ContextVar[ExecutionContext | None] = ContextVar("conductor_app_context", default=None)
-
-
-class Invocable(Protocol):
-    """A task that can be a child; ``DurableTask`` is one, ``plain.PlainTask`` makes one of any other."""
-
-    name: str
-
-    def new_execution(
-        self,
-        args: list[Any],
-        kwargs: Mapping[str, Any],
-        options: Mapping[str, Any],
-        *,
-        what: str,
-        execution_id: uuid.UUID | None = None,
-    ) -> transitions.NewExecution:
-        """Check the arguments against the task's signature and return the execution to store."""
-        ...
-
-    def stored_payload(self, args: list[Any], kwargs: Mapping[str, Any]) -> str:
-        """Return the arguments as they are stored."""
-        ...
-
-
-def is_invocable(task: object) -> TypeGuard[Invocable]:
-    """Tell whether a task of the app's registry is an ``Invocable``: one look, where a protocol's is one a member."""
-    return hasattr(type(task), "new_execution")
 
 
 class ExecutionContext:

@@ -21,11 +21,11 @@ from celery.exceptions import WorkerShutdown, WorkerTerminate
 from django.db import DatabaseError
 
 from conductor_app import dispatch, hand_off, transitions
-from conductor_app.context import is_invocable
 from conductor_app.exceptions import AbandonRun, LeaseLost
 from conductor_app.executor import RunEnded
 from conductor_app.ids import of_task_id
 from conductor_app.models import Execution
+from conductor_app.plain import is_invocable
 
 logger = logging.getLogger("conductor_app.execution")
 

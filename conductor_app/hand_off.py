@@ -22,6 +22,7 @@ from celery import current_app
 
 from conductor_app import dispatch, steps
 from conductor_app.models import Execution
+from conductor_app.plain import is_invocable
 from conductor_app.states import StepKind, StepStatus
 from conductor_app.transitions import HandOff, Invocation
 
@@ -115,7 +116,7 @@ class Delivery:
         if any(ending.get_options().get(name) for name in ("exchange", "routing_key")):
             return False
         task = current_app.tasks.get(following.task)
-        if task is None or not hasattr(task, "new_execution") or is_limited(task):
+        if task is None or not is_invocable(task) or is_limited(task):
             return False
         options = following.get_options()
         return not any(options.get(name) for name in _NOT_OURS)

@@ -14,10 +14,10 @@ from celery.app.trace import build_tracer
 from celery.result import EagerResult
 
 from conductor_app import clock, dispatch, plain_runs
-from conductor_app.context import is_invocable
 from conductor_app.exceptions import ExecutionCancelled, UnknownTask
 from conductor_app.maintenance import sweeper
 from conductor_app.models import Execution, FailedExecution, Step, database
+from conductor_app.plain import is_invocable
 from conductor_app.serialization import load_failure, revive
 from conductor_app.states import ExecutionStatus, StepStatus
 

@@ -11,7 +11,7 @@ import importlib.util
 import inspect
 import uuid
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, TypeGuard
 
 from celery import Task, current_app
 from celery.utils.functional import maybe_list
@@ -36,8 +36,35 @@ django_tasks: Any = importlib.import_module("django.tasks") if importlib.util.fi
 RUN_DJANGO_TASK = "conductor_app.run_django_task"
 
 
+class Invocable(Protocol):
+    """A task that can be a child; ``DurableTask`` is one, ``plain.PlainTask`` makes one of any other."""
+
+    name: str
+
+    def new_execution(
+        self,
+        args: list[Any],
+        kwargs: Mapping[str, Any],
+        options: Mapping[str, Any],
+        *,
+        what: str,
+        execution_id: uuid.UUID | None = None,
+    ) -> transitions.NewExecution:
+        """Check the arguments against the task's signature and return the execution to store."""
+        ...
+
+    def stored_payload(self, args: list[Any], kwargs: Mapping[str, Any]) -> str:
+        """Return the arguments as they are stored."""
+        ...
+
+
+def is_invocable(task: object) -> TypeGuard[Invocable]:
+    """Tell whether a task of the app's registry is an ``Invocable``: one look, where a protocol's is one a member."""
+    return hasattr(type(task), "new_execution")
+
+
 class PlainTask:
-    """A plain Celery task that can be a child; what ``context.Invocable`` asks for.
+    """A plain Celery task that can be a child; what ``Invocable`` asks for.
 
     Args:
         task: The task, as the app's registry has it.

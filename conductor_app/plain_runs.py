@@ -28,7 +28,6 @@ from django.utils import timezone
 
 from conductor_app import executor, observing, transitions
 from conductor_app.conf import conductor_settings
-from conductor_app.context import is_invocable
 from conductor_app.exceptions import (
     AbandonRun,
     CancelExecution,
@@ -41,6 +40,7 @@ from conductor_app.executor import RunEnded
 from conductor_app.ids import as_child_id
 from conductor_app.leases import keeper
 from conductor_app.models import Execution, database
+from conductor_app.plain import is_invocable
 from conductor_app.serialization import describe, dump_call, dumps, loads
 from conductor_app.sql import soft_limit
 
