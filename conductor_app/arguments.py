@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -86,9 +87,21 @@ def queue_name(task: Any, options: Mapping[str, Any], args: list[Any], kwargs: M
     if queue is not None:
         return _checked_queue(queue if isinstance(queue, str) else getattr(queue, "name", queue))
     routing = {name: options[name] for name in ("exchange", "routing_key") if name in options}
-    route = task.app.amqp.router.route(routing, task.name, args, dict(kwargs), task)
+    router = task.app.amqp.router
+    if not router.routes and not routing:
+        return _default_queue(router)
+    return _routed_queue(router, router.route(routing, task.name, args, dict(kwargs), task))
+
+
+@functools.lru_cache(maxsize=8)
+def _default_queue(router: Any) -> str:
+    """Return the queue of tasks without a route of their own; Celery looks for it in several settings."""
+    return _routed_queue(router, router.route({}, ""))
+
+
+def _routed_queue(router: Any, route: Mapping[str, Any]) -> str:
     found = route.get("queue")
-    return str(getattr(found, "name", found) or task.app.conf.task_default_queue)
+    return str(getattr(found, "name", found) or router.app.conf.task_default_queue)
 
 
 def message_options(task: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from typing import (
 from celery import Task, current_app
 from celery.canvas import Signature
 from celery.local import Proxy
-from django.db import connections, transaction
+from django.db import transaction
 
 from conductor_app import observing, steps, transitions
 from conductor_app.arguments import check_duration, check_instant
@@ -66,7 +66,7 @@ from conductor_app.leases import Lease
 from conductor_app.models import Execution, database
 from conductor_app.plain import DjangoTask, Invocable, PlainTask, is_django_task, is_invocable
 from conductor_app.serialization import describe, digest, dump_call, loads, revive, round_trip, shown
-from conductor_app.sql import is_outage
+from conductor_app.sql import is_outage, opened_connections
 from conductor_app.states import ExecutionStatus, OnTimeout, StepKind, StepStatus
 
 P = ParamSpec("P")
@@ -1089,7 +1089,7 @@ def _atomic_depths() -> tuple[tuple[str, int], ...]:
     """Return how many ``atomic()`` blocks are open on each connection that has any."""
     return tuple(
         (connection.alias, len(connection.atomic_blocks))
-        for connection in connections.all(initialized_only=True)
+        for connection in opened_connections()
         if connection.in_atomic_block
     )
 

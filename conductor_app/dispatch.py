@@ -63,8 +63,20 @@ _MESSAGE_ERRORS = (ChannelError, EncodeError, SerializerNotInstalled, LookupErro
 DOORBELL_FIELDS = ("id", "task", "queue", "priority", "options", "root_id", "parent_id", "attempt")
 
 
+#: What a worker's broker was when it began: it stays that, and Celery takes long to look it up.
+_is_embedded: bool | None = None
+
+
+def settle_broker(app: Celery) -> None:
+    """Note the broker of this worker, and of the processes that it forks."""
+    global _is_embedded  # noqa: PLW0603
+    _is_embedded = is_embedded(app)
+
+
 def is_embedded(app: Celery | None = None) -> bool:
     """Tell whether the broker is ``memory://``, so that workers are fed from the database."""
+    if app is None and _is_embedded is not None:
+        return _is_embedded
     conf = (app or current_app).conf
     url = conf.broker_write_url or conf.broker_url or ""
     if isinstance(url, (list, tuple)):

@@ -7,7 +7,9 @@ worker's main process sees one job; what it has to know of the others travels ba
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +24,7 @@ from django.db import DatabaseError
 
 from conductor_app import dispatch, hand_off, transitions
 from conductor_app.exceptions import AbandonRun, LeaseLost
-from conductor_app.executor import RunEnded
+from conductor_app.executor import RunEnded, close_broken_connections
 from conductor_app.ids import of_task_id
 from conductor_app.models import Execution
 from conductor_app.plain import is_invocable
@@ -77,9 +79,10 @@ def guard(task: Any, tracer: Tracer) -> Tracer:
         request = request or {}
         if hand_off.current.get() is not None or not _may_go_on(task, request):
             return tracer(task_id, args, kwargs, request)
-        delivery = hand_off.Delivery(str(task_id))
+        execution_id = of_task_id(task_id)
+        delivery = hand_off.Delivery(execution_id)
         token = hand_off.current.set(delivery)
-        hand_off.gate.show(of_task_id(task_id))
+        hand_off.gate.show(execution_id)
         try:
             outcome = _go_on(delivery, tracer(task_id, args, kwargs, request), request)
         finally:
@@ -103,6 +106,7 @@ def _go_on(delivery: hand_off.Delivery, outcome: Any, request: dict[str, Any]) -
     runtime = Runtime(outcome.runtime or 0.0)
     runtime.events = []
     while (execution := delivery.begin_next()) is not None:
+        close_broken_connections()
         try:
             ended = _run(execution, request, runtime.events)
         except (WorkerShutdown, WorkerTerminate):
@@ -140,24 +144,52 @@ def request_of(execution: Execution, delivered: dict[str, Any]) -> dict[str, Any
     """Return the request that a worker would make of an execution's message.
 
     Args:
-        execution: It is claimed.
+        execution: It is claimed, and of a durable task.
         delivered: The request of a message that this process got.
     """
-    options = dispatch.message_of(execution)
-    message = current_app.amqp.as_task_v2(str(execution.pk), execution.task, **options)
-    _args, _kwargs, embedded = message.body
-    delivery = {"exchange": "", "routing_key": execution.queue, "priority": None, "redelivered": False}
+    task_id = str(execution.pk)
+    like = _request_like(execution.task, execution.options, os.getpid())
     return {
-        **message.headers,
-        **options["headers"],
-        **embedded,
-        "properties": message.properties,
-        "reply_to": message.properties["reply_to"],
-        "correlation_id": message.properties["correlation_id"],
+        **like,
+        # What a body may change is not for the next run.
+        **{name: like[name].copy() for name in _mutable_names(execution.task, execution.options)},
+        "id": task_id,
+        "root_id": like["root_id"] or str(execution.root_id),
+        "parent_id": str(execution.parent_id) if execution.parent_id else like["parent_id"],
+        "properties": {**like["properties"], "correlation_id": task_id},
+        "correlation_id": task_id,
         "hostname": delivered.get("hostname"),
-        "delivery_info": delivery,
+        "delivery_info": {"exchange": "", "routing_key": execution.queue, "priority": None, "redelivered": False},
         "args": [],
         "kwargs": {},
+    }
+
+
+@functools.lru_cache(maxsize=256)
+def _mutable_names(task: str, options: str) -> list[str]:
+    like = _request_like(task, options, os.getpid())
+    return [name for name, value in like.items() if isinstance(value, (dict, list)) and name != "properties"]
+
+
+@functools.lru_cache(maxsize=256)
+def _request_like(task: str, options: str, pid: int) -> dict[str, Any]:
+    """Return what the requests of executions of a task with the same options have in common.
+
+    Celery takes as long to make a message as a statement takes; most executions of a task differ in their ids alone.
+    """
+    del pid  # it is in the request's origin, and a process may be forked
+    message_options = dispatch.message_of(Execution(task=task, options=options))
+    own_ids = Execution(task=task, options=options).get_options()
+    message = current_app.amqp.as_task_v2("", task, **message_options)
+    _args, _kwargs, embedded = message.body
+    return {
+        **message.headers,
+        **message_options["headers"],
+        **embedded,
+        "root_id": own_ids.get("root_id"),
+        "parent_id": own_ids.get("parent_id"),
+        "properties": message.properties,
+        "reply_to": message.properties["reply_to"],
         "is_eager": False,
     }
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from celery import Task
 from celery.exceptions import Ignore
-from django.db import DatabaseError, connections
+from django.db import DatabaseError
 
 from conductor_app import announcements, dispatch, hand_off, observing, steps, transitions
 from conductor_app.conf import conductor_settings
@@ -40,7 +40,8 @@ from conductor_app.leases import Lease, keeper
 from conductor_app.models import Execution
 from conductor_app.retries import RetryPolicy
 from conductor_app.serialization import describe, dumps, loads
-from conductor_app.sql import SoftLimit, soft_limit
+from conductor_app.soft_limits import SoftLimit, soft_limit
+from conductor_app.sql import opened_connections
 from conductor_app.states import ExecutionStatus
 
 logger = logging.getLogger("conductor_app.execution")
@@ -109,7 +110,7 @@ def run(task: Task[Any, Any], execution_id: uuid.UUID) -> Any:
 def _run(task: Task[Any, Any], execution_id: uuid.UUID, limit: SoftLimit) -> Any:
     request = task.request
     _keep_tracer_out(request)
-    delivery = _delivery_of(str(execution_id))
+    delivery = _delivery_of(execution_id)
     try:
         execution = None if delivery is None else delivery.take(execution_id)
         if execution is None:
@@ -166,21 +167,21 @@ class _GoOn(Exception):
     """The body can be run again at once."""
 
 
-def _delivery_of(task_id: str) -> hand_off.Delivery | None:
+def _delivery_of(execution_id: uuid.UUID) -> hand_off.Delivery | None:
     """Return the delivery that this run belongs to; none for one in eager mode, inside another body for example."""
     delivery = hand_off.current.get()
-    return delivery if delivery is not None and delivery.running == task_id else None
+    return delivery if delivery is not None and delivery.running == execution_id else None
 
 
 def _kept(execution: Execution) -> dict[str, steps.Memory] | None:
-    delivery = _delivery_of(str(execution.pk))
+    delivery = _delivery_of(execution.pk)
     return None if delivery is None else delivery.recall(execution)
 
 
 @contextmanager
 def _handing_off(execution: Execution) -> Iterator[transitions.HandOff | None]:
     """Let the last transition of a run, which gets what this yields, claim what this process runs next."""
-    delivery = _delivery_of(str(execution.pk))
+    delivery = _delivery_of(execution.pk)
     if delivery is None:
         yield None
         return
@@ -212,8 +213,11 @@ def _call_body(task: Task[Any, Any], execution: Execution, context: ExecutionCon
     try:
         with context.entered():
             args, kwargs = loads(execution.payload)
-            with limit.applies():
+            try:
+                limit.let_through()
                 value = task.run(context, *args, **kwargs)
+            finally:
+                limit.hold_back()
         if context.suspension is not None:
             _report_swallowed(context, execution, "returned")
             raise SuspendExecution
@@ -242,7 +246,7 @@ def _succeed(task: Task[Any, Any], execution: Execution, value: Any) -> Any:
     close_broken_connections()
     with _handing_off(execution) as offer:
         transitions.succeed(execution, text, offer)
-    if delivery := _delivery_of(str(execution.pk)):
+    if delivery := _delivery_of(execution.pk):
         delivery.settle(execution, text)
     result = loads(text)
     _tell_celery(task, execution, announcements.Outcome(ExecutionStatus.SUCCEEDED, result))
@@ -260,7 +264,7 @@ def _suspend(task: Task[Any, Any], execution: Execution, context: ExecutionConte
         _cancel(task, execution)
     if not suspended:
         raise _GoOn
-    if (delivery := _delivery_of(str(execution.pk))) and isinstance(wait, transitions.Invocation):
+    if (delivery := _delivery_of(execution.pk)) and isinstance(wait, transitions.Invocation):
         delivery.keep(execution, wait, context.memory)
     due_in = getattr(wait, "timeout", None) or getattr(wait, "seconds", None)
     detail = f"waiting for step {wait.step!r}"
@@ -363,7 +367,7 @@ def _state_writer(task: Task[Any, Any], execution: Execution, wait: transitions.
 
 def close_broken_connections() -> None:
     """Close connections that the body left unusable, so that the outcome is written on a new one."""
-    for connection in connections.all(initialized_only=True):
+    for connection in opened_connections():
         # Not Django's close_if_unusable_or_obsolete(): with CONN_MAX_AGE = 0 every connection is obsolete at once.
         if connection.errors_occurred and not connection.in_atomic_block and not connection.is_usable():
             connection.close()

@@ -86,7 +86,7 @@ class _Kept:
 class Delivery:
     """One message, the run that it is about, and those that follow in this process."""
 
-    def __init__(self, execution_id: str) -> None:
+    def __init__(self, execution_id: uuid.UUID) -> None:
         #: The execution that runs now.
         self.running = execution_id
         #: What runs next; it is claimed.
@@ -126,7 +126,7 @@ class Delivery:
         if self.claimed is not None:
             self._runs += 1
             self._ends_at = self._ends_at or time.monotonic() + MAX_SECONDS
-            self.running = str(self.claimed.pk)
+            self.running = self.claimed.pk
             gate.show(self.claimed.pk)
         return self.claimed
 

@@ -42,7 +42,7 @@ from conductor_app.leases import keeper
 from conductor_app.models import Execution, database
 from conductor_app.plain import is_invocable
 from conductor_app.serialization import describe, dump_call, dumps, loads
-from conductor_app.sql import soft_limit
+from conductor_app.soft_limits import soft_limit
 
 logger = logging.getLogger("conductor_app.execution")
 

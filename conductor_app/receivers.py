@@ -30,6 +30,8 @@ def prepare_worker(**kwargs: Any) -> None:
 
 def log_finished(execution: Execution, status: str, **_kwargs: Any) -> None:
     """Write one line for each final status."""
+    if not logger.isEnabledFor(logging.INFO):
+        return
     logger.info("Execution %s of %s %s.", execution.pk, execution.task, status, extra=_ids(execution))
 
 

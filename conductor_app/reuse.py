@@ -17,7 +17,7 @@ from celery._state import get_current_task
 from celery.fixups import django as fixups
 from django.db import close_old_connections, connections
 
-from conductor_app import executor, hand_off
+from conductor_app import hand_off
 from conductor_app.durable import DurableTask
 
 
@@ -35,9 +35,7 @@ def _taught(original: Callable[..., None]) -> Callable[..., None]:
         is_durable = isinstance(get_current_task(), DurableTask)
         if not is_durable or fixup.db_reuse_max or _is_any_pooled():
             original(fixup, **kwargs)
-        elif hand_off.is_between_runs():
-            executor.close_broken_connections()
-        else:
+        elif not hand_off.is_between_runs():
             close_old_connections()
 
     close_database.is_conductor = True  # type: ignore[attr-defined]
@@ -46,4 +44,4 @@ def _taught(original: Callable[..., None]) -> Callable[..., None]:
 
 def _is_any_pooled() -> bool:
     # In a forked process the pool is the parent's, so Celery takes it down around each task.
-    return any(connections.settings[alias].get("OPTIONS", {}).get("pool") for alias in connections)
+    return any(settings.get("OPTIONS", {}).get("pool") for settings in connections.settings.values())

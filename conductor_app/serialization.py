@@ -26,8 +26,7 @@ from typing import Any, cast
 
 from django.db.models import Model, QuerySet
 from django.utils.functional import Promise
-from kombu.utils.json import JSONEncoder
-from kombu.utils.json import loads as kombu_loads
+from kombu.utils.json import JSONEncoder, object_hook
 
 from conductor_app.exceptions import Failure, NotSerializable, PayloadTooLarge, StepFailed
 
@@ -40,6 +39,8 @@ _UNLIMITED = 16 * 1_048_576
 _MAX_PART_BYTES = 4_096
 _ENVELOPE = {"__type__", "__value__"}
 _encode_json = JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+#: As kombu's ``loads``, which makes a decoder for each text.
+_decode_json = json.JSONDecoder(object_hook=object_hook).decode
 
 
 def dumps(value: Any, what: str, limit: int | None = None) -> str:
@@ -92,7 +93,7 @@ def _too_large(what: str, size: str, limit: int) -> str:
 
 def loads(text: str | None) -> Any:
     """Return the value that ``dumps`` stored; ``None`` or an empty text is ``None``."""
-    return kombu_loads(text) if text else None
+    return _decode_json(text) if text else None
 
 
 def round_trip(value: Any, what: str, limit: int | None = None) -> tuple[str, Any]:

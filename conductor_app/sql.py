@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from types import FrameType
 from typing import Any, TypeVar
 
 from django.core.exceptions import EmptyResultSet
@@ -19,6 +16,7 @@ from django.db.models import Expression, Model, QuerySet
 from django.db.models.sql import UpdateQuery
 
 from conductor_app.exceptions import AbandonRun
+from conductor_app.soft_limits import uninterrupted
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +74,17 @@ class Literal(Expression):
         return f"'{self.value}'", []
 
 
+def opened_connections() -> list[Any]:
+    """Return the connections that this thread has used; what ``connections.all(initialized_only=True)`` does.
+
+    That looks up each alias twice, in storage that asks each time for the event loop of its thread.
+    """
+    aliases = connections.settings
+    if len(aliases) == 1:
+        return [connections[next(iter(aliases))]]
+    return list(connections.all(initialized_only=True))
+
+
 def one_statement(using: str) -> AbstractContextManager[object]:
     """Return what goes around a single statement that may fail.
 
@@ -85,6 +94,41 @@ def one_statement(using: str) -> AbstractContextManager[object]:
     if connection.in_atomic_block or not connection.get_autocommit():
         return transaction.atomic(using=using)
     return contextlib.nullcontext()
+
+
+def fetch(using: str, statement: str, parameters: Mapping[str, Any]) -> list[Sequence[Any]]:
+    """Run a single statement and return its rows; where no transaction is open, it is one itself.
+
+    There it goes to the driver past Django's cursors, which take longer than the driver does, unless somebody listens
+    to them: an ``execute_wrapper``, or the log of queries.
+    """
+    connection: Any = connections[using]
+    if (
+        connection.in_atomic_block
+        or connection.execute_wrappers
+        or connection.queries_logged
+        or not connection.get_autocommit()
+    ):
+        with one_statement(using), connection.cursor() as cursor:
+            cursor.execute(statement, parameters)
+            return list(cursor.fetchall())
+    # As ``connection.cursor()`` does.
+    connection.close_if_health_check_failed()
+    connection.ensure_connection()
+    with connection.wrap_database_errors:
+        cursor = _cursor_of(connection)
+        cursor.execute(statement, parameters)
+        return list(cursor.fetchall())
+
+
+def _cursor_of(connection: Any) -> Any:
+    """Return a cursor that is kept as long as its session; a new one for each statement costs a third of its time."""
+    kept = vars(connection).get("_conductor_cursor")
+    # A cursor renders instants in the time zone in which it was made.
+    if kept is None or kept[0] is not connection.connection or kept[1] != connection.timezone:
+        kept = (connection.connection, connection.timezone, connection.create_cursor())
+        connection._conductor_cursor = kept
+    return kept[2]
 
 
 def update_returning(queryset: QuerySet[M], returning: Iterable[str], **values: Any) -> list[M]:
@@ -190,63 +234,6 @@ def persist_briefly(using: str, work: Callable[[], T]) -> T:
     except AbandonRun as given_up:
         error = given_up.__cause__ or given_up
     raise error
-
-
-class SoftLimit:
-    """Celery's soft time limit (SIGUSR1), held back: raised inside a ``COMMIT`` it would leave the outcome unknown.
-
-    Masking the signal would not do: the kernel hands it to another thread, such as the heartbeat's, and Python runs the
-    handler in this one all the same.
-    """
-
-    def __init__(self, handler: Callable[[int, FrameType | None], Any] | None) -> None:
-        self._handler = handler
-        self._held_back: list[tuple[int, FrameType | None]] = []
-
-    def hold_back(self) -> None:
-        """Keep the limit that comes from now on."""
-        if self._handler is not None:
-            signal.signal(signal.SIGUSR1, lambda number, frame: self._held_back.append((number, frame)))
-
-    def let_through(self) -> None:
-        """Leave the limit to Celery again, beginning with one that came meanwhile."""
-        if self._handler is not None:
-            signal.signal(signal.SIGUSR1, self._handler)
-            if self._held_back:
-                self._handler(*self._held_back.pop())
-
-    def forget(self) -> None:
-        """Drop a limit that came meanwhile, and leave others to Celery again."""
-        self._held_back.clear()
-        self.let_through()
-
-    @contextlib.contextmanager
-    def applies(self) -> Iterator[None]:
-        """Let the limit through for as long as the block lasts."""
-        try:
-            self.let_through()
-            yield
-        finally:
-            self.hold_back()
-
-
-def soft_limit() -> SoftLimit:
-    """Return the soft time limit of the run in this thread; one without effect where there is none."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGUSR1"):
-        return SoftLimit(None)
-    handler = signal.getsignal(signal.SIGUSR1)
-    return SoftLimit(handler if callable(handler) else None)
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Hold the soft time limit back, and let it through afterwards."""
-    limit = soft_limit()
-    limit.hold_back()
-    try:
-        yield
-    finally:
-        limit.let_through()
 
 
 def locked(queryset: QuerySet[M], *, skip: bool = False) -> QuerySet[M]:

@@ -804,6 +804,7 @@ _forks = _ForkHooks()
 def install(instance: Any = None, **_kwargs: Any) -> None:
     """Prepare a worker that begins to start; receiver of ``celery.signals.celeryd_init``."""
     app = instance.app
+    dispatch.settle_broker(app)
     reuse.install()
     app.steps["worker"].add(ConductorStep)
     app.steps["consumer"].add(GuardStep)

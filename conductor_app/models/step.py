@@ -68,11 +68,11 @@ class Step(models.Model):
         db_index=False,
     )
     #: Of a map or gather: how many children it has.
-    total = models.PositiveIntegerField(_("children"), null=True, blank=True)
+    total = models.IntegerField(_("children"), null=True, blank=True)
     #: Of a map or gather: how many of them have not ended.
     remaining = models.PositiveIntegerField(_("remaining"), null=True, blank=True)
     #: Of a map: how many children may be in flight at once.
-    max_parallel = models.PositiveIntegerField(_("at most in parallel"), null=True, blank=True)
+    max_parallel = models.IntegerField(_("at most in parallel"), null=True, blank=True)
     #: Of a map or gather: whether the first failure decides it.
     fails_fast = models.BooleanField(_("fails fast"), default=True, db_default=True)
     result = models.TextField(_("result"), null=True, blank=True)  # noqa: DJ001 - no result is not an empty one
@@ -82,7 +82,7 @@ class Step(models.Model):
     on_timeout = models.CharField(_("on timeout"), max_length=16, blank=True, default=OnTimeout.CANCEL.value)
     #: While pending: when the sweeper decides it (a timeout, the end of a sleep).
     deadline_at = models.DateTimeField(_("deadline"), null=True, blank=True)
-    attempt = models.PositiveIntegerField(_("attempt"), default=1)
+    attempt = models.IntegerField(_("attempt"), default=1)
     #: The fence of the run that recorded it.
     fence = models.BigIntegerField(_("fence"), default=0)
     created_at = models.DateTimeField(_("created"))
@@ -98,12 +98,12 @@ class Step(models.Model):
         constraints: ClassVar[list[models.BaseConstraint]] = [
             models.UniqueConstraint(fields=["execution", "name"], name="conductor_step_name"),
             models.CheckConstraint(
-                condition=Q(status__in=[status.value for status in StepStatus]), name="conductor_step_status"
-            ),
-            models.CheckConstraint(
-                condition=Q(status="pending", finished_at__isnull=True)
-                | (~Q(status="pending") & Q(finished_at__isnull=False)),
-                name="conductor_step_finished",
+                condition=models.Case(
+                    models.When(finished_at__isnull=True, then=Q(status="pending")),
+                    default=Q(status__in=[status.value for status in StepStatus if status != StepStatus.PENDING]),
+                    output_field=models.BooleanField(),
+                ),
+                name="conductor_step_status",
             ),
         ]
 

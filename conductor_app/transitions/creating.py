@@ -104,7 +104,7 @@ def timeless_row(
     new: NewExecution, parent: Execution | None = None, step: str = "", *, position: int | None = None
 ) -> Execution:
     """Return the row of an execution that is queued, without any instant; it is not saved."""
-    return Execution(
+    return _row(
         id=new.id,
         task=new.task,
         queue=new.queue,
@@ -120,3 +120,12 @@ def timeless_row(
         idempotency_key=new.idempotency_key,
         options=new.options,
     )
+
+
+#: The fields in the order in which a model takes their values, which it does in half of the time that names take.
+_FIELDS = {field.attname: field for field in Execution._meta.concrete_fields}
+
+
+def _row(**values: Any) -> Execution:
+    row: Any = [values[name] if name in values else field.get_default() for name, field in _FIELDS.items()]
+    return Execution(*row)

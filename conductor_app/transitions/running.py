@@ -151,6 +151,7 @@ def _succeed_at_once(execution: Execution, result: str, hand_off: claiming.HandO
         execution,
         result,
         None if offer is None else offer.owner,
+        parent=parent,
         announce_in=guards.announcement_delay(execution, running=True),
     )
     if ended is None:

@@ -11,6 +11,7 @@ Only runs are so frequent that it matters. What an operator, the sweeper or a fa
 
 from __future__ import annotations
 
+import copy
 import datetime as dt
 import uuid
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from django.db import connections
 from conductor_app import clock, dispatch
 from conductor_app.conf import conductor_settings
 from conductor_app.models import Execution, Step, database
-from conductor_app.sql import one_statement
+from conductor_app.sql import fetch
 from conductor_app.states import ExecutionStatus, OnTimeout, StepKind, StepStatus
 
 #: What a run needs to know of the execution that it claims, in the order of the model's fields (as ``from_db`` takes
@@ -50,8 +51,16 @@ CLAIM_FIELDS = (
 )
 _EXECUTIONS = Execution._meta.db_table
 _STEPS = Step._meta.db_table
-#: The payload travels only to a run.
-_PARENT_COLUMNS = [f"CASE WHEN is_claimed THEN {name} END" if name == "payload" else name for name in CLAIM_FIELDS]
+#: Of a parent that is known here, only what a claim changes; and its payload travels only to a run.
+_CHANGED = ("id", "status", "fence", "due_at")
+_PARENT_COLUMNS = [
+    name
+    if name in _CHANGED
+    else f"CASE WHEN is_claimed AND NOT was_known THEN {name} END"
+    if name == "payload"
+    else f"CASE WHEN NOT (is_claimed AND was_known) THEN {name} END"
+    for name in CLAIM_FIELDS
+]
 #: The database's clock at the start of the statement, as in ``clock``.
 _NOW = "(STATEMENT_TIMESTAMP() + %(shift)s::interval)"
 _LEASE_END = "(STATEMENT_TIMESTAMP() + %(lease)s::interval)"
@@ -109,7 +118,7 @@ _SUSPEND = f"""
             %(is_claimed)s::integer, %(owner)s, {_LEASE_END}, {_NOW}, {_DISPATCH_AT}, 0, '', %(idempotency_key)s,
             %(options)s, {_NOW}, CASE WHEN %(is_claimed)s::integer = 1 THEN {_NOW} END
         FROM parent
-        RETURNING due_at, created_at, started_at
+        RETURNING created_at
     ), step AS (
         INSERT INTO {_STEPS} (
             execution_id, name, kind, status, task, payload_digest, child_id, fails_fast, timeout_seconds, on_timeout,
@@ -121,7 +130,7 @@ _SUSPEND = f"""
             %(fence)s::bigint, {_NOW}
         FROM parent
     )
-    SELECT due_at, created_at, started_at FROM child
+    SELECT created_at FROM child
 """  # noqa: S608
 
 #: What the end of a child does to its parent's step, by the kind of that.
@@ -175,7 +184,8 @@ def _succeed_child(kind: StepKind) -> str:
         SELECT
             id AS found_id,
             status = 'waiting' AS was_waiting,
-            status = 'waiting' AND cancel_requested_at IS NULL AND %(is_claimed)s::boolean AS is_claimed
+            status = 'waiting' AND cancel_requested_at IS NULL AND %(is_claimed)s::boolean AS is_claimed,
+            fence = %(known)s::bigint AS was_known
         FROM {_EXECUTIONS}
         WHERE id = (SELECT execution_id FROM step WHERE status <> 'pending')
         FOR NO KEY UPDATE
@@ -192,7 +202,7 @@ def _succeed_child(kind: StepKind) -> str:
             dispatch_at = CASE WHEN is_claimed THEN NULL WHEN was_waiting THEN {_DISPATCH_AT} ELSE dispatch_at END
         FROM found
         WHERE id = found_id
-        RETURNING {", ".join(_PARENT_COLUMNS)}, is_claimed
+        RETURNING {", ".join(_PARENT_COLUMNS)}, is_claimed, was_known
     )
     SELECT parent.* FROM child LEFT JOIN parent ON TRUE
 """  # noqa: S608
@@ -287,7 +297,8 @@ def suspend(
     )
     if not rows:
         return False
-    child.due_at, child.created_at, child.started_at = rows[0]
+    child.created_at = child.due_at = rows[0][0]
+    child.started_at = child.created_at if is_claimed else None
     return True
 
 
@@ -306,11 +317,19 @@ _GIVEN = (
 )
 
 
-def succeed(execution: Execution, result: str, owner: str | None, *, announce_in: float | None) -> Ended | None:
+def succeed(
+    execution: Execution,
+    result: str,
+    owner: str | None,
+    *,
+    parent: Execution | None = None,
+    announce_in: float | None,
+) -> Ended | None:
     """running → succeeded; settles the parent's step, and wakes or claims the parent, as ``running.succeed``.
 
     Args:
         owner: Who claims the parent if it waits for this; ``None`` queues it.
+        parent: As its last run in this process had it, if there was one.
         announce_in: Seconds until the sweeper tells Celery; ``None`` if there is nothing to tell.
 
     Returns:
@@ -331,6 +350,7 @@ def succeed(execution: Execution, result: str, owner: str | None, *, announce_in
         **values,
         parent=execution.parent_id,
         step=execution.step,
+        known=-1 if parent is None else parent.fence,
         is_claimed=owner is not None,
         owner=owner or "",
         lease=_lease(),
@@ -339,10 +359,17 @@ def succeed(execution: Execution, result: str, owner: str | None, *, announce_in
     )
     if not rows:
         return None
-    *parent, is_claimed = rows[0]
+    *columns, is_claimed, was_known = rows[0]
     if is_claimed is None:
         return Ended()
-    found = _execution(parent)
+    if is_claimed and was_known and parent is not None:
+        # No other run had it since, so whatever else a run reads is as it was.
+        found = copy.copy(parent)
+        for name in _CHANGED:
+            setattr(found, name, columns[CLAIM_FIELDS.index(name)])
+        found.lease_owner = owner or ""
+    else:
+        found = _execution(columns)
     if is_claimed:
         return Ended(claimed=found)
     # Queued by this write or already before it: a second ring of the bell is harmless.
@@ -358,7 +385,4 @@ def _execution(row: Sequence[Any]) -> Execution:
 
 
 def _fetch(sql: str, **values: Any) -> list[Sequence[Any]]:
-    parameters: Any = {**values, "shift": clock.interval(0)}
-    with one_statement(database()), connections[database()].cursor() as cursor:
-        cursor.execute(sql, parameters)
-        return list(cursor.fetchall())
+    return fetch(database(), sql, {**values, "shift": clock.interval(0)})

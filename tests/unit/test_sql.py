@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +9,7 @@ import pytest
 from django.db import DatabaseError, IntegrityError, InterfaceError, OperationalError
 
 from conductor_app.exceptions import AbandonRun, LeaseLost
-from conductor_app.sql import Literal, is_conflict, is_outage, persist, uninterrupted
+from conductor_app.sql import Literal, is_conflict, is_outage, persist
 
 
 class DriverError(Exception):
@@ -131,22 +129,6 @@ def test_inside_a_transaction_nothing_is_tried_again(error: Exception, pauses: l
         persist("default", failing(error), patience=60)
     assert raised.value is error
     assert pauses == []
-
-
-def test_a_soft_time_limit_does_not_interrupt_a_transaction() -> None:
-    received: list[str] = []
-    before = signal.signal(signal.SIGUSR1, lambda *_: received.append("signal"))
-    try:
-        with uninterrupted():
-            os.kill(os.getpid(), signal.SIGUSR1)
-            received.append("committed")
-        assert received == ["committed", "signal"]
-        with uninterrupted(), uninterrupted():
-            os.kill(os.getpid(), signal.SIGUSR1)
-            received.append("nested")
-        assert received[2:] == ["nested", "signal"]
-    finally:
-        signal.signal(signal.SIGUSR1, before)
 
 
 @pytest.mark.parametrize("value", ["queued'; DROP TABLE", "a b", "", "1"])
