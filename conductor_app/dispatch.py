@@ -12,7 +12,9 @@ worker's feed takes due executions from the database instead (``maintenance.swee
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import logging
+import os
 import struct
 import time
 import uuid
@@ -29,6 +31,7 @@ from django.db.models import DateTimeField
 from django.db.models.expressions import Combinable, Value
 from django.db.models.functions import Least
 from kombu.exceptions import EncodeError, SerializerNotInstalled
+from kombu.pools import producers
 
 from conductor_app import clock, observing
 from conductor_app.arguments import MESSAGE_OPTIONS, PLAIN_OPTIONS
@@ -65,12 +68,15 @@ DOORBELL_FIELDS = ("id", "task", "queue", "priority", "options", "root_id", "par
 
 #: What a worker's broker was when it began: it stays that, and Celery takes long to look it up.
 _is_embedded: bool | None = None
+#: Whether this is a worker whose broker confirms messages: its runs do not wait for that.
+_runs_ahead = False
 
 
 def settle_broker(app: Celery) -> None:
     """Note the broker of this worker, and of the processes that it forks."""
-    global _is_embedded  # noqa: PLW0603
+    global _is_embedded, _runs_ahead  # noqa: PLW0603
     _is_embedded = is_embedded(app)
+    _runs_ahead = bool(app.conf.broker_transport_options.get("confirm_publish"))
 
 
 def is_embedded(app: Celery | None = None) -> bool:
@@ -165,24 +171,31 @@ def publish_all(executions: Iterable[Execution]) -> None:
     Never raises, as ``publish``.
     """
     for execution in executions:
-        if not publish(execution) and is_broker_resting():
+        if not publish(execution, waits=not _runs_ahead) and is_broker_resting():
             return
 
 
-def publish(execution: Execution) -> bool:
+def publish(execution: Execution, *, waits: bool = True) -> bool:
     """Publish the message of a queued execution.
 
     Never raises: the row is stored, and the sweeper publishes it when the broker is back.
 
+    Args:
+        waits: Whether to wait for the confirmation of a RabbitMQ that sends some. Runs do not: it takes as long as a
+            short run, and whether the message was taken or not, the row is the sweeper's until the execution begins.
+
     Returns:
-        Whether the broker took it.
+        Whether the broker took it, as far as is known by then.
     """
     global _broker_rests_until  # noqa: PLW0603
     if is_broker_resting():
         return False
     try:
         with observing.acting_for(execution):
-            _send(execution)
+            if waits:
+                _send(execution)
+            else:
+                _send_ahead(execution)
     except Exception as error:  # noqa: BLE001 - whatever the broker's client raises, the row is safe
         if not isinstance(error, _MESSAGE_ERRORS):
             _broker_rests_until = time.monotonic() + BREAKER_SECONDS
@@ -225,34 +238,73 @@ def message_of(execution: Execution) -> dict[str, Any]:
     return options
 
 
-def _send(execution: Execution) -> None:
+def _options_of(execution: Execution) -> dict[str, Any]:
     options = message_of(execution)
     if "exchange" not in options and "routing_key" not in options:
         options["queue"] = execution.queue
     if execution.priority is not None:
         options["priority"] = execution.priority
+    return options
+
+
+def _send(execution: Execution) -> None:
+    options = _options_of(execution)
     with current_app.producer_or_acquire() as producer:
-        # Try each server once. Left to itself, kombu would go on for 6 seconds, and the caller would wait.
-        servers = producer.connection.alt
-        producer.connection.ensure_connection(max_retries=max(len(servers) - 1, 0))
-        is_amqp = producer.connection.transport.driver_type == "amqp"
-        if is_amqp:
-            options["timeout"] = PUBLISH_SECONDS
-        try:
-            current_app.send_task(
-                execution.task,
-                task_id=str(execution.pk),
-                add_to_parent=False,
-                retry=False,
-                producer=producer,
-                **{"serializer": "json", **options},
-            )
-        except Exception as error:
-            if is_amqp and not isinstance(error, _MESSAGE_ERRORS):
-                # Without saying goodbye: it would wait for an answer without limit. And not to be used again: a
-                # confirmation that comes late would be taken for the next message's.
-                producer.connection.collect()
-            raise
+        _connect(producer)
+        _send_with(producer, execution, options)
+
+
+def _send_ahead(execution: Execution) -> None:
+    options = _options_of(execution)
+    app: Any = current_app
+    pool = _unconfirmed(app._get_current_object(), os.getpid())
+    for is_last in (False, True):
+        with pool.acquire(block=True) as producer:
+            _connect(producer)
+            try:
+                _send_with(producer, execution, options)
+            except _MESSAGE_ERRORS:
+                raise
+            except Exception:
+                # RabbitMQ, or something between, has closed a connection that was idle for long. A message that is sent
+                # twice is harmless.
+                if is_last:
+                    raise
+            else:
+                return
+
+
+@functools.lru_cache(maxsize=4)
+def _unconfirmed(app: Celery, pid: int) -> Any:
+    """Return a pool of producers, apart from the app's own, that wait for no confirmation."""
+    del pid  # kombu forgets its pools in a forked process
+    return producers[app.connection_for_write(transport_options={"confirm_publish": False})]
+
+
+def _connect(producer: Any) -> None:
+    """Connect, trying each server once. Left to itself, kombu would go on for 6 seconds, and the caller would wait."""
+    producer.connection.ensure_connection(max_retries=max(len(producer.connection.alt) - 1, 0))
+
+
+def _send_with(producer: Any, execution: Execution, options: dict[str, Any]) -> None:
+    is_amqp = producer.connection.transport.driver_type == "amqp"
+    if is_amqp:
+        options["timeout"] = PUBLISH_SECONDS
+    try:
+        current_app.send_task(
+            execution.task,
+            task_id=str(execution.pk),
+            add_to_parent=False,
+            retry=False,
+            producer=producer,
+            **{"serializer": "json", **options},
+        )
+    except Exception as error:
+        if is_amqp and not isinstance(error, _MESSAGE_ERRORS):
+            # Without saying goodbye: it would wait for an answer without limit. And not to be used again: a
+            # confirmation that comes late would be taken for the next message's.
+            producer.connection.collect()
+        raise
 
 
 def _broker_uri() -> str:

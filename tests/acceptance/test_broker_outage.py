@@ -109,6 +109,33 @@ def test_a_silent_broker_holds_nobody_up(
         assert Execution.objects.get(pk=silent.id).dispatches == 1
 
 
+@pytest.mark.skipif(app.connection_for_write().transport.driver_type != "amqp", reason="only RabbitMQ confirms")
+def test_a_run_does_not_wait_for_a_confirmation_and_gets_over_a_connection_that_was_closed_meanwhile(
+    worker: Any, broker: Proxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(dispatch, "_runs_ahead", True)
+    monkeypatch.setattr(dispatch, "PUBLISH_SECONDS", 60.0)
+    with broker_at(broker.url), caplog.at_level(logging.WARNING):
+        first = scenarios.echo.delay(value=1)
+        broker.silence()
+        begun = time.monotonic()
+        unheard = scenarios.echo.delay(value=2)
+        assert time.monotonic() - begun < 5, "It waited for an answer"
+        assert not dispatch.is_broker_resting()
+        broker.close()
+        broker.open()
+        broker.speak()
+        third = scenarios.echo.delay(value=3)
+        assert not dispatch.is_broker_resting(), caplog.text
+    assert "did not take the message" not in caplog.text
+    # Before the sweeper could publish it again.
+    Execution.objects.update(dispatch_at=clock.after(3_600))
+    worker()
+    assert [api.get_result(result, timeout=30) for result in (first, third)] == [1, 3]
+    Execution.objects.filter(pk=unheard.id, status="queued").update(dispatch_at=clock.now())
+    assert api.get_result(unheard, timeout=30) == 2
+
+
 def test_a_long_outage_does_not_delay_the_first_publish_after_it(
     moving_clock: Callable[[float], None], broker: Proxy, settings: Any
 ) -> None:

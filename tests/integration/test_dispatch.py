@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import types
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 from amqp.exceptions import PreconditionFailed
-from celery import current_app
+from celery import Celery, current_app
 from django.db import transaction
 from kombu.exceptions import OperationalError, SerializerNotInstalled
 
@@ -51,9 +51,13 @@ class Messages(list[Any]):
     def __init__(self, transport: types.SimpleNamespace) -> None:
         super().__init__()
         self.transport = transport
+        #: Raised one after another, before ``error``.
+        self.errors: list[Exception] = []
 
     def send(self, _producer: Any, name: str, message: Any, **options: Any) -> None:
         self.tried += 1
+        if self.errors:
+            raise self.errors.pop(0)
         if self.error is not None:
             raise self.error
         self.append((name, message, options))
@@ -194,6 +198,80 @@ def test_a_message_that_cannot_be_sent_does_not_stop_the_others(sent: Messages, 
     assert not dispatch.publish(first)
     sent.error = None
     assert dispatch.publish(queued())
+
+
+class Pool:
+    """Producers that wait for no confirmation."""
+
+    def __init__(self) -> None:
+        self.acquired = 0
+
+    @contextmanager
+    def acquire(self, block: bool) -> Iterator[Any]:
+        assert block
+        self.acquired += 1
+        with current_app.producer_or_acquire() as producer:
+            yield producer
+
+
+@pytest.fixture
+def ahead(monkeypatch: pytest.MonkeyPatch) -> Pool:
+    """Runs do not wait for confirmations, as in a worker whose RabbitMQ sends them."""
+    pool = Pool()
+    monkeypatch.setattr(dispatch, "_runs_ahead", True)
+    monkeypatch.setattr(dispatch, "_unconfirmed", lambda app, pid: pool)
+    return pool
+
+
+def test_what_a_commit_publishes_in_a_worker_waits_for_no_confirmation(sent: Messages, ahead: Pool) -> None:
+    execution = queued()
+    assert [message.headers["id"] for _task, message, _options in sent] == [str(execution.pk)]
+    assert ahead.acquired == 1
+    assert dispatch.publish(execution), "the sweeper waits"
+    assert (len(sent), ahead.acquired) == (2, 1)
+
+
+def test_a_connection_that_was_closed_meanwhile_is_replaced_at_once_and_only_once(sent: Messages, ahead: Pool) -> None:
+    sent.errors = [ConnectionResetError("closed while it was idle")]
+    queued()
+    assert (len(sent), sent.tried, ahead.acquired) == (1, 2, 2)
+    assert not dispatch.is_broker_resting()
+    sent.errors = [ConnectionResetError("closed"), ConnectionResetError("and away")]
+    queued()
+    assert (len(sent), sent.tried, ahead.acquired) == (1, 4, 4)
+    assert dispatch.is_broker_resting()
+
+
+def test_a_message_that_cannot_be_sent_is_not_tried_again(sent: Messages, ahead: Pool) -> None:
+    sent.error = ValueError("a name that is too long")
+    queued()
+    assert (sent.tried, ahead.acquired) == (1, 1)
+
+
+@pytest.mark.parametrize("confirms", [True, False])
+def test_a_worker_knows_whether_its_broker_confirms(confirms: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CELERY_BROKER_URL", raising=False)  # to Celery it says more than any app does
+    monkeypatch.setattr(dispatch, "_is_embedded", None)
+    monkeypatch.setattr(dispatch, "_runs_ahead", None)
+    monkeypatch.setattr(dispatch, "is_embedded", is_embedded)
+    other = Celery(broker="amqp://nowhere", set_as_current=False)
+    other.conf.broker_transport_options = {"confirm_publish": confirms}
+    dispatch.settle_broker(other)
+    assert dispatch._runs_ahead is confirms
+    assert is_embedded() is False
+    other = Celery(broker="memory://", set_as_current=False)
+    dispatch.settle_broker(other)
+    assert is_embedded() is True
+
+
+def test_producers_that_wait_for_no_confirmation_are_apart_from_the_apps_own() -> None:
+    other = Celery(broker="memory://", set_as_current=False)
+    other.conf.broker_transport_options = {"confirm_publish": True, "kept": "yes"}
+    with dispatch._unconfirmed(other, 1).acquire(block=True) as producer:
+        assert producer.connection.transport_options == {"confirm_publish": False, "kept": "yes"}
+        with other.producer_or_acquire() as own:
+            assert own.connection.transport_options["confirm_publish"] is True
+            assert own.connection is not producer.connection
 
 
 def test_an_error_of_any_kind_is_kept_from_the_caller(

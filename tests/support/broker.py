@@ -58,4 +58,5 @@ def _reconnect(url: str | None) -> None:
     app.conf.broker_write_url = url
     pools.reset()
     app._pool = app.amqp._producer_pool = None
+    dispatch._unconfirmed.cache_clear()
     dispatch.reset_breaker()
