@@ -31,7 +31,7 @@ from typing import (
 from celery import Task, current_app
 from celery.canvas import Signature
 from celery.local import Proxy
-from django.db import transaction
+from django.db import connections, transaction
 
 from conductor_app import observing, steps, transitions
 from conductor_app.arguments import check_duration, check_instant
@@ -105,13 +105,17 @@ class ExecutionContext:
         self._task = task
         self._draining = draining
         self._replayed = 0
-        self._used: dict[str, str] = {}
+        #: Where each step was called: file and line.
+        self._used: dict[str, tuple[str, int]] = {}
+        #: What each child that was invoked is, by its identity.
+        self._children: dict[int, tuple[object, Invocable]] = {}
         self._inside: str | None = None
         self._unrecorded: tuple[str, BaseException] | None = None
-        self._suspension: tuple[transitions.Wait, str] | None = None
+        self._suspension: tuple[transitions.Wait, tuple[str, int]] | None = None
         self._closed = False
         self._thread = threading.get_ident()
-        self._atomic_depths = _atomic_depths()
+        self._connections = opened_connections()
+        self._atomic_depths = self._open_atomic_blocks()
         self._checked_at = time.monotonic()
         #: Logs like any logger, with the execution's ids, and stays silent while the body replays what it did before.
         self.logger = ReplayAwareLogger(self)
@@ -221,8 +225,9 @@ class ExecutionContext:
             NotSerializable: A part of ``payload`` would not come back from JSON as it went in.
             InvokeInsideTransaction: The call stands inside ``transaction.atomic()``.
         """
+        step = _step_name(step)
         remembered = self._invocation(
-            f'ctx.invoke("{_step_name(step)}")',
+            f'ctx.invoke("{step}")',
             StepKind.INVOKE,
             step,
             child,
@@ -237,10 +242,9 @@ class ExecutionContext:
         self, call: str, kind: StepKind, step: str, child: Any, payload: object, given: _ChildOptions
     ) -> transitions.Invocation | steps.Memory:
         """Check a call that stands for one child; return what is remembered of it, or the child to store."""
-        step = _step_name(step)
         self._enter(step, call)
         seconds, on_timeout, options = given.checked()
-        invocable, args, kwargs, own = resolve_child(child, payload, call)
+        invocable, args, kwargs, own = self._resolve(child, payload, call)
         if step in self._memory:
             # Whatever else was asked for when it was stored: a long replay is not to work that out for each child.
             stored = digest(invocable.stored_payload(args, kwargs))
@@ -256,6 +260,19 @@ class ExecutionContext:
         self._check_depth(call, new.task)
         self._hint_at_milliseconds(step, given.timeout, seconds)
         return transitions.Invocation(step, new, digest(new.payload), seconds, on_timeout)
+
+    def _resolve(
+        self, child: object, payload: object, call: str, what: str = "payload"
+    ) -> tuple[Invocable, list[Any], dict[str, Any], dict[str, Any]]:
+        """Do what ``resolve_child`` does, and look each task up once in a run; a long replay passes it often."""
+        known = self._children.get(id(child))
+        if known is not None:
+            return known[1], *_child_arguments(payload, call, what), {}
+        resolved = resolve_child(child, payload, call, what)
+        if not isinstance(child, Signature):
+            # With the child itself, so that nothing else gets its identity meanwhile.
+            self._children[id(child)] = (child, resolved[0])
+        return resolved
 
     def _check_depth(self, call: str, task: str) -> None:
         limit = conductor_settings().MAX_DEPTH
@@ -362,9 +379,9 @@ class ExecutionContext:
         if isinstance(child, Signature):
             raise InvalidArgumentType(f"{call} got a signature. Pass the task, and its arguments as payloads.")
         each = _payloads(payloads, call)
-        resolved = [resolve_child(child, payload, call, f"payloads[{number}]") for number, payload in enumerate(each)]
+        resolved = [self._resolve(child, payload, call, f"payloads[{number}]") for number, payload in enumerate(each)]
         texts = [dump_call(args, kwargs, conductor_settings().MAX_PAYLOAD_BYTES) for _, args, kwargs, _ in resolved]
-        task = resolved[0][0].name if resolved else resolve_child(child, None, call)[0].name
+        task = resolved[0][0].name if resolved else self._resolve(child, None, call)[0].name
         payload_digest = digest(" ".join(digest(text) for text in texts))
         remembered = self._recall(step, StepKind.MAP, task=task, payload_digest=payload_digest)
         if remembered is None:
@@ -437,8 +454,9 @@ class ExecutionContext:
         Returns:
             A handle for ``gather``, good for this run of the body.
         """
+        step = _step_name(step)
         remembered = self._invocation(
-            f'ctx.start("{_step_name(step)}")',
+            f'ctx.start("{step}")',
             StepKind.START,
             step,
             child,
@@ -697,7 +715,7 @@ class ExecutionContext:
     # ------------------------------------------------------------------------------------------------------ the insides
 
     @property
-    def suspension(self) -> tuple[transitions.Wait, str] | None:
+    def suspension(self) -> tuple[transitions.Wait, tuple[str, int]] | None:
         """What the body waits for, and where it said so; for the executor."""
         return self._suspension
 
@@ -731,17 +749,28 @@ class ExecutionContext:
         place = _caller()
         if step in self._used:
             raise StepNameReused(
-                f'Step name "{step}" was already used at {self._used[step]} and again at {place}; give each call its '
+                f'Step name "{step}" was already used at {_shown_place(self._used[step])} and again at '
+                f"{_shown_place(place)}; give each call its "
                 f'own name, in a loop for example f"{step}-{{index}}".'
             )
         self._used[step] = place
-        if _atomic_depths() != self._atomic_depths:
+        if self._open_atomic_blocks() != self._atomic_depths:
             raise InvokeInsideTransaction(
                 f"{call} was called inside transaction.atomic(), which would undo the memory of it. Call it outside, "
                 "or put the writes into ctx.atomic_step()."
             )
         self._lease_must_hold()
         self.flush()
+
+    def _open_atomic_blocks(self) -> list[tuple[str, int]]:
+        """Return how many ``atomic()`` blocks are open on each connection that has any."""
+        if len(self._connections) < len(connections.settings):
+            self._connections = opened_connections()
+        return [
+            (connection.alias, len(connection.atomic_blocks))
+            for connection in self._connections
+            if connection.in_atomic_block
+        ]
 
     def _usable(self, call: str) -> None:
         if self._closed:
@@ -897,7 +926,7 @@ def swallowed_suspension(context: ExecutionContext, task: str, how: str) -> str:
     """Return where a body swallowed its suspension, and how it went on (``returned``, ``raised ValueError``)."""
     assert context.suspension is not None
     wait, place = context.suspension
-    return f"{task} swallowed the suspension at {place} (step {wait.step!r}) and {how}"
+    return f"{task} swallowed the suspension at {_shown_place(place)} (step {wait.step!r}) and {how}"
 
 
 def child_error(remembered: steps.Memory) -> ChildError:
@@ -928,6 +957,8 @@ def check_name(name: object, what: str) -> str:
         InvalidArgumentType: It is no text.
         InvalidArgument: It is empty, too long, or has other characters than ASCII letters, digits and ``_ . : -``.
     """
+    if type(name) is str and _NAME.match(name):
+        return name
     if not isinstance(name, str):
         raise InvalidArgumentType(f"{what} must be str, got {type(name).__name__}")
     if not name:
@@ -956,6 +987,10 @@ def check_key(key: object, name: str) -> str:
     return str.__str__(key)
 
 
+#: The default of ``on_timeout``.
+_CANCEL = sys.intern("cancel")
+
+
 @dataclass(frozen=True)
 class _ChildOptions:
     """What a call says about a child beside its payload, as it was given."""
@@ -967,6 +1002,8 @@ class _ChildOptions:
 
     def checked(self) -> tuple[float | None, OnTimeout, dict[str, Any]]:
         """Return seconds, what a timeout does, and Celery's options."""
+        if self.timeout is None and self.queue is None and self.priority is None and self.on_timeout is _CANCEL:
+            return None, OnTimeout.CANCEL, {}
         seconds = None if self.timeout is None else check_duration(self.timeout, "timeout", allow_zero=False)
         if self.on_timeout not in list(OnTimeout):
             raise InvalidArgument(f'on_timeout must be "cancel" or "abandon", got {shown(self.on_timeout)}.')
@@ -1053,22 +1090,25 @@ def resolve_child(
                 f"{call} needs a task, its name or a signature, got {type(child).__name__} {described}. "
                 "Is @durable_task missing above its definition?"
             )
-        if isinstance(payload, Mapping):
-            for key in payload:
-                if not isinstance(key, str):
-                    raise InvalidArgumentType(
-                        f"{what} of {call} has the key {key!r} of type {type(key).__name__}: its keys are the child's "
-                        "argument names, so they must be strings."
-                    )
-            kwargs = dict(payload)
-        elif payload is not None:
-            args = [payload]
+        args, kwargs = _child_arguments(payload, call, what)
     if django_task is not None:
         return django_task, args, kwargs, options
     task = current_app.tasks.get(name)
     if task is None:
         raise UnknownTask(_unknown(name))
     return task if is_invocable(task) else PlainTask(task), args, kwargs, options
+
+
+def _child_arguments(payload: object, call: str, what: str) -> tuple[list[Any], dict[str, Any]]:
+    if isinstance(payload, Mapping):
+        for key in payload:
+            if not isinstance(key, str):
+                raise InvalidArgumentType(
+                    f"{what} of {call} has the key {key!r} of type {type(key).__name__}: its keys are the child's "
+                    "argument names, so they must be strings."
+                )
+        return [], dict(payload)
+    return [] if payload is None else [payload], {}
 
 
 def _unknown(name: str) -> str:
@@ -1085,21 +1125,16 @@ def _encode_result(result: object, call: str) -> tuple[str, Any]:
     return round_trip(result, f"result of {call}", conductor_settings().MAX_RESULT_BYTES)
 
 
-def _atomic_depths() -> tuple[tuple[str, int], ...]:
-    """Return how many ``atomic()`` blocks are open on each connection that has any."""
-    return tuple(
-        (connection.alias, len(connection.atomic_blocks))
-        for connection in opened_connections()
-        if connection.in_atomic_block
-    )
-
-
 _PACKAGE = os.path.dirname(__file__) + os.sep
 
 
-def _caller() -> str:
+def _caller() -> tuple[str, int]:
     """Return file and line of the call in the user's code."""
     frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         frame = frame.f_back
-    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+    return frame.f_code.co_filename, frame.f_lineno
+
+
+def _shown_place(place: tuple[str, int]) -> str:
+    return f"{os.path.basename(place[0])}:{place[1]}"

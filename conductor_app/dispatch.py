@@ -171,7 +171,8 @@ def publish_all(executions: Iterable[Execution]) -> None:
     Never raises, as ``publish``.
     """
     for execution in executions:
-        if not publish(execution, waits=not _runs_ahead) and is_broker_resting():
+        is_published = publish(execution, waits=False) if _runs_ahead else publish(execution)
+        if not is_published and is_broker_resting():
             return
 
 

@@ -13,6 +13,7 @@ import datetime as dt
 import decimal
 import enum
 import fractions
+import functools
 import hashlib
 import io
 import json
@@ -21,7 +22,7 @@ import sys
 import traceback as traceback_module
 import types
 import uuid
-from collections.abc import Awaitable, Iterable, Mapping
+from collections.abc import Awaitable, Collection, Iterable, Mapping
 from typing import Any, cast
 
 from django.db.models import Model, QuerySet
@@ -65,7 +66,30 @@ def dump_call(args: list[Any], kwargs: Mapping[str, Any], limit: int | None = No
     Raises:
         NotSerializable, PayloadTooLarge: As for ``dumps``.
     """
-    kwargs = dict(kwargs)
+    if _is_short(args) and _is_short(kwargs.values()) and all(type(name) is str for name in kwargs):
+        types = (*map(type, args), *map(type, kwargs.values()))  # 1 is True, and is not stored as that
+        return _dump_short_call(tuple(args), tuple(kwargs.items()), types, limit)
+    return _dump_call(args, dict(kwargs), limit)
+
+
+#: Values that a text of so many characters at most says are remembered with it: a replay stores them again and again.
+_SHORT = 100
+_SIMPLE = frozenset({int, bool, type(None)})
+
+
+def _is_short(values: Collection[Any]) -> bool:
+    return len(values) <= 8 and all(
+        len(value) <= _SHORT if type(value) is str else type(value) in _SIMPLE for value in values
+    )
+
+
+@functools.lru_cache(maxsize=4_096)
+def _dump_short_call(args: tuple[Any, ...], kwargs: tuple[Any, ...], types: tuple[Any, ...], limit: int | None) -> str:
+    del types
+    return _dump_call(list(args), dict(kwargs), limit)
+
+
+def _dump_call(args: list[Any], kwargs: dict[str, Any], limit: int | None) -> str:
     _validate(kwargs, "payload", limit)
     if args:
         _validate(args[0] if len(args) == 1 else args, "payload", limit)
@@ -104,9 +128,16 @@ def round_trip(value: Any, what: str, limit: int | None = None) -> tuple[str, An
 
 def digest(text: str) -> str:
     """Return 32 hexadecimal digits that tell one stored value from another; the order of keys is no difference."""
+    return _short_digest(text) if len(text) <= _SHORT else _digest(text)
+
+
+def _digest(text: str) -> str:
     if text.count('":') > 1:
         text = json.dumps(json.loads(text), sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+_short_digest = functools.lru_cache(maxsize=4_096)(_digest)
 
 
 def clean_text(text: str, limit: int) -> str:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from django.db import models
 from django.db.models import Q
+from django.db.models.base import ModelState
 from django.utils.translation import gettext_lazy as _
 
 from conductor_app.models.fields import ExactCharField, PartialIndex
@@ -155,6 +156,13 @@ class Execution(models.Model):
 
     def __str__(self) -> str:
         return f"{self.task} {self.id}"
+
+    def copied(self, **changed: Any) -> Execution:
+        """Return a copy of what is in memory, with other values; ``copy.copy`` takes ten times as long for a model."""
+        row = Execution.__new__(Execution)
+        vars(row).update(vars(self), _state=ModelState(), **changed)
+        row._state.adding, row._state.db = self._state.adding, self._state.db
+        return row
 
     @property
     def is_final(self) -> bool:

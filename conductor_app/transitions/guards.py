@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -123,11 +122,7 @@ def queue_now(execution: Execution) -> dict[str, Any]:
 
 def next_attempt(execution: Execution, **changed: Any) -> Execution:
     """Return an execution as it is after an update that counted up its attempt, for the message that follows."""
-    following = copy.copy(execution)
-    following.attempt += 1
-    for name, value in changed.items():
-        setattr(following, name, value)
-    return following
+    return execution.copied(attempt=execution.attempt + 1, **changed)
 
 
 def send_signal(signal: Signal, execution: Execution, **details: Any) -> None:

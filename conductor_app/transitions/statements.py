@@ -11,7 +11,6 @@ Only runs are so frequent that it matters. What an operator, the sweeper or a fa
 
 from __future__ import annotations
 
-import copy
 import datetime as dt
 import uuid
 from collections.abc import Sequence
@@ -364,10 +363,8 @@ def succeed(
         return Ended()
     if is_claimed and was_known and parent is not None:
         # No other run had it since, so whatever else a run reads is as it was.
-        found = copy.copy(parent)
-        for name in _CHANGED:
-            setattr(found, name, columns[CLAIM_FIELDS.index(name)])
-        found.lease_owner = owner or ""
+        changed = {name: columns[CLAIM_FIELDS.index(name)] for name in _CHANGED}
+        found = parent.copied(**changed, lease_owner=owner or "")
     else:
         found = _execution(columns)
     if is_claimed:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from django.db import IntegrityError, connection, transaction
+from django.db import IntegrityError, connection, connections, transaction
 
 from conductor_app import ExecutionContext, LeaseLost, api, clock
 from conductor_app.exceptions import (
@@ -326,6 +326,25 @@ def test_a_durable_call_inside_a_transaction_is_refused_before_anything_is_done(
                 CALLS[name](ctx)
 
     uncaught(stepped, InvokeInsideTransaction, text)
+
+
+def test_a_transaction_on_another_database_that_the_body_opens_counts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    late = {**connections.settings["default"], "ENGINE": "django.db.backends.sqlite3", "NAME": ":memory:"}
+    monkeypatch.setitem(connections.settings, "late", {**late, "OPTIONS": {}})
+
+    @durable
+    def body(ctx: ExecutionContext) -> None:
+        ctx.step("before", noted, "before")
+        opened = connections["late"]
+        opened.in_atomic_block, opened.atomic_blocks = True, [transaction.atomic(using="late")]
+        ctx.step("inside", noted, "inside")
+
+    try:
+        execution = run(body)
+    finally:
+        del connections["late"]
+    assert failure(execution).error_class == class_name(InvokeInsideTransaction)
+    assert (count("before"), count("inside")) == (1, 0)
 
 
 @pytest.mark.parametrize("outer", ["step", "atomic_step"])

@@ -108,6 +108,25 @@ def test_no_text_is_none(text: str | None) -> None:
     assert loads(text) is None
 
 
+def test_short_arguments_that_are_equal_and_not_the_same_are_told_apart() -> None:
+    """Short arguments are looked up when they are stored again."""
+    for _ in range(2):
+        assert [dump_call([value], {}) for value in (1, True, "1", 1.0)] == [
+            "[[1],{}]",
+            "[[true],{}]",
+            '[["1"],{}]',
+            "[[1.0],{}]",
+        ]
+        assert dump_call([], {"n": 0}) == '[[],{"n":0}]'
+        assert dump_call([], {"n": False}) == '[[],{"n":false}]'
+        assert dump_call([], {"a": 1, "b": 2}) == '[[],{"a":1,"b":2}]'
+        assert dump_call([], {"b": 2, "a": 1}) == '[[],{"b":2,"a":1}]'
+        assert dump_call([0.0, -0.0], {}) == "[[0.0,-0.0],{}]"
+        assert dump_call([1], {"n": 1}, limit=20) == '[[1],{"n":1}]'
+        with pytest.raises(PayloadTooLarge):
+            dump_call([1], {"n": 1}, limit=5)
+
+
 def test_a_call_is_its_arguments() -> None:
     assert dump_call([], {}) == "[[],{}]"
     assert dump_call([1, (2,)], {"x": dt.date(2026, 1, 2)}) == (
