@@ -297,6 +297,9 @@ class News:
         self._usual_run_seconds = float("inf")
         #: Whether a free pool slot is to be filled from the database.
         self.feeds = False
+        #: How many runs may end before the feed has something to do. Threads count it down without a lock: a miscount
+        #: costs ``FEED_SECONDS`` at most.
+        self.spare = 0
 
     @property
     def room(self) -> int:
@@ -322,8 +325,9 @@ class News:
         if due_in is not None:
             with self._lock:
                 self._next_due = min(self._next_due, time.monotonic() + due_in)
-        # With a broker server, thousands of runs a second would wake the thread for nothing.
-        if due_in is not None or self.feeds:
+        self.spare -= 1
+        # With a broker server, or a stock of executions, thousands of runs a second would wake the thread for nothing.
+        if due_in is not None or (self.feeds and self.spare <= 0):
             self._wake.set()
 
     def rouse(self) -> None:
@@ -399,6 +403,8 @@ class SweeperThread(threading.Thread):
         self._no_fork.set()
         self._settings = conductor_settings()
         self._embedded = dispatch.is_embedded(worker.app)
+        #: A channel of the ``memory://`` broker, by which this looks at its queues.
+        self._memory: Any = None
         self._connection: Any = None
         self._first_tick_at: float | None = None
         self._ticks = 0
@@ -505,10 +511,11 @@ class SweeperThread(threading.Thread):
     def _feed(self) -> None:
         """Publish due executions into this process's own memory:// queue, as many as the pool has room for."""
         wanted = self._pool_size() * news.room
-        room = wanted - len(worker_state.reserved_requests) - self._unread()
+        stock = len(worker_state.reserved_requests) + self._unread()
         # A transaction for each run that ends would cost as much as the run.
-        if room > 0 and 2 * room >= wanted:
-            sweeper.publish_due(room, self._queues())
+        if 2 * stock <= wanted:
+            stock += sweeper.publish_due(wanted - stock, self._queues())
+        news.spare = stock - wanted // 2
 
     def _pool_size(self) -> int:
         return int(getattr(self._worker.pool, "num_processes", None) or self._worker.concurrency or 1)
@@ -517,8 +524,9 @@ class SweeperThread(threading.Thread):
         return list(self._worker.app.amqp.queues.consume_from)
 
     def _unread(self) -> int:
-        with self._worker.app.connection_for_read() as connection, connection.channel() as channel:
-            return sum(channel._size(name) for name in self._queues())
+        if self._memory is None:
+            self._memory = self._worker.app.connection_for_read().channel()
+        return sum(self._memory._size(name) for name in self._queues())
 
     def _lose(self, execution_id: str, owner: str) -> None:
         try:

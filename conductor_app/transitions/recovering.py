@@ -17,7 +17,7 @@ from conductor_app.models import Execution, Step, database
 from conductor_app.serialization import dump_failure
 from conductor_app.sql import locked
 from conductor_app.states import ExecutionStatus, OnTimeout, StepKind, StepStatus
-from conductor_app.transitions import cancelling, failing, guards, waking
+from conductor_app.transitions import cancelling, failing, guards, statements, waking
 
 
 def lose(execution_id: uuid.UUID, *, owner: str | None = None, failure: Failure | None = None) -> bool:
@@ -149,6 +149,8 @@ def take_for_dispatch(limit: int, queues: list[str] | None = None) -> list[Execu
     fields = (*dispatch.DOORBELL_FIELDS, "dispatches", "due_at", "dispatch_at")
 
     def work() -> list[Execution]:
+        if statements.are_at_hand():
+            return statements.take_for_dispatch(limit, queues, pause)
         with transaction.atomic(using=using):
             rows = Execution.objects.using(using).to_dispatch()
             if queues is not None:

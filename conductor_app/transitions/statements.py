@@ -210,6 +210,36 @@ def _succeed_child(kind: StepKind) -> str:
 _SUCCEED_CHILD = {kind: _succeed_child(kind) for kind in _SETTLED}
 
 
+#: What a message says, and what tells a first publication from another one, in the order of the model's fields; by the
+#: columns that hold it. A durable task's message has no payload.
+_DISPATCHED = {
+    **{name: name for name in ("id", "task", "queue", "priority")},
+    "payload": """CASE WHEN options LIKE '%%"plain"%%' THEN payload ELSE '' END""",
+    **{name: name for name in ("attempt", "parent_id", "root_id", "due_at")},
+    "dispatch_at": "was_dispatch_at",
+    "dispatches": "was_dispatches",
+    "options": "options",
+}
+_TAKE_FOR_DISPATCH = f"""
+    WITH due AS (
+        SELECT id AS due_id, dispatch_at AS was_dispatch_at, dispatches AS was_dispatches
+        FROM {_EXECUTIONS}
+        WHERE status = 'queued' AND dispatch_at <= {_NOW}
+            AND (%(queues)s::text[] IS NULL OR queue = ANY(%(queues)s::text[]))
+        ORDER BY dispatch_at
+        LIMIT %(limit)s::integer
+        FOR NO KEY UPDATE SKIP LOCKED
+    ), taken AS (
+        UPDATE {_EXECUTIONS} SET
+            dispatch_at = {_NOW} + %(pause)s::interval * 2 ^ LEAST(dispatches, 5), dispatches = dispatches + 1
+        FROM due
+        WHERE id = due_id
+        RETURNING {", ".join(_DISPATCHED.values())}
+    )
+    SELECT * FROM taken ORDER BY was_dispatch_at
+"""  # noqa: S608
+
+
 @dataclass(frozen=True)
 class Ended:
     """What the end of a run means for its parent."""
@@ -371,6 +401,21 @@ def succeed(
         return Ended(claimed=found)
     # Queued by this write or already before it: a second ring of the bell is harmless.
     return Ended(queued=found if found.status == ExecutionStatus.QUEUED else None)
+
+
+def take_for_dispatch(limit: int, queues: Sequence[str] | None, pause: float) -> list[Execution]:
+    """queued → queued: note the next publication of what is to be published, as ``recovering.take_for_dispatch``.
+
+    Args:
+        pause: Seconds to the next publication after the first one.
+    """
+    rows = _fetch(
+        _TAKE_FOR_DISPATCH,
+        limit=limit,
+        queues=None if queues is None else list(queues),
+        pause=dt.timedelta(seconds=pause),
+    )
+    return [Execution.from_db(database(), tuple(_DISPATCHED), row) for row in rows]
 
 
 def _lease() -> dt.timedelta:

@@ -526,14 +526,40 @@ def test_a_worker_is_fed_with_what_it_works_off_meanwhile() -> None:
     assert news.room == 1, "a long run may follow, and others are free for the next"
 
 
-@pytest.mark.parametrize(("waiting", "fetched"), [(0, [6]), (3, [3]), (4, []), (6, [])])
+def test_the_feed_is_woken_when_its_stock_is_low_and_not_for_each_run() -> None:
+    news = worker.News()
+    news.run_ended()
+    assert not news._wake.is_set(), "a broker server feeds this worker"
+    news.feeds = True
+    news.run_ended()
+    assert news._wake.is_set()
+    news._wake.clear()
+    news.spare = 3
+    news.run_ended()
+    news.run_ended()
+    assert not news._wake.is_set()
+    news.run_ended(due_in=0)
+    assert news._wake.is_set(), "the sweeper has something to do"
+    news._wake.clear()
+    news.run_ended()
+    assert news._wake.is_set()
+
+
+@pytest.mark.parametrize(("waiting", "fetched", "spare"), [(0, [6], 3), (3, [3], 3), (4, [], 1), (6, [], 3)], ids=repr)
 def test_a_worker_is_fed_when_half_of_that_is_worked_off(
-    monkeypatch: pytest.MonkeyPatch, waiting: int, fetched: list[int]
+    monkeypatch: pytest.MonkeyPatch, waiting: int, fetched: list[int], spare: int
 ) -> None:
+    monkeypatch.setattr(worker, "news", worker.News())
     monkeypatch.setattr(worker.News, "room", worker.SHORT_RUN_ROOM)
     monkeypatch.setattr(worker.SweeperThread, "_pool_size", lambda thread: 2)
     monkeypatch.setattr(worker.SweeperThread, "_unread", lambda thread: waiting)
     asked: list[int] = []
-    monkeypatch.setattr(sweeper, "publish_due", lambda room, queues: asked.append(room))
+
+    def publish(room: int, _queues: list[str]) -> int:
+        asked.append(room)
+        return room
+
+    monkeypatch.setattr(sweeper, "publish_due", publish)
     worker.SweeperThread(SimpleNamespace(app=current_app), worker.Shutdown())._feed()
     assert asked == fetched
+    assert worker.news.spare == spare
