@@ -255,6 +255,17 @@ def test_a_parent_is_claimed_when_its_child_succeeds(published: list[Any], is_kn
     assert published == []
 
 
+def test_a_parent_that_another_run_has_had_meanwhile_is_read_anew() -> None:
+    """As after an operator's retry, which opens the step again for which it waited in this process."""
+    parent, child = family()
+    outdated = parent.copied(fence=parent.fence - 1, payload='[["as it was"],{}]', attempt=7)
+    hand_off = handing_off(outdated)
+    transitions.succeed(child, "1", hand_off)
+    taken = hand_off.claimed
+    assert taken is not None
+    assert (taken.fence, taken.payload, taken.attempt) == (parent.fence + 1, parent.payload, parent.attempt)
+
+
 @pytest.mark.parametrize("is_known", [True, False], ids=["known", "unknown"])
 def test_a_parent_that_is_to_be_cancelled_is_not_claimed(published: list[Any], is_known: bool) -> None:
     parent, child = family()

@@ -14,7 +14,7 @@ import pytest
 from celery import current_app
 from django.db import OperationalError
 
-from conductor_app import announcements, clock, dispatch, steps, transitions, worker
+from conductor_app import announcements, clock, dispatch, signals, steps, transitions, worker
 from conductor_app.maintenance import sweeper
 from conductor_app.models import Execution, FailedExecution, Step
 from conductor_app.states import ExecutionStatus, StepStatus
@@ -79,6 +79,29 @@ def test_an_unanswered_message_is_published_again_after_twice_as_long_each_time(
         assert sweeper.sweep() == {}
         assert fresh(execution).dispatches == number + 1
     assert published == [execution.pk] * len(pauses)
+
+
+def test_a_message_that_is_published_again_is_told_of_and_a_first_one_is_not(published: list[Any]) -> None:
+    told: list[Any] = []
+
+    def note(execution: Execution, **_kwargs: Any) -> None:
+        told.append((execution.pk, execution.dispatches))
+
+    signals.execution_redispatched.connect(note)
+    try:
+        later = queued(countdown=100)
+        pass_seconds(101)
+        assert sweeper.sweep() == {"published": 1}
+        assert told == []
+        pass_seconds(1_001)
+        assert sweeper.sweep() == {"published": 1}
+        assert told == [(later.pk, 1)]
+        lost = queued()
+        pass_seconds(1_001)
+        assert sweeper.sweep()["published"] == 1
+        assert told[1:] == [(lost.pk, 0)]
+    finally:
+        signals.execution_redispatched.disconnect(note)
 
 
 def test_a_claim_forgets_how_often_the_message_was_published(published: list[Any]) -> None:

@@ -27,6 +27,7 @@ OUTCOMES = "tests/races/test_outcomes.py"
 SWEEPERS = "tests/races/test_sweepers.py"
 WAKE_UPS = "tests/races/test_wake_ups.py"
 HASTENING = "tests/integration/test_hastening.py"
+PLAIN = "tests/integration/test_plain.py"
 
 #: What PostgreSQL runs in the place of some of the other transitions.
 STATEMENTS = "transitions/statements.py"
@@ -879,6 +880,78 @@ MUTANTS = [
         "        claiming.pass_on(ended.queued, hand_off)\n",
         "        pass\n",
         (COMMITS,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "believe at once a parent that another run has had meanwhile",
+        STATEMENTS,
+        "fence = %(known)s::bigint AS was_known",
+        "TRUE AS was_known",
+        (COMMITS, HAND_OFF),
+        on_postgres=True,
+    ),
+    Mutant(
+        "keep the old fence of a parent that is known here, at once",
+        STATEMENTS,
+        '_CHANGED = ("id", "status", "fence", "due_at")',
+        '_CHANGED = ("id", "status", "due_at")',
+        (COMMITS, HAND_OFF),
+        on_postgres=True,
+    ),
+    Mutant(
+        "publish at once what another sweeper has just taken",
+        STATEMENTS,
+        "        FOR NO KEY UPDATE SKIP LOCKED\n    ), taken",
+        "    ), taken",
+        (SWEEPERS,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "publish at once what is not due",
+        STATEMENTS,
+        "WHERE status = 'queued' AND dispatch_at <= {_NOW}\n",
+        "WHERE status = 'queued'\n",
+        (TRANSITIONS, SWEEPER, DISPATCH),
+        on_postgres=True,
+    ),
+    Mutant(
+        "publish at once from every queue",
+        STATEMENTS,
+        "            AND (%(queues)s::text[] IS NULL OR queue = ANY(%(queues)s::text[]))\n",
+        "            AND (%(queues)s::text[] IS NULL OR TRUE)\n",
+        (TRANSITIONS, SWEEPER, DISPATCH),
+        on_postgres=True,
+    ),
+    Mutant(
+        "publish at once as often as one likes",
+        STATEMENTS,
+        "%(pause)s::interval * 2 ^ LEAST(dispatches, 5)",
+        "%(pause)s::interval",
+        (TRANSITIONS, SWEEPER, DISPATCH),
+        on_postgres=True,
+    ),
+    Mutant(
+        "publish at once the youngest first",
+        STATEMENTS,
+        "        ORDER BY dispatch_at\n        LIMIT",
+        "        ORDER BY dispatch_at DESC\n        LIMIT",
+        (TRANSITIONS, SWEEPER, DISPATCH),
+        on_postgres=True,
+    ),
+    Mutant(
+        "tell at once of the next publication instead of this one",
+        STATEMENTS,
+        '"dispatches": "was_dispatches",',
+        '"dispatches": "dispatches",',
+        (TRANSITIONS, SWEEPER, DISPATCH),
+        on_postgres=True,
+    ),
+    Mutant(
+        "publish at once a plain task's message without its arguments",
+        STATEMENTS,
+        """CASE WHEN options LIKE '%%"plain"%%' THEN payload ELSE '' END""",
+        "''",
+        (PLAIN,),
         on_postgres=True,
     ),
 ]
