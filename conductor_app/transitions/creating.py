@@ -86,16 +86,17 @@ def queued_row(
         parent: Its parent.
         step: The parent's step.
         position: Its place in the parent's map.
-        is_held: Whether it is not due before a sibling ends.
+        is_held: Whether it is not due, and its message not to be published, before a sibling ends.
     """
     due: Any = clock.after(max(new.countdown, 0)) if new.eta is None else new.eta
     expires: Any = clock.after(new.expires) if isinstance(new.expires, (int, float)) else new.expires
     row = timeless_row(new, parent, step, position=position)
-    row.due_at = None if is_held else due
     row.deadline_at = expires
-    row.dispatch_at = dispatch.first_instant(
-        due, is_due=is_due(new), root_id=None if parent is None else parent.root_id, ahead=position or 0
-    )
+    if not is_held:
+        row.due_at = due
+        row.dispatch_at = dispatch.first_instant(
+            due, is_due=is_due(new), root_id=None if parent is None else parent.root_id, ahead=position or 0
+        )
     row.created_at = clock.now()
     return row
 

@@ -99,12 +99,15 @@ _RECORD_STEP = f"""
     SELECT cancel_requested_at IS NOT NULL FROM held
 """  # noqa: S608
 
-_SUSPEND = f"""
-    WITH parent AS (
+_WAIT = f"""
         UPDATE {_EXECUTIONS} SET
             status = 'waiting', lease_owner = '', lease_expires_at = NULL, dispatch_at = NULL, dispatches = 0
         WHERE {_HELD} AND cancel_requested_at IS NULL
         RETURNING id
+"""  # noqa: S608
+_SUSPEND = f"""
+    WITH parent AS (
+        {_WAIT}
     ), child AS (
         INSERT INTO {_EXECUTIONS} (
             id, task, queue, priority, payload, status, attempt, max_attempts, parent_id, root_id, depth, step,
@@ -130,6 +133,48 @@ _SUSPEND = f"""
         FROM parent
     )
     SELECT created_at FROM child
+"""  # noqa: S608
+
+#: What differs between the children of a map: their columns, and the types of these.
+_EACH_CHILD = {
+    "id": "uuid",
+    "task": "text",
+    "queue": "text",
+    "priority": "smallint",
+    "payload": "text",
+    "max_attempts": "integer",
+    "options": "text",
+}
+_SUSPEND_ON_MAP = f"""
+    WITH parent AS (
+        {_WAIT}
+    ), child AS (
+        INSERT INTO {_EXECUTIONS} (
+            {", ".join(_EACH_CHILD)}, status, attempt, parent_id, root_id, depth, step, position, fence, lease_owner,
+            due_at, dispatch_at, dispatches, cancel_reason, created_at
+        )
+        SELECT
+            {", ".join(f"each_{name}" for name in _EACH_CHILD)}, 'queued', 1, id, %(root_id)s::uuid,
+            %(depth)s::integer, %(step)s, number - 1, 0, '', CASE WHEN number <= %(in_flight)s::bigint THEN {_NOW} END,
+            CASE WHEN number <= %(in_flight)s::bigint
+                THEN LEAST({_NOW} + dispatch_in * INTERVAL '1 second', %(dispatch_by)s::timestamptz)
+            END,
+            0, '', {_NOW}
+        FROM parent, UNNEST(
+            {", ".join(f"%(all_{name})s::{kind}[]" for name, kind in _EACH_CHILD.items())}, %(dispatch_in)s::float[]
+        ) WITH ORDINALITY AS each_child ({", ".join(f"each_{name}" for name in _EACH_CHILD)}, dispatch_in, number)
+    ), step AS (
+        INSERT INTO {_STEPS} (
+            execution_id, name, kind, status, task, payload_digest, total, remaining, max_parallel, fails_fast,
+            timeout_seconds, on_timeout, deadline_at, attempt, fence, created_at
+        )
+        SELECT
+            id, %(step)s, 'map', 'pending', %(step_task)s, %(payload_digest)s, %(total)s::integer, %(total)s::integer,
+            %(max_parallel)s::integer, %(fails_fast)s::boolean, %(timeout)s::float, %(on_timeout)s,
+            STATEMENT_TIMESTAMP() + %(deadline)s::interval, %(attempt)s::integer, %(fence)s::bigint, {_NOW}
+        FROM parent
+    )
+    SELECT {_NOW} FROM parent
 """  # noqa: S608
 
 #: What the end of a child does to its parent's step, by the kind of that.
@@ -328,6 +373,59 @@ def suspend(
         return False
     child.created_at = child.due_at = rows[0][0]
     child.started_at = child.created_at if is_claimed else None
+    return True
+
+
+def suspend_on_map(
+    execution: Execution,
+    children: Sequence[Execution],
+    *,
+    task: str,
+    payload_digest: str,
+    in_flight: int,
+    max_parallel: int | None,
+    fails_fast: bool,
+    timeout: float | None,
+    on_timeout: OnTimeout,
+) -> bool:
+    """running → waiting, with the children of a map and the step that they will settle, as ``suspending.suspend``.
+
+    Args:
+        children: As they are to be stored, at least one; due at once. They get their instants.
+        task: What the step says that they run.
+        in_flight: So many of them are queued, the others held back.
+
+    Returns:
+        ``False`` if another run has the execution, or it is to be cancelled; nothing is stored.
+    """
+    first = [dispatch.first_publication(execution.root_id, ahead) for ahead in range(len(children))]
+    rows = _fetch(
+        _SUSPEND_ON_MAP,
+        id=execution.pk,
+        fence=execution.fence,
+        attempt=execution.attempt,
+        root_id=execution.root_id,
+        depth=execution.depth + 1,
+        step=children[0].step,
+        step_task=task,
+        payload_digest=payload_digest,
+        total=len(children),
+        in_flight=in_flight,
+        max_parallel=max_parallel,
+        fails_fast=fails_fast,
+        timeout=timeout,
+        deadline=None if timeout is None else clock.interval(timeout),
+        on_timeout=on_timeout.value,
+        dispatch_in=[one.seconds for one in first],
+        dispatch_by=first[0].by,
+        **{f"all_{name}": [getattr(child, name) for child in children] for name in _EACH_CHILD},
+    )
+    if not rows:
+        return False
+    now = rows[0][0]
+    for number, child in enumerate(children):
+        child.created_at = now
+        child.due_at = now if number < in_flight else None
     return True
 
 

@@ -20,6 +20,8 @@ from conductor_app.transitions import claiming, creating, guards, running, sendi
 
 #: Children of a map that one INSERT stores.
 _INSERT_BATCH = 500
+#: Payloads of a map's children that one statement stores, in bytes; more are stored in batches.
+_ONE_STATEMENT_BYTES = 16_777_216
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,8 @@ def suspend(
     def work() -> bool:
         if isinstance(wait, Invocation) and before_commit is None and _is_one_statement(wait):
             return _suspend_at_once(execution, wait, hand_off)
+        if isinstance(wait, Map) and before_commit is None and _is_one_statement_of_many(wait):
+            return _suspend_on_map_at_once(execution, wait)
         with transaction.atomic(using=database()):
             if isinstance(wait, AwaitEvent) and _is_there(execution, wait):
                 return False
@@ -197,6 +201,40 @@ def _suspend_at_once(execution: Execution, wait: Invocation, hand_off: claiming.
     return True
 
 
+def _is_one_statement_of_many(wait: Map) -> bool:
+    return (
+        0 < sum(len(new.payload) for new in wait.children) <= _ONE_STATEMENT_BYTES
+        and all(creating.is_due(new) and new.expires is None and new.idempotency_key is None for new in wait.children)
+        and statements.are_at_hand()
+    )
+
+
+def _suspend_on_map_at_once(execution: Execution, wait: Map) -> bool:
+    in_flight = _in_flight(wait)
+    children = [
+        creating.timeless_row(new, execution, wait.step, position=position)
+        for position, new in enumerate(_children_of(wait))
+    ]
+    suspended = statements.suspend_on_map(
+        execution,
+        children,
+        task=wait.task,
+        payload_digest=wait.payload_digest,
+        in_flight=in_flight,
+        max_parallel=wait.max_parallel,
+        fails_fast=wait.fails_fast,
+        timeout=wait.timeout,
+        on_timeout=wait.on_timeout,
+    )
+    if not suspended:
+        raise guards.refusal(execution)
+    dispatch.on_commit(*children[:in_flight])
+    for child in children:
+        guards.send_signal(signals.execution_created, child)
+    guards.send_signal(signals.execution_suspended, execution, step=wait.step)
+    return True
+
+
 def _is_there(execution: Execution, wait: AwaitEvent) -> bool:
     """Open the step of an event, and take the event at once if it has been sent before.
 
@@ -219,17 +257,10 @@ def _is_gathered(execution: Execution, wait: Gather) -> bool:
 
 
 def _open_map(execution: Execution, wait: Map) -> None:
-    in_flight = len(wait.children) if wait.max_parallel is None else wait.max_parallel
-    is_throttled = in_flight < len(wait.children)
+    in_flight = _in_flight(wait)
     children = [
-        creating.queued_row(
-            _throttled(child) if is_throttled else child,
-            execution,
-            wait.step,
-            position=position,
-            is_held=position >= in_flight,
-        )
-        for position, child in enumerate(wait.children)
+        creating.queued_row(new, execution, wait.step, position=position, is_held=position >= in_flight)
+        for position, new in enumerate(_children_of(wait))
     ]
     Execution.objects.using(database()).bulk_create(children, batch_size=_INSERT_BATCH)
     steps.open_map(
@@ -246,6 +277,15 @@ def _open_map(execution: Execution, wait: Map) -> None:
     dispatch.on_commit(*children[:in_flight])
     for child in children:
         guards.send_signal(signals.execution_created, child)
+
+
+def _in_flight(wait: Map) -> int:
+    return len(wait.children) if wait.max_parallel is None else min(wait.max_parallel, len(wait.children))
+
+
+def _children_of(wait: Map) -> Sequence[creating.NewExecution]:
+    is_throttled = _in_flight(wait) < len(wait.children)
+    return [_throttled(child) for child in wait.children] if is_throttled else wait.children
 
 
 def _throttled(child: creating.NewExecution) -> creating.NewExecution:

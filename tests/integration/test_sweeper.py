@@ -25,6 +25,7 @@ from tests.support.executions import (
     family,
     fresh,
     invoke,
+    mapping,
     napping,
     queued,
     running,
@@ -102,6 +103,17 @@ def test_a_message_that_is_published_again_is_told_of_and_a_first_one_is_not(pub
         assert told[1:] == [(lost.pk, 0)]
     finally:
         signals.execution_redispatched.disconnect(note)
+
+
+def test_children_that_a_map_holds_back_are_not_published(published: list[Any]) -> None:
+    _parent, children = mapping(3, max_parallel=1)
+    pass_seconds(1_100)
+    assert sweeper.sweep() == {"published": 1}
+    assert published == [children[0].pk]
+    transitions.succeed(claimed(children[0]), "1")
+    pass_seconds(1_100)
+    assert sweeper.sweep() == {"published": 1}
+    assert published[1:] == [children[1].pk]
 
 
 def test_a_claim_forgets_how_often_the_message_was_published(published: list[Any]) -> None:

@@ -16,6 +16,7 @@ from conductor_app.ids import created_at
 from conductor_app.models import Execution, FailedExecution, Step
 from conductor_app.states import ALLOWED_MOVES, ExecutionStatus, StepStatus
 from conductor_app.transitions import Pending, Sleep, creating
+from conductor_app.transitions import statements as statements_module
 from tests.support.executions import (
     FAILURE,
     OWNER,
@@ -25,6 +26,7 @@ from tests.support.executions import (
     fresh,
     invocation,
     invoke,
+    map_of,
     mapping,
     napping,
     new,
@@ -183,6 +185,7 @@ WRITES: dict[str, Callable[[Execution], object]] = {
     "record a step": lambda run: transitions.record_step(run, "charge", result="1"),
     "ask whether it holds": transitions.check_held,
     "invoke": lambda run: transitions.suspend(run, invocation(run)),
+    "map": lambda run: transitions.suspend(run, map_of(run, 2)),
     "sleep": lambda run: transitions.suspend(run, Sleep("nap", seconds=1)),
     "wait on": lambda run: transitions.suspend(run, Pending("nap")),
     "succeed": lambda run: transitions.succeed(run, "1"),
@@ -222,7 +225,7 @@ def test_a_run_that_has_lost_its_execution_writes_nothing(write: str) -> None:
         assert not FailedExecution.objects.filter(pk=run.pk).exclude(message="another failure").exists()
 
 
-@pytest.mark.parametrize("write", ["invoke", "sleep", "wait on", "retry later"])
+@pytest.mark.parametrize("write", ["invoke", "map", "sleep", "wait on", "retry later"])
 def test_a_run_that_is_to_be_cancelled_does_not_go_on_waiting(write: str) -> None:
     run = flag(running())
     before = snapshot()
@@ -741,6 +744,55 @@ def test_the_database_refuses_a_second_execution_of_one_idempotency_key() -> Non
     second = creating.queued_row(new(idempotency_key="order-7"))
     with pytest.raises(IntegrityError), transaction.atomic():
         second.save(force_insert=True)
+
+
+# How it is written
+
+
+def stored_for(parent: Execution) -> list[dict[str, Any]]:
+    """The rows of a parent, its steps and its children, without what differs between two parents."""
+    rows: list[Any] = [fresh(parent), *Step.objects.filter(execution=parent)]
+    rows += Execution.objects.filter(parent=parent).order_by("position")
+    names = {row.pk: f"row {number}" for number, row in enumerate(rows)}
+    stored = []
+    for row in rows:
+        values = {field.attname: getattr(row, field.attname) for field in row._meta.concrete_fields}
+        for name, value in values.items():
+            if name == "dispatch_at" and value == created_at(parent.pk):
+                values[name] = "when the tree began"
+            elif isinstance(value, dt.datetime):
+                values[name] = round((value - row.created_at).total_seconds(), 1 if row == parent else 3)
+        stored.append({name: names.get(value, value) for name, value in values.items()})
+    return stored
+
+
+@pytest.mark.skipif(connection.vendor != "postgresql", reason="has one form of each move")
+@pytest.mark.parametrize(
+    "wait",
+    [
+        invocation,
+        lambda run: invocation(run, timeout=60, on_timeout="abandon", priority=3, payload='[[1],{"a":"b"}]'),
+        lambda run: map_of(run, 3),
+        lambda run: map_of(run, 3, max_parallel=2, timeout=60, fails_fast=False, on_timeout="abandon"),
+        lambda run: map_of(run, 2, max_parallel=5),
+    ],
+    ids=["invoke", "invoke with everything", "map", "map with everything", "map with room"],
+)
+def test_one_statement_stores_what_several_do(wait: Any, embedded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    to_publish: list[Any] = []
+    monkeypatch.setattr(dispatch, "on_commit", lambda *executions: to_publish.extend(executions))
+    forms: list[list[dict[str, Any]]] = []
+    published: list[list[int | None]] = []
+    for _ in range(2):
+        parent = running()
+        to_publish.clear()
+        assert transitions.suspend(parent, wait(parent))
+        forms.append(stored_for(parent))
+        published.append([row.position for row in to_publish])
+        monkeypatch.setattr(statements_module, "are_at_hand", lambda: False)
+    for at_once, in_several in zip(*forms, strict=True):
+        assert at_once == in_several
+    assert published[0] == published[1]
 
 
 # What it costs

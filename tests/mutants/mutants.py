@@ -358,8 +358,8 @@ MUTANTS = [
     Mutant(
         "start all children of a map at once",
         "transitions/suspending.py",
-        "is_held=position >= in_flight,",
-        "is_held=False,",
+        "is_held=position >= in_flight)",
+        "is_held=False)",
         (PARALLEL,),
     ),
     Mutant(
@@ -851,8 +851,11 @@ MUTANTS = [
     Mutant(
         "let a loser suspend at once",
         "transitions/suspending.py",
-        "    if not suspended:\n        raise guards.refusal(execution)\n",
-        "",
+        """    if not suspended:
+        raise guards.refusal(execution)
+    guards.send_signal(signals.execution_created, child)
+""",
+        "    guards.send_signal(signals.execution_created, child)\n",
         (TRANSITIONS,),
         on_postgres=True,
     ),
@@ -952,6 +955,63 @@ MUTANTS = [
         """CASE WHEN options LIKE '%%"plain"%%' THEN payload ELSE '' END""",
         "''",
         (PLAIN,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "let a loser wait at once for a map",
+        "transitions/suspending.py",
+        """    if not suspended:
+        raise guards.refusal(execution)
+    dispatch.on_commit(*children[:in_flight])
+""",
+        "    dispatch.on_commit(*children[:in_flight])\n",
+        (TRANSITIONS,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "queue at once the children that a map holds back",
+        STATEMENTS,
+        "0, '', CASE WHEN number <= %(in_flight)s::bigint THEN {_NOW} END,",
+        "0, '', {_NOW},",
+        (PARALLEL,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "number a map's children at once from 1",
+        STATEMENTS,
+        "number - 1, 0,",
+        "number, 0,",
+        (PARALLEL,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "take at once all children of a map for lost at the same time",
+        STATEMENTS,
+        "LEAST({_NOW} + dispatch_in * INTERVAL '1 second',",
+        "LEAST({_NOW} + INTERVAL '30 seconds',",
+        (PARALLEL, TRANSITIONS),
+        on_postgres=True,
+    ),
+    Mutant(
+        "forget at once the timeout of a map",
+        STATEMENTS,
+        "            STATEMENT_TIMESTAMP() + %(deadline)s::interval, %(attempt)s::integer, %(fence)s::bigint, {_NOW}\n"
+        "        FROM parent\n    )\n    SELECT {_NOW} FROM parent",
+        "            NULL, %(attempt)s::integer, %(fence)s::bigint, {_NOW}\n"
+        "        FROM parent\n    )\n    SELECT {_NOW} FROM parent",
+        (TRANSITIONS,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "publish at once the children that a map holds back",
+        "transitions/suspending.py",
+        """        raise guards.refusal(execution)
+    dispatch.on_commit(*children[:in_flight])
+""",
+        """        raise guards.refusal(execution)
+    dispatch.on_commit(*children)
+""",
+        (TRANSITIONS,),
         on_postgres=True,
     ),
 ]

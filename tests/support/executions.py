@@ -88,14 +88,18 @@ def family(**options: Any) -> tuple[Execution, Execution]:
     return parent, claimed(invoke(parent, **options))
 
 
-def mapping(count: int, **options: Any) -> tuple[Execution, list[Execution]]:
-    """A parent that waits for a map, and its children as they are stored."""
-    parent = running()
+def map_of(parent: Execution, count: int, **options: Any) -> Map:
+    """What ``ctx.map`` of ``TASK`` asks for."""
     values: dict[str, Any] = {"timeout": None, "max_parallel": None, "fails_fast": True, **options}
     children = [new(id=derive_child_id(parent.pk, f"child[{number}]")) for number in range(count)]
     on_timeout = OnTimeout(values.pop("on_timeout", "cancel"))
-    wait = Map("child", TASK, children, payload_digest="", on_timeout=on_timeout, **values)
-    assert transitions.suspend(parent, wait)
+    return Map("child", TASK, children, payload_digest="", on_timeout=on_timeout, **values)
+
+
+def mapping(count: int, **options: Any) -> tuple[Execution, list[Execution]]:
+    """A parent that waits for a map, and its children as they are stored."""
+    parent = running()
+    assert transitions.suspend(parent, map_of(parent, count, **options))
     return parent, list(Execution.objects.filter(parent=parent).order_by("position"))
 
 
