@@ -987,10 +987,6 @@ def check_key(key: object, name: str) -> str:
     return str.__str__(key)
 
 
-#: The default of ``on_timeout``.
-_CANCEL = sys.intern("cancel")
-
-
 @dataclass(frozen=True)
 class _ChildOptions:
     """What a call says about a child beside its payload, as it was given."""
@@ -1002,7 +998,7 @@ class _ChildOptions:
 
     def checked(self) -> tuple[float | None, OnTimeout, dict[str, Any]]:
         """Return seconds, what a timeout does, and Celery's options."""
-        if self.timeout is None and self.queue is None and self.priority is None and self.on_timeout is _CANCEL:
+        if self.timeout is None and self.queue is None and self.priority is None and self.on_timeout == "cancel":
             return None, OnTimeout.CANCEL, {}
         seconds = None if self.timeout is None else check_duration(self.timeout, "timeout", allow_zero=False)
         if self.on_timeout not in list(OnTimeout):

@@ -148,11 +148,11 @@ def request_of(execution: Execution, delivered: dict[str, Any]) -> dict[str, Any
         delivered: The request of a message that this process got.
     """
     task_id = str(execution.pk)
-    like = _request_like(execution.task, execution.options, os.getpid())
+    like, mutable = _request_like(execution.task, execution.options, os.getpid())
     return {
         **like,
         # What a body may change is not for the next run.
-        **{name: like[name].copy() for name in _mutable_names(execution.task, execution.options)},
+        **{name: value.copy() for name, value in mutable.items()},
         "id": task_id,
         "root_id": like["root_id"] or str(execution.root_id),
         "parent_id": str(execution.parent_id) if execution.parent_id else like["parent_id"],
@@ -166,23 +166,17 @@ def request_of(execution: Execution, delivered: dict[str, Any]) -> dict[str, Any
 
 
 @functools.lru_cache(maxsize=256)
-def _mutable_names(task: str, options: str) -> list[str]:
-    like = _request_like(task, options, os.getpid())
-    return [name for name, value in like.items() if isinstance(value, (dict, list)) and name != "properties"]
-
-
-@functools.lru_cache(maxsize=256)
-def _request_like(task: str, options: str, pid: int) -> dict[str, Any]:
-    """Return what the requests of executions of a task with the same options have in common.
+def _request_like(task: str, options: str, pid: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what the requests of executions of a task with the same options have in common, and what of it can change.
 
     Celery takes as long to make a message as a statement takes; most executions of a task differ in their ids alone.
     """
     del pid  # it is in the request's origin, and a process may be forked
-    message_options = dispatch.message_of(Execution(task=task, options=options))
-    own_ids = Execution(task=task, options=options).get_options()
+    execution = Execution(task=task, options=options)
+    message_options, own_ids = dispatch.message_of(execution), execution.get_options()
     message = current_app.amqp.as_task_v2("", task, **message_options)
     _args, _kwargs, embedded = message.body
-    return {
+    like = {
         **message.headers,
         **message_options["headers"],
         **embedded,
@@ -192,6 +186,7 @@ def _request_like(task: str, options: str, pid: int) -> dict[str, Any]:
         "reply_to": message.properties["reply_to"],
         "is_eager": False,
     }
+    return like, {name: value for name, value in like.items() if isinstance(value, (dict, list))}
 
 
 def _end_event(ended: Any) -> tuple[str, dict[str, Any]]:

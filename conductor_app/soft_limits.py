@@ -9,6 +9,7 @@ run's time.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -73,11 +74,16 @@ class _NoLimit(SoftLimit):
 
 _limit = SoftLimit()
 _no_limit = _NoLimit()
+# Another thread may fork while the main one holds a limit back; nobody would let it through in the child.
+os.register_at_fork(after_in_child=_limit.forget)
 
 
 def soft_limit() -> SoftLimit:
-    """Return the soft time limit of the run in this thread."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGUSR1"):
+    """Return the soft time limit of the run in this thread.
+
+    If it is held back already, by a run around this one or by a transaction, it stays so: to this one there is none.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGUSR1") or _limit.is_held:
         return _no_limit
     return _limit if _limit.is_there() else _no_limit
 
@@ -88,8 +94,7 @@ class uninterrupted:  # noqa: N801 - a context manager, as those of contextlib
     __slots__ = ("_limit",)
 
     def __enter__(self) -> None:
-        # If it is held already, by a run of the main thread, it stays so. In another thread none comes.
-        self._limit = _no_limit if _limit.is_held else soft_limit()
+        self._limit = soft_limit()
         self._limit.hold_back()
 
     def __exit__(

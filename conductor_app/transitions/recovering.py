@@ -146,7 +146,6 @@ def take_for_dispatch(limit: int, queues: list[str] | None = None) -> list[Execu
     """
     using = database()
     pause = conductor_settings().REDISPATCH_SECONDS
-    fields = (*dispatch.DOORBELL_FIELDS, "dispatches", "due_at", "dispatch_at")
 
     def work() -> list[Execution]:
         if statements.are_at_hand():
@@ -155,7 +154,7 @@ def take_for_dispatch(limit: int, queues: list[str] | None = None) -> list[Execu
             rows = Execution.objects.using(using).to_dispatch()
             if queues is not None:
                 rows = rows.filter(queue__in=queues)
-            taken = list(locked(rows, skip=True).only(*fields)[:limit])
+            taken = list(locked(rows, skip=True).only(*statements.DISPATCH_FIELDS)[:limit])
             _load_payloads([row for row in taken if row.is_plain])
             for dispatches in {row.dispatches for row in taken}:
                 Execution.objects.using(using).filter(

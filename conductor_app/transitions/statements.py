@@ -255,15 +255,18 @@ def _succeed_child(kind: StepKind) -> str:
 _SUCCEED_CHILD = {kind: _succeed_child(kind) for kind in _SETTLED}
 
 
-#: What a message says, and what tells a first publication from another one, in the order of the model's fields; by the
-#: columns that hold it. A durable task's message has no payload.
-_DISPATCHED = {
-    **{name: name for name in ("id", "task", "queue", "priority")},
+#: What a message says, and what tells a first publication from another one.
+DISPATCH_FIELDS = (*dispatch.DOORBELL_FIELDS, "dispatches", "due_at", "dispatch_at")
+#: Them as they were before, and the payload, which a durable task's message does not have; by the columns that hold
+#: them, in the order of the model's fields.
+_SAID = {
+    **{name: name for name in DISPATCH_FIELDS},
     "payload": """CASE WHEN options LIKE '%%"plain"%%' THEN payload ELSE '' END""",
-    **{name: name for name in ("attempt", "parent_id", "root_id", "due_at")},
     "dispatch_at": "was_dispatch_at",
     "dispatches": "was_dispatches",
-    "options": "options",
+}
+_DISPATCHED = {
+    field.attname: _SAID[field.attname] for field in Execution._meta.concrete_fields if field.attname in _SAID
 }
 _TAKE_FOR_DISPATCH = f"""
     WITH due AS (
@@ -353,9 +356,6 @@ def suspend(
     child.lease_owner = owner or ""
     rows = _fetch(
         _SUSPEND,
-        id=execution.pk,
-        fence=execution.fence,
-        attempt=execution.attempt,
         child=child.pk,
         **{name: getattr(child, name) for name in _GIVEN},
         status=child.status.value,
@@ -364,10 +364,7 @@ def suspend(
         lease=_lease() if is_claimed else None,
         dispatch_in=None if first is None else clock.interval(first.seconds),
         dispatch_by=None if first is None else first.by,
-        payload_digest=payload_digest,
-        timeout=timeout,
-        deadline=None if timeout is None else clock.interval(timeout),
-        on_timeout=on_timeout.value,
+        **_step_opened(execution, payload_digest, timeout, on_timeout),
     )
     if not rows:
         return False
@@ -401,21 +398,15 @@ def suspend_on_map(
     first = [dispatch.first_publication(execution.root_id, ahead) for ahead in range(len(children))]
     rows = _fetch(
         _SUSPEND_ON_MAP,
-        id=execution.pk,
-        fence=execution.fence,
-        attempt=execution.attempt,
         root_id=execution.root_id,
         depth=execution.depth + 1,
         step=children[0].step,
         step_task=task,
-        payload_digest=payload_digest,
         total=len(children),
         in_flight=in_flight,
         max_parallel=max_parallel,
         fails_fast=fails_fast,
-        timeout=timeout,
-        deadline=None if timeout is None else clock.interval(timeout),
-        on_timeout=on_timeout.value,
+        **_step_opened(execution, payload_digest, timeout, on_timeout),
         dispatch_in=[one.seconds for one in first],
         dispatch_by=first[0].by,
         **{f"all_{name}": [getattr(child, name) for child in children] for name in _EACH_CHILD},
@@ -442,6 +433,21 @@ _GIVEN = (
     "idempotency_key",
     "options",
 )
+
+
+def _step_opened(
+    execution: Execution, payload_digest: str, timeout: float | None, on_timeout: OnTimeout
+) -> dict[str, Any]:
+    """Return what a run that begins to wait says of itself and of the step that it opens."""
+    return {
+        "id": execution.pk,
+        "fence": execution.fence,
+        "attempt": execution.attempt,
+        "payload_digest": payload_digest,
+        "timeout": timeout,
+        "deadline": None if timeout is None else clock.interval(timeout),
+        "on_timeout": on_timeout.value,
+    }
 
 
 def succeed(

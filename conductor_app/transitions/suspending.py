@@ -203,9 +203,9 @@ def _suspend_at_once(execution: Execution, wait: Invocation, hand_off: claiming.
 
 def _is_one_statement_of_many(wait: Map) -> bool:
     return (
-        0 < sum(len(new.payload) for new in wait.children) <= _ONE_STATEMENT_BYTES
+        statements.are_at_hand()
+        and 0 < sum(len(new.payload) for new in wait.children) <= _ONE_STATEMENT_BYTES
         and all(creating.is_due(new) and new.expires is None and new.idempotency_key is None for new in wait.children)
-        and statements.are_at_hand()
     )
 
 

@@ -69,6 +69,21 @@ def test_one_that_came_before_the_body_is_raised_in_it_once(received: list[str])
     assert received == ["signal", "body"]
 
 
+def test_a_run_inside_of_what_holds_it_back_lets_nothing_through(received: list[str]) -> None:
+    """As one in eager mode, of a receiver that is called while the outcome of another run is written."""
+    limit = soft_limit()
+    limit.hold_back()
+    inner = soft_limit()
+    inner.hold_back()
+    inner.let_through()
+    send()
+    inner.hold_back()
+    inner.forget()
+    received.append("outcome written")
+    limit.let_through()
+    assert received == ["outcome written", "signal"]
+
+
 def test_it_is_the_handler_of_now_that_is_asked(received: list[str]) -> None:
     with uninterrupted():
         pass
