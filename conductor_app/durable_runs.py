@@ -24,7 +24,7 @@ from django.db import DatabaseError
 
 from conductor_app import dispatch, hand_off, transitions
 from conductor_app.exceptions import AbandonRun, LeaseLost
-from conductor_app.executor import RunEnded, close_broken_connections
+from conductor_app.executor import RunEnded, close_broken_connections, resume_unsuspended
 from conductor_app.ids import of_task_id
 from conductor_app.models import Execution
 from conductor_app.plain import is_invocable
@@ -224,3 +224,4 @@ def _give_back(delivery: hand_off.Delivery) -> None:
         transitions.release(execution)
     except (DatabaseError, LeaseLost, AbandonRun) as error:
         logger.warning("Execution %s is left to its lease: %s", execution.pk, error)
+        resume_unsuspended(delivery.suspended)

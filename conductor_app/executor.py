@@ -8,12 +8,13 @@ and callbacks, chain and chord are told here (``announcements``). Every other wa
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import socket
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from celery import Task
@@ -111,17 +112,25 @@ def _run(task: Task[Any, Any], execution_id: uuid.UUID, limit: SoftLimit) -> Any
     request = task.request
     _keep_tracer_out(request)
     delivery = _delivery_of(execution_id)
+    parent: Execution | None = None
     try:
         execution = None if delivery is None else delivery.take(execution_id)
-        if execution is None:
+        if delivery is not None and execution is not None:
+            parent, delivery.suspended = delivery.suspended, None
+        else:
             execution = claim(execution_id, lease_owner(request.hostname), task.name)
+        if execution is not None and keeper.holds(execution_id, execution.fence):
+            # The database has crashed and forgotten the claim of another thread's run, which is still at it and could
+            # write what this one may. The next fence tells them apart.
+            execution = transitions.claim_again(execution_id, execution.lease_owner, task.name)
     except DatabaseError as error:
         # Nothing was claimed, the row is queued: the sweeper rings again.
         logger.warning("Execution %s was not claimed, the database is away: %s", execution_id, error)
         raise RunEnded("abandoned", "the database is away") from None
     if execution is None:
         raise RunEnded("dropped", "not queued, not due, or another run has it")
-    with keeper.hold(execution) as lease, observing.running(execution):
+    on_loss = functools.partial(resume_unsuspended, parent)
+    with keeper.hold(execution, on_loss) as lease, observing.running(execution):
         try:
             return _run_claimed(task, execution, lease, limit)
         except AbandonRun as error:
@@ -129,7 +138,21 @@ def _run(task: Task[Any, Any], execution_id: uuid.UUID, limit: SoftLimit) -> Any
             raise RunEnded("abandoned", str(error)) from None
         except LeaseLost as error:
             logger.warning("%s", error, extra={"execution_id": str(execution_id)})
+            on_loss()
             raise RunEnded("dropped", "its lease is lost") from None
+
+
+def resume_unsuspended(parent: Execution | None) -> None:
+    """Queue an execution that waits for a child which is lost, if it does not wait, either: the database has crashed.
+
+    A suspension that this process goes on with does not wait for the disk. Undone, the row says that this process still
+    runs the parent, and at the end of the lease the sweeper would take that for a death and an attempt.
+    """
+    if parent is None:
+        return
+    with suppress(LeaseLost, AbandonRun, DatabaseError):
+        transitions.release(parent)
+        logger.warning("Execution %s runs again: the database has forgotten its suspension.", parent.pk)
 
 
 def claim(execution_id: uuid.UUID, owner: str, task: str, attempt: int | None = None) -> Execution | None:
@@ -266,6 +289,7 @@ def _suspend(task: Task[Any, Any], execution: Execution, context: ExecutionConte
         raise _GoOn
     if (delivery := _delivery_of(execution.pk)) and isinstance(wait, transitions.Invocation):
         delivery.keep(execution, wait, context.memory)
+        delivery.suspended = execution if delivery.claimed is not None else None
     due_in = getattr(wait, "timeout", None) or getattr(wait, "seconds", None)
     detail = f"waiting for step {wait.step!r}"
     if isinstance(wait, transitions.Invocation):

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from django.db import connections
 from django.db.models import Q
@@ -30,9 +30,10 @@ logger = logging.getLogger(__name__)
 class Lease:
     """The right to run one execution, as this process knows it."""
 
-    def __init__(self, execution_id: uuid.UUID, fence: int) -> None:
-        self.execution_id = execution_id
-        self.fence = fence
+    def __init__(self, execution: Execution, on_loss: Callable[[], None] = lambda: None) -> None:
+        #: As it was claimed.
+        self.execution = execution
+        self.on_loss = on_loss
         #: Another run has taken over.
         self.lost = False
         #: Somebody asked for it to be cancelled.
@@ -50,9 +51,13 @@ class LeaseKeeper:
         self._is_idle = False
 
     @contextlib.contextmanager
-    def hold(self, execution: Execution) -> Iterator[Lease]:
-        """Keep the lease of a claimed execution while the body runs."""
-        lease = Lease(execution.pk, execution.fence)
+    def hold(self, execution: Execution, on_loss: Callable[[], None] = lambda: None) -> Iterator[Lease]:
+        """Keep the lease of a claimed execution while the body runs.
+
+        Args:
+            on_loss: Called by the heartbeat's thread, once, when that finds the lease lost.
+        """
+        lease = Lease(execution, on_loss)
         if connections[database()].in_atomic_block:
             # Eager mode, or a test. The claim is not committed, so nobody can take it away; and a heartbeat, on its own
             # connection, would not find it and call it lost.
@@ -72,10 +77,12 @@ class LeaseKeeper:
             with self._changed:
                 self._held.discard(lease)
 
-    def holds(self, execution_id: uuid.UUID) -> bool:
-        """Tell whether a run in this process has the execution's lease."""
+    def holds(self, execution_id: uuid.UUID, fence: int | None = None) -> bool:
+        """Tell whether a run in this process has, or had when it last looked, the execution's lease (by this fence)."""
         with self._changed:
-            return any(lease.execution_id == execution_id for lease in self._held)
+            return any(
+                lease.execution.pk == execution_id and fence in (None, lease.execution.fence) for lease in self._held
+            )
 
     def reset_after_fork(self) -> None:
         """Forget the parent process's leases: its thread does not exist in a forked child."""
@@ -110,16 +117,19 @@ def renew(leases: list[Lease]) -> None:
     using = database()
     mine = Q()
     for lease in leases:
-        mine |= Q(pk=lease.execution_id, fence=lease.fence)
+        mine |= Q(pk=lease.execution.pk, fence=lease.execution.fence, lease_owner=lease.execution.lease_owner)
     held = Execution.objects.using(using).filter(mine, status=ExecutionStatus.RUNNING)
     held.update(lease_expires_at=clock.after(conductor_settings().LEASE_SECONDS))
     now = time.monotonic()
     flags = {(pk, fence): flag for pk, fence, flag in held.values_list("pk", "fence", "cancel_requested_at")}
     for lease in leases:
-        key = (lease.execution_id, lease.fence)
+        key = (lease.execution.pk, lease.execution.fence)
         lease.renewed_at = now
+        is_news = not lease.lost and key not in flags
         lease.lost = key not in flags
         lease.cancel_requested = flags.get(key) is not None
+        if is_news:
+            lease.on_loss()
 
 
 #: This process's keeper.

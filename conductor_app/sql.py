@@ -85,15 +85,18 @@ def opened_connections() -> list[Any]:
     return list(connections.all(initialized_only=True))
 
 
+def is_transaction(using: str) -> bool:
+    """Tell whether a single statement is a transaction itself now."""
+    connection = connections[using]
+    return not connection.in_atomic_block and connection.get_autocommit()
+
+
 def one_statement(using: str) -> AbstractContextManager[object]:
     """Return what goes around a single statement that may fail.
 
     Nothing where the statement is a transaction itself; inside another one a savepoint, which keeps that usable.
     """
-    connection = connections[using]
-    if connection.in_atomic_block or not connection.get_autocommit():
-        return transaction.atomic(using=using)
-    return contextlib.nullcontext()
+    return contextlib.nullcontext() if is_transaction(using) else transaction.atomic(using=using)
 
 
 def fetch(using: str, statement: str, parameters: Mapping[str, Any]) -> list[Sequence[Any]]:
@@ -103,12 +106,7 @@ def fetch(using: str, statement: str, parameters: Mapping[str, Any]) -> list[Seq
     to them: an ``execute_wrapper``, or the log of queries.
     """
     connection: Any = connections[using]
-    if (
-        connection.in_atomic_block
-        or connection.execute_wrappers
-        or connection.queries_logged
-        or not connection.get_autocommit()
-    ):
+    if connection.execute_wrappers or connection.queries_logged or not is_transaction(using):
         with one_statement(using), connection.cursor() as cursor:
             cursor.execute(statement, parameters)
             return list(cursor.fetchall())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from typing import TYPE_CHECKING, Self
 
 from django.db import connections, models
@@ -13,7 +12,7 @@ from conductor_app.sql import Literal
 from conductor_app.states import OPEN_STATUSES, ExecutionStatus
 
 if TYPE_CHECKING:
-    from conductor_app.models.execution import Execution  # noqa: F401
+    from conductor_app.models.execution import Execution
 
 
 class ExecutionQuerySet(models.QuerySet["Execution"]):
@@ -27,9 +26,13 @@ class ExecutionQuerySet(models.QuerySet["Execution"]):
         """Not final."""
         return self.filter(status__in=sorted(OPEN_STATUSES))
 
-    def held_by(self, execution_id: uuid.UUID, fence: int) -> Self:
-        """The execution, if the run with this fence still holds it."""
-        return self.filter(pk=execution_id, fence=fence, status=ExecutionStatus.RUNNING)
+    def held_by(self, run: Execution) -> Self:
+        """The execution, if the run that claimed it as ``run`` still holds it.
+
+        The fence alone does not tell: a claim that a crash of the database has undone, and the one that followed, have
+        the same. They have other owners, or the second one raises the fence (``executor``).
+        """
+        return self.filter(pk=run.pk, fence=run.fence, lease_owner=run.lease_owner, status=ExecutionStatus.RUNNING)
 
     def claimable(self, attempt: int | None = None) -> Self:
         """Queued, due, neither cancelled nor expired.

@@ -150,7 +150,7 @@ class _MemoryContext(ExecutionContext):
     def __init__(
         self, execution: Execution, memory: dict[str, Memory], outcomes: Outcomes, task: DurableTask[..., Any]
     ) -> None:
-        super().__init__(execution, memory, Lease(execution.pk, execution.fence), task)
+        super().__init__(execution, memory, Lease(execution), task)
         self.body = task
         #: The steps that this run has come to, in their order.
         self.order: list[str] = []

@@ -36,7 +36,7 @@ def cancel_running(execution: Execution, hand_off: claiming.HandOff | None = Non
     def work() -> bool:
         with transaction.atomic(using=database()):
             flag_children(execution.pk)
-            held = locked(Execution.objects.using(database()).held_by(execution.pk, execution.fence))
+            held = locked(Execution.objects.using(database()).held_by(execution))
             row = held.only("cancel_requested_at", "cancel_reason").first()
             if row is None:
                 raise guards.lease_lost(execution)

@@ -43,7 +43,8 @@ def fail(
             with claiming.handing_off(hand_off):
                 store_failure(execution, failure, step=step, child_id=child_id)
 
-    guards.persist(work, unless_already=functools.partial(guards.is_mine, execution, ExecutionStatus.FAILED))
+    recorded = {"status": ExecutionStatus.FAILED, "error": dump_failure(failure)}
+    guards.persist(work, unless_already=functools.partial(guards.is_mine, execution, **recorded))
 
 
 def failed_values(execution: Execution, failure: Failure, *, running: bool = False) -> dict[str, Any]:

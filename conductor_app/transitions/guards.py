@@ -16,7 +16,6 @@ from conductor_app.exceptions import (
     LeaseLost,
 )
 from conductor_app.models import Execution, database
-from conductor_app.states import ExecutionStatus
 
 T = TypeVar("T")
 
@@ -74,8 +73,9 @@ def persist_briefly(work: Callable[[], T]) -> T:
     return sql.persist_briefly(database(), work)
 
 
-def is_mine(execution: Execution, status: ExecutionStatus) -> bool:
-    return Execution.objects.using(database()).filter(pk=execution.pk, fence=execution.fence, status=status).exists()
+def is_mine(execution: Execution, **ended: Any) -> bool:
+    """Tell whether a run has ended as ``ended`` says; its outcome is part of that, since a fence can come twice."""
+    return Execution.objects.using(database()).filter(pk=execution.pk, fence=execution.fence, **ended).exists()
 
 
 def leave_running(execution: Execution, *, cancel_requested: bool = True, **values: Any) -> None:
@@ -84,7 +84,7 @@ def leave_running(execution: Execution, *, cancel_requested: bool = True, **valu
     Args:
         cancel_requested: Whether the move is allowed for an execution that is to be cancelled.
     """
-    held = Execution.objects.using(database()).held_by(execution.pk, execution.fence)
+    held = Execution.objects.using(database()).held_by(execution)
     guarded = held if cancel_requested else held.filter(cancel_requested_at__isnull=True)
     if guarded.update(**{**NO_LEASE, **values}):
         return
@@ -93,7 +93,7 @@ def leave_running(execution: Execution, *, cancel_requested: bool = True, **valu
 
 def refusal(execution: Execution) -> CancelExecution | LeaseLost:
     """Return why a run that is not to be cancelled could not write."""
-    held = Execution.objects.using(database()).held_by(execution.pk, execution.fence)
+    held = Execution.objects.using(database()).held_by(execution)
     if held.exists():
         return CancelExecution()
     return lease_lost(execution)
@@ -101,7 +101,7 @@ def refusal(execution: Execution) -> CancelExecution | LeaseLost:
 
 def must_hold(execution: Execution) -> None:
     """Raise ``LeaseLost`` unless this run holds the execution just now; no lock is taken."""
-    if not is_mine(execution, ExecutionStatus.RUNNING):
+    if not Execution.objects.using(database()).held_by(execution).exists():
         raise lease_lost(execution)
 
 

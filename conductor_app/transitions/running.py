@@ -85,7 +85,7 @@ def lock_held(execution: Execution) -> bool:
     Raises:
         LeaseLost: Another run has taken over.
     """
-    held = Execution.objects.using(database()).held_by(execution.pk, execution.fence)
+    held = Execution.objects.using(database()).held_by(execution)
     flags = list(locked(held).values_list("cancel_requested_at", flat=True))
     if not flags:
         raise guards.lease_lost(execution)
@@ -101,7 +101,7 @@ def check_held(execution: Execution) -> None:
     """
 
     def work() -> list[Any]:
-        held = Execution.objects.using(database()).held_by(execution.pk, execution.fence)
+        held = Execution.objects.using(database()).held_by(execution)
         return list(held.values_list("cancel_requested_at", flat=True))
 
     flags = guards.persist(work)
@@ -137,7 +137,8 @@ def succeed(execution: Execution, result: str, hand_off: claiming.HandOff | None
                 waking.settle_parent(execution, StepStatus.SUCCEEDED)
             guards.send_signal(signals.execution_finished, execution, status=ExecutionStatus.SUCCEEDED)
 
-    guards.persist(work, unless_already=functools.partial(guards.is_mine, execution, ExecutionStatus.SUCCEEDED))
+    is_recorded = functools.partial(guards.is_mine, execution, status=ExecutionStatus.SUCCEEDED, result=result)
+    guards.persist(work, unless_already=is_recorded)
 
 
 def _succeed_at_once(execution: Execution, result: str, hand_off: claiming.HandOff | None) -> bool:

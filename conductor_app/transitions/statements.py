@@ -22,7 +22,7 @@ from django.db import connections
 from conductor_app import clock, dispatch
 from conductor_app.conf import conductor_settings
 from conductor_app.models import Execution, Step, database
-from conductor_app.sql import fetch
+from conductor_app.sql import fetch, is_transaction
 from conductor_app.states import ExecutionStatus, OnTimeout, StepKind, StepStatus
 
 #: What a run needs to know of the execution that it claims, in the order of the model's fields (as ``from_db`` takes
@@ -70,8 +70,23 @@ _DISPATCH_AT = "LEAST(STATEMENT_TIMESTAMP() + %(dispatch_in)s::interval, %(dispa
 # time that it was queued or claimed since the last vacuum: a claim reads 20 to 32 pages by them, and 4 by the primary
 # key. The concatenation keeps the planner from them.
 
-#: What only a run that holds the execution may change.
-_HELD = "id = %(id)s::uuid AND fence = %(fence)s AND status || '' = 'running'"
+#: What only a run that holds the execution may change; as ``ExecutionQuerySet.held_by``.
+_HELD = "id = %(id)s::uuid AND fence = %(fence)s AND lease_owner = %(holder)s AND status || '' = 'running'"
+
+
+def _waits_unless(condition: str) -> str:
+    # A setting of the transaction, which is this statement. What it writes is on the disk with the next commit that
+    # waits, or a moment later; a crash of the database before that undoes it, and never what was written before it.
+    return f"""
+        set_config(
+            'synchronous_commit', CASE WHEN {condition} THEN 'off' ELSE current_setting('synchronous_commit') END, TRUE
+        )
+    """
+
+
+#: Whether who runs an execution may be forgotten once it has been seen: then its body begins once more than its
+#: attempts say. Not the last attempt, nor what may be too late to begin again.
+_MAY_BEGIN_AGAIN = "deadline_at IS NULL AND (max_attempts IS NULL OR attempt < max_attempts)"
 
 _CLAIM = f"""
     UPDATE {_EXECUTIONS} SET
@@ -80,7 +95,7 @@ _CLAIM = f"""
     WHERE id = %(id)s::uuid AND task = COALESCE(%(task)s, task) AND status || '' = 'queued' AND due_at <= {_NOW}
         AND cancel_requested_at IS NULL
         AND (deadline_at IS NULL OR deadline_at > {_NOW} OR started_at IS NOT NULL)
-    RETURNING {", ".join(CLAIM_FIELDS)}
+    RETURNING {", ".join(CLAIM_FIELDS)}, {_waits_unless(f"%(is_alone)s::boolean AND {_MAY_BEGIN_AGAIN}")}
 """  # noqa: S608 - names of our own tables and columns, here and below
 
 _RECORD_STEP = f"""
@@ -132,7 +147,7 @@ _SUSPEND = f"""
             %(fence)s::bigint, {_NOW}
         FROM parent
     )
-    SELECT created_at FROM child
+    SELECT created_at, {_waits_unless("%(may_be_lost)s::boolean")} FROM child
 """  # noqa: S608
 
 #: What differs between the children of a map: their columns, and the types of these.
@@ -306,8 +321,8 @@ def are_at_hand() -> bool:
 
 def claim(execution_id: uuid.UUID, owner: str, task: str | None) -> Execution | None:
     """queued → running, as ``claiming.claim``."""
-    rows = _fetch(_CLAIM, id=execution_id, task=task, owner=owner, lease=_lease())
-    return _execution(rows[0]) if rows else None
+    rows = _fetch(_CLAIM, id=execution_id, task=task, owner=owner, lease=_lease(), is_alone=is_transaction(database()))
+    return _execution(rows[0][:-1]) if rows else None
 
 
 def record_step(
@@ -322,6 +337,7 @@ def record_step(
         _RECORD_STEP,
         id=execution.pk,
         fence=execution.fence,
+        holder=execution.lease_owner,
         attempt=execution.attempt,
         name=name,
         status=status.value,
@@ -364,6 +380,11 @@ def suspend(
         lease=_lease() if is_claimed else None,
         dispatch_in=None if first is None else clock.interval(first.seconds),
         dispatch_by=None if first is None else first.by,
+        # Claimed here, this process notices the loss with its next statement; else nobody would, until the lease ends.
+        may_be_lost=is_claimed
+        and _has_attempts_left(execution)
+        and _has_attempts_left(child)
+        and is_transaction(database()),
         **_step_opened(execution, payload_digest, timeout, on_timeout),
     )
     if not rows:
@@ -442,6 +463,7 @@ def _step_opened(
     return {
         "id": execution.pk,
         "fence": execution.fence,
+        "holder": execution.lease_owner,
         "attempt": execution.attempt,
         "payload_digest": payload_digest,
         "timeout": timeout,
@@ -472,6 +494,7 @@ def succeed(
     values: dict[str, Any] = {
         "id": execution.pk,
         "fence": execution.fence,
+        "holder": execution.lease_owner,
         "result": result,
         "announce": None if announce_in is None else clock.interval(announce_in),
     }
@@ -520,6 +543,10 @@ def take_for_dispatch(limit: int, queues: Sequence[str] | None, pause: float) ->
         pause=dt.timedelta(seconds=pause),
     )
     return [Execution.from_db(database(), tuple(_DISPATCHED), row) for row in rows]
+
+
+def _has_attempts_left(execution: Execution) -> bool:
+    return execution.max_attempts is None or execution.attempt < execution.max_attempts
 
 
 def _lease() -> dt.timedelta:

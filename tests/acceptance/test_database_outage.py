@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,29 +12,13 @@ from conductor_app import api
 from conductor_app.models import Execution
 from tests.app import scenarios
 from tests.app.ledger import count
-from tests.support import history, invariants
+from tests.support import invariants
 from tests.support.databases import end_other_sessions
 from tests.support.polling import wait_until
-from tests.support.postgres import PrivatePostgres, default_database
+from tests.support.postgres import PrivatePostgres
 from tests.support.watching import wait_for_body, wait_for_status
 
 LEASE_SECONDS = 3
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[PrivatePostgres]:
-    """A PostgreSQL server that tests may crash."""
-    if connection.vendor != "postgresql":
-        pytest.skip("this would only repeat the run on PostgreSQL, whose driver the others do not need")
-    with PrivatePostgres() as server:
-        yield server
-
-
-@pytest.fixture
-def postgres(worker: Any, server: PrivatePostgres) -> Iterator[PrivatePostgres]:
-    """That server, in the place of the suite's database."""
-    with default_database(server.url), history.recording():
-        yield server
 
 
 def test_a_database_that_crashes_twice_under_a_running_worker_loses_nothing(

@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 import time
+import uuid
+from pathlib import Path
 from typing import Any
 
 from celery.exceptions import SoftTimeLimitExceeded
@@ -189,6 +191,24 @@ def lingers(ctx: ExecutionContext, seconds: float) -> int:
 def waits_for_lingerer(ctx: ExecutionContext, seconds: float, timeout: float | None = None) -> dict[str, int]:
     note(ctx, "body")
     return {"attempt": ctx.invoke("lingers", lingers, {"seconds": seconds}, timeout=timeout)}
+
+
+@durable_task
+def dawdles(ctx: ExecutionContext, seconds: float, marks: str) -> int:
+    """Take that long on the first run, and return how many there were; write nothing into the database meanwhile."""
+    del ctx
+    mark = Path(marks) / uuid.uuid4().hex
+    is_first = not list(mark.parent.iterdir())
+    mark.touch()
+    if is_first:
+        time.sleep(seconds)
+    return len(list(mark.parent.iterdir()))
+
+
+@durable_task
+def waits_for_dawdler(ctx: ExecutionContext, seconds: float, marks: str) -> int:
+    note(ctx, "body")
+    return ctx.invoke("dawdles", dawdles, {"seconds": seconds, "marks": marks})
 
 
 @durable_task(max_retries=0)

@@ -119,7 +119,7 @@ def test_many_leases_are_renewed_in_one_statement() -> None:
     runs = [running() for _ in range(3)]
     lost = running()
     transitions.lose(lost.pk, owner=OWNER)
-    held = [Lease(run.pk, run.fence) for run in (*runs, lost)]
+    held = [Lease(run) for run in (*runs, lost)]
     with CaptureQueriesContext(connection) as captured:
         renew(held)
     assert len(captured) == 2
@@ -132,7 +132,7 @@ def test_an_old_fence_renews_nothing() -> None:
     transitions.lose(zombie.pk, owner=OWNER)
     live = claimed(zombie, "test@host/2")
     lapse(live)
-    lease = Lease(zombie.pk, zombie.fence)
+    lease = Lease(zombie)
     renew([lease])
     assert lease.lost
     assert seconds_left(live) < 0
@@ -143,7 +143,7 @@ def test_two_runs_of_one_execution_in_one_process_are_told_apart() -> None:
     zombie = running()
     transitions.lose(zombie.pk, owner=OWNER)
     live = claimed(zombie)
-    held = [Lease(zombie.pk, zombie.fence), Lease(live.pk, live.fence)]
+    held = [Lease(zombie), Lease(live)]
     renew(held)
     assert [lease.lost for lease in held] == [True, False]
 

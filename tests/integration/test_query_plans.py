@@ -101,7 +101,7 @@ def recall_its_steps(ids: dict[str, Any]) -> None:
 
 
 def renew_a_lease(ids: dict[str, Any]) -> None:
-    renew([Lease(ids["running"], 1)])
+    renew([Lease(Execution(pk=ids["running"], fence=1, lease_owner=OWNER))])
 
 
 def take_from_a_dead_process(ids: dict[str, Any]) -> None:

@@ -117,7 +117,7 @@ class Keeper:
     def hold(self, execution: Execution) -> Iterator[Lease]:
         actor = current_actor()
         assert actor is not None
-        lease = Lease(execution.pk, execution.fence)
+        lease = Lease(execution)
         actor.held.append(lease)
         yield lease
         actor.held.remove(lease)

@@ -28,6 +28,7 @@ SWEEPERS = "tests/races/test_sweepers.py"
 WAKE_UPS = "tests/races/test_wake_ups.py"
 HASTENING = "tests/integration/test_hastening.py"
 PLAIN = "tests/integration/test_plain.py"
+AMNESIA = "tests/acceptance/test_database_amnesia.py"
 
 #: What PostgreSQL runs in the place of some of the other transitions.
 STATEMENTS = "transitions/statements.py"
@@ -146,15 +147,16 @@ MUTANTS = [
     Mutant(
         "hold with any fence",
         "models/querysets.py",
-        "self.filter(pk=execution_id, fence=fence, status=ExecutionStatus.RUNNING)",
-        "self.filter(pk=execution_id, status=ExecutionStatus.RUNNING)",
+        "self.filter(pk=run.pk, fence=run.fence, lease_owner",
+        "self.filter(pk=run.pk, lease_owner",
         (TRANSITIONS,),
     ),
     Mutant(
         "hold in any status",
         "models/querysets.py",
-        "self.filter(pk=execution_id, fence=fence, status=ExecutionStatus.RUNNING)",
-        "self.filter(pk=execution_id, fence=fence)",
+        # A row of another status has no owner: either says it.
+        "fence=run.fence, lease_owner=run.lease_owner, status=ExecutionStatus.RUNNING)",
+        "fence=run.fence)",
         (TRANSITIONS,),
     ),
     Mutant(
@@ -181,15 +183,15 @@ MUTANTS = [
     Mutant(
         "renew the lease of another run",
         "leases.py",
-        "mine |= Q(pk=lease.execution_id, fence=lease.fence)",
-        "mine |= Q(pk=lease.execution_id)",
+        "mine |= Q(pk=lease.execution.pk, fence=lease.execution.fence, lease_owner=lease.execution.lease_owner)",
+        "mine |= Q(pk=lease.execution.pk, lease_owner=lease.execution.lease_owner)",
         (LEASES,),
     ),
     Mutant(
         "recognise no end after a lost answer",
         "transitions/running.py",
-        ", unless_already=functools.partial(guards.is_mine, execution, ExecutionStatus.SUCCEEDED))",
-        ")",
+        "guards.persist(work, unless_already=is_recorded)",
+        "guards.persist(work)",
         (COMMITS,),
     ),
     # --- cancelling
@@ -1012,6 +1014,119 @@ MUTANTS = [
     dispatch.on_commit(*children)
 """,
         (TRANSITIONS,),
+        on_postgres=True,
+    ),
+    # --- what a crash of the database may undo
+    Mutant(
+        "hold at once whoever the owner is",
+        STATEMENTS,
+        " AND lease_owner = %(holder)s",
+        "",
+        (AMNESIA,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "hold whoever the owner is",
+        "models/querysets.py",
+        " lease_owner=run.lease_owner,",
+        "",
+        (AMNESIA,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "renew whoever the owner is",
+        "leases.py",
+        ", lease_owner=lease.execution.lease_owner)",
+        ")",
+        (AMNESIA,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "forget the claim of a last attempt",
+        STATEMENTS,
+        " AND (max_attempts IS NULL OR attempt < max_attempts)",
+        "",
+        (AMNESIA,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "forget a claim that may come too late",
+        STATEMENTS,
+        "deadline_at IS NULL AND (max",
+        "(max",
+        (AMNESIA,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "let a claim inside of a transaction be forgotten, and what else is in that",
+        STATEMENTS,
+        "is_alone=is_transaction(database())",
+        "is_alone=True",
+        (AMNESIA,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "forget the suspension of a last attempt",
+        STATEMENTS,
+        "        and _has_attempts_left(execution)\n",
+        "",
+        (AMNESIA,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "forget the claim of a child's last attempt",
+        STATEMENTS,
+        "        and _has_attempts_left(child)\n",
+        "",
+        (AMNESIA,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "forget a suspension that others go on with",
+        STATEMENTS,
+        "may_be_lost=is_claimed\n        and ",
+        "may_be_lost=",
+        (AMNESIA,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "wait for the disk at each claim",
+        STATEMENTS,
+        "CASE WHEN {condition} THEN",
+        "CASE WHEN FALSE THEN",
+        (AMNESIA,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "give two runs in one process the same fence",
+        "executor.py",
+        "if execution is not None and keeper.holds(execution_id, execution.fence):",
+        "if False:",
+        (AMNESIA,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "leave a parent whose suspension was forgotten to its lease",
+        "executor.py",
+        "            on_loss()\n",
+        "",
+        (AMNESIA,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "leave a parent to its lease while its lost child's body goes on",
+        "leases.py",
+        "        if is_news:\n            lease.on_loss()\n",
+        "",
+        (AMNESIA,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "take another run's result for one's own",
+        "transitions/running.py",
+        "status=ExecutionStatus.SUCCEEDED, result=result)",
+        "status=ExecutionStatus.SUCCEEDED)",
+        (AMNESIA,),
         on_postgres=True,
     ),
 ]

@@ -59,7 +59,7 @@ def claim_in_transaction(execution: Execution) -> None:
 def test_a_lease_that_is_just_renewed_is_not_reclaimed(race: Race) -> None:
     run = running()
     lapse(run)
-    lease = leases.Lease(run.pk, run.fence)
+    lease = leases.Lease(run)
     renewing = race.hold("heartbeat", renew_in_transaction, lease)
     # The sweeper does not wait for the row: it is in use.
     assert race.start("sweeper", transitions.lose, run.pk).result() is False
@@ -77,7 +77,7 @@ def renew_in_transaction(lease: leases.Lease) -> None:
 def test_a_heartbeat_that_comes_after_the_reclaim_notices(race: Race) -> None:
     run = running()
     lapse(run)
-    lease = leases.Lease(run.pk, run.fence)
+    lease = leases.Lease(run)
     losing = race.hold("sweeper", transitions.lose, run.pk)
     renewing = race.start("heartbeat", leases.renew, [lease]).wait_blocked(by=losing)
     assert losing.go_on().result() is True

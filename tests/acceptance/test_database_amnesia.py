@@ -1,0 +1,206 @@
+"""What PostgreSQL may forget when it crashes: who runs an execution. Nothing that anybody has acted on is lost with it.
+
+Claims, and suspensions that the same process goes on with, do not wait for the disk. Each test crashes a server that
+writes nothing by itself for ten seconds, and looks whether it has forgotten; now and then it has not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from django.db import connections, transaction
+
+from conductor_app import api, transitions
+from conductor_app.exceptions import LeaseLost
+from conductor_app.leases import Lease, renew
+from conductor_app.models import Execution
+from tests.app import scenarios
+from tests.support import invariants
+from tests.support.executions import FAILURE, claimed, fresh, invocation, queued, step_of
+from tests.support.polling import wait_until
+from tests.support.postgres import PrivatePostgres
+from tests.support.worker import pools
+
+T = TypeVar("T")
+
+PATIENCE = 60
+LEASE_SECONDS = 3
+TRIES = 5
+ANOTHER = "test@host/2"
+
+
+def crash(postgres: PrivatePostgres) -> None:
+    postgres.crash()
+    postgres.start()
+    connections["default"].close()
+
+
+def forgotten(postgres: PrivatePostgres, act: Callable[[], T], is_forgotten: Callable[[T], bool]) -> T:
+    """Do something that the database forgets, and return what it was."""
+    for _ in range(TRIES):
+        done = act()
+        crash(postgres)
+        if is_forgotten(done):
+            return done
+    pytest.fail(f"The database has remembered it {TRIES} times.")
+
+
+def claim_that_is_forgotten(postgres: PrivatePostgres) -> Execution:
+    return forgotten(postgres, lambda: claimed(queued()), lambda run: fresh(run).status == "queued")
+
+
+def test_a_forgotten_claim_is_repeated_and_its_run_can_write_no_more(postgres: PrivatePostgres) -> None:
+    stale = claim_that_is_forgotten(postgres)
+    row = fresh(stale)
+    assert (row.fence, row.attempt, row.lease_owner, row.started_at) == (0, 1, "", None)
+    assert row.dispatch_at is not None, "nobody would publish its message again"
+    live = claimed(stale, ANOTHER)
+    assert live.fence == stale.fence, "this is why the fence alone does not tell them apart"
+    for write in (
+        lambda: transitions.record_step(stale, "charge", result="1"),
+        lambda: transitions.suspend(stale, invocation(stale)),
+        lambda: transitions.succeed(stale, '"stale"'),
+        lambda: transitions.retry_later(stale, FAILURE, 0),
+        lambda: transitions.check_held(stale),
+        lambda: transitions.release(stale),
+    ):
+        with pytest.raises(LeaseLost):
+            write()
+    assert fresh(live).status == "running"
+    transitions.succeed(live, '"live"')
+    with pytest.raises(LeaseLost):
+        transitions.succeed(stale, '"stale"')
+    assert fresh(live).result == '"live"'
+
+
+def test_the_heartbeat_of_a_forgotten_run_renews_nothing(postgres: PrivatePostgres) -> None:
+    stale = claim_that_is_forgotten(postgres)
+    lease = Lease(stale)
+    claimed(stale, ANOTHER)
+    renew([lease])
+    assert lease.lost
+
+
+@pytest.mark.parametrize(
+    "fields", [{"max_attempts": 1}, {"expires": 600}], ids=["its last attempt", "may not begin later"]
+)
+def test_a_claim_that_may_not_be_repeated_is_not_forgotten(postgres: PrivatePostgres, fields: dict[str, Any]) -> None:
+    run = claimed(queued(**fields))
+    crash(postgres)
+    assert (fresh(run).status, fresh(run).fence) == ("running", 1)
+
+
+def test_a_claim_inside_of_a_transaction_takes_no_outcome_with_it(postgres: PrivatePostgres) -> None:
+    run, other = claimed(queued(max_attempts=1)), queued()
+    with transaction.atomic():
+        transitions.succeed(run, "1")
+        claimed(other)
+    crash(postgres)
+    assert (fresh(run).status, fresh(other).status) == ("succeeded", "running")
+
+
+def test_outcomes_and_suspensions_that_others_go_on_with_are_not_forgotten(postgres: PrivatePostgres) -> None:
+    run = claimed(queued())
+    transitions.record_step(run, "charge", result="1")
+    crash(postgres)
+    assert step_of(run, "charge").result == "1"
+    transitions.suspend(run, invocation(run))
+    crash(postgres)
+    assert (fresh(run).status, step_of(run).status) == ("waiting", "pending")
+    done = claimed(Execution.objects.get(parent=run))
+    transitions.succeed(done, "1")
+    crash(postgres)
+    assert (fresh(done).status, fresh(run).status) == ("succeeded", "queued")
+
+
+@pytest.mark.parametrize("parent_attempts", [4, 1], ids=["", "the parent's last attempt"])
+@pytest.mark.parametrize("child_attempts", [4, 1], ids=["", "the child's last attempt"])
+def test_a_handed_off_suspension_is_forgotten_only_where_it_costs_no_attempt(
+    postgres: PrivatePostgres, parent_attempts: int, child_attempts: int
+) -> None:
+    def suspend() -> Execution:
+        parent = claimed(queued(max_attempts=parent_attempts))
+        Execution.objects.filter(pk=queued().pk).update(step="")  # a commit that waits: the claim is on the disk
+        offer = transitions.HandOff(parent.lease_owner, lambda _: True)
+        assert transitions.suspend(parent, invocation(parent, max_attempts=child_attempts), hand_off=offer)
+        assert offer.claimed is not None
+        return parent
+
+    def is_forgotten(parent: Execution) -> bool:
+        return fresh(parent).status == "running" and not parent.children.exists()
+
+    if parent_attempts == child_attempts == 4:
+        forgotten(postgres, suspend, is_forgotten)
+    else:
+        parent = suspend()
+        crash(postgres)
+        assert (fresh(parent).status, step_of(parent).status) == ("waiting", "pending")
+
+
+# ------------------------------------------------------------------------------------------------------- with a worker
+
+
+@pytest.fixture
+def marks(tmp_path: Path) -> Path:
+    """Where bodies leave a file each time they begin: a row would put on the disk what is to be forgotten."""
+    directory = tmp_path / "marks"
+    directory.mkdir()
+    return directory
+
+
+def begun(marks: Path, number: int = 1) -> None:
+    wait_until(lambda: len(list(marks.iterdir())) >= number, message=f"The body has not begun {number} times")
+
+
+def of(result: Any) -> Execution:
+    return Execution.objects.get(pk=result.id)
+
+
+def wipe(marks: Path) -> None:
+    for mark in marks.iterdir():
+        mark.unlink()
+
+
+@pools
+@pytest.mark.parametrize(
+    ("seconds", "lease"), [(2, 60), (7, LEASE_SECONDS)], ids=["at the child's end", "at its heartbeat"]
+)
+def test_a_parent_whose_suspension_is_forgotten_runs_again_at_no_cost(
+    worker: Any, postgres: PrivatePostgres, marks: Path, pool: str, seconds: float, lease: float
+) -> None:
+    settings = {"LEASE_SECONDS": lease, "HEARTBEAT_SECONDS": lease / 6}
+    started = worker(pool=pool, concurrency=1, env={"DATABASE_URL": postgres.url}, conductor=settings)
+
+    def run() -> Any:
+        wipe(marks)
+        # One whose suspension Celery is not told of: that would be another commit.
+        call = {"seconds": seconds, "marks": str(marks)}
+        result = scenarios.waits_for_dawdler.apply_async(kwargs=call, ignore_result=True)
+        begun(marks)
+        return result
+
+    result = forgotten(postgres, run, lambda result: of(result).status == "running")
+    assert api.get_result(result, timeout=PATIENCE) == 2
+    assert {(execution.status, execution.attempt) for execution in Execution.objects.all()} == {("succeeded", 1)}
+    assert "the database has forgotten its suspension" in started.log
+    invariants.check()
+
+
+def test_two_runs_of_one_execution_in_one_process_never_hold_it_by_the_same_fence(
+    worker: Any, postgres: PrivatePostgres, marks: Path
+) -> None:
+    worker(pool="threads", concurrency=2, env={"DATABASE_URL": postgres.url}, conductor={"LEASE_SECONDS": 60})
+
+    def run() -> Any:
+        wipe(marks)
+        result = scenarios.dawdles.delay(seconds=8, marks=str(marks))
+        begun(marks)
+        return result
+
+    result = forgotten(postgres, run, lambda result: of(result).status == "queued")
+    begun(marks, 2)
+    assert api.get_result(result, timeout=PATIENCE) == 2
+    assert (of(result).fence, of(result).attempt) == (2, 1)
