@@ -30,6 +30,7 @@ from conductor_app.exceptions import ExecutionFailed, ProgrammingError, StepFail
 from conductor_app.models import Execution, FailedExecution, database
 from conductor_app.plain import is_invocable
 from conductor_app.serialization import load_failure, revive
+from conductor_app.sql import is_transaction
 from conductor_app.states import ExecutionStatus
 
 logger = logging.getLogger(__name__)
@@ -132,13 +133,14 @@ def _watched() -> Iterator[None]:
 
 def _tell(announcement: _Announcement, execution: Execution) -> None:
     announcement.send_messages()
+    is_alone = is_transaction(database())
     if not announcement.shares_database:
         announcement.write()
-        transitions.announced(execution.pk)
+        transitions.announced(execution.pk, is_alone=is_alone)
         return
     with transaction.atomic(using=database()):
         # First, since it takes the row's lock: of two that tell at the same time, one counts the chord down.
-        if transitions.announced(execution.pk):
+        if transitions.announced(execution.pk, is_alone=is_alone):
             announcement.write()
 
 

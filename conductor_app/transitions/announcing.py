@@ -10,13 +10,27 @@ from conductor_app import clock
 from conductor_app.conf import conductor_settings
 from conductor_app.models import Execution, database
 from conductor_app.sql import locked
-from conductor_app.transitions import guards
+from conductor_app.transitions import guards, statements
 
 
-def announced(execution_id: uuid.UUID) -> bool:
-    """Note that Celery has been told of a final status; ``False`` if that is noted already, or it was reopened."""
-    untold = Execution.objects.using(database()).filter(pk=execution_id, announce_at__isnull=False)
-    return bool(guards.persist_briefly(lambda: untold.update(announce_at=None)))
+def announced(execution_id: uuid.UUID, *, is_alone: bool = False) -> bool:
+    """Note that Celery has been told of a final status.
+
+    Args:
+        is_alone: Whether the transaction holds nothing but that, and what Celery's result backend writes. A crash of
+            the database may undo it then, and Celery is told again.
+
+    Returns:
+        ``False`` if it is noted already, or the execution was reopened.
+    """
+
+    def work() -> bool:
+        if statements.are_at_hand():
+            return statements.announced(execution_id, is_alone=is_alone)
+        untold = Execution.objects.using(database()).filter(pk=execution_id, announce_at__isnull=False)
+        return bool(untold.update(announce_at=None))
+
+    return guards.persist_briefly(work)
 
 
 def announce_now(execution_id: uuid.UUID) -> bool:

@@ -270,6 +270,12 @@ def _succeed_child(kind: StepKind) -> str:
 _SUCCEED_CHILD = {kind: _succeed_child(kind) for kind in _SETTLED}
 
 
+_ANNOUNCED = f"""
+    UPDATE {_EXECUTIONS} SET announce_at = NULL
+    WHERE id = %(id)s::uuid AND announce_at IS NOT NULL
+    RETURNING {_waits_unless("%(is_alone)s::boolean")}
+"""  # noqa: S608
+
 #: What a message says, and what tells a first publication from another one.
 DISPATCH_FIELDS = (*dispatch.DOORBELL_FIELDS, "dispatches", "due_at", "dispatch_at")
 #: Them as they were before, and the payload, which a durable task's message does not have; by the columns that hold
@@ -352,6 +358,7 @@ def suspend(
     child: Execution,
     owner: str | None,
     *,
+    is_alone: bool,
     payload_digest: str,
     timeout: float | None,
     on_timeout: OnTimeout,
@@ -361,6 +368,7 @@ def suspend(
     Args:
         child: As it is to be stored, due at once. It gets its status and instants.
         owner: Who claims the child; ``None`` queues it.
+        is_alone: Whether the transaction holds nothing that must not be lost.
 
     Returns:
         ``False`` if another run has the execution, or it is to be cancelled; nothing is stored.
@@ -381,10 +389,7 @@ def suspend(
         dispatch_in=None if first is None else clock.interval(first.seconds),
         dispatch_by=None if first is None else first.by,
         # Claimed here, this process notices the loss with its next statement; else nobody would, until the lease ends.
-        may_be_lost=is_claimed
-        and _has_attempts_left(execution)
-        and _has_attempts_left(child)
-        and is_transaction(database()),
+        may_be_lost=is_alone and is_claimed and _has_attempts_left(execution) and _has_attempts_left(child),
         **_step_opened(execution, payload_digest, timeout, on_timeout),
     )
     if not rows:
@@ -528,6 +533,11 @@ def succeed(
         return Ended(claimed=found)
     # Queued by this write or already before it: a second ring of the bell is harmless.
     return Ended(queued=found if found.status == ExecutionStatus.QUEUED else None)
+
+
+def announced(execution_id: uuid.UUID, *, is_alone: bool) -> bool:
+    """Note that Celery was told, as ``announcing.announced``."""
+    return bool(_fetch(_ANNOUNCED, id=execution_id, is_alone=is_alone))
 
 
 def take_for_dispatch(limit: int, queues: Sequence[str] | None, pause: float) -> list[Execution]:

@@ -15,6 +15,7 @@ from conductor_app import clock, dispatch, signals, steps
 from conductor_app.exceptions import CancelExecution
 from conductor_app.models import Execution, database
 from conductor_app.serialization import dump_options, loads
+from conductor_app.sql import is_transaction
 from conductor_app.states import ExecutionStatus, OnTimeout, StepKind, StepStatus
 from conductor_app.transitions import claiming, creating, guards, running, sending, statements
 
@@ -129,10 +130,14 @@ def suspend(
     """
 
     def work() -> bool:
-        if isinstance(wait, Invocation) and before_commit is None and _is_one_statement(wait):
-            return _suspend_at_once(execution, wait, hand_off)
-        if isinstance(wait, Map) and before_commit is None and _is_one_statement_of_many(wait):
-            return _suspend_on_map_at_once(execution, wait)
+        # What stands beside it in its transaction says no more than that it waits.
+        at_once = _at_once(execution, wait, hand_off, is_alone=is_transaction(database()))
+        if at_once is not None:
+            with contextlib.nullcontext() if before_commit is None else transaction.atomic(using=database()):
+                at_once()
+                if before_commit is not None:
+                    before_commit()
+            return True
         with transaction.atomic(using=database()):
             if isinstance(wait, AwaitEvent) and _is_there(execution, wait):
                 return False
@@ -174,18 +179,32 @@ def suspend(
         return False
 
 
+def _at_once(
+    execution: Execution, wait: Wait, hand_off: claiming.HandOff | None, *, is_alone: bool
+) -> Callable[[], None] | None:
+    """Return what suspends an execution in one statement, if there is one."""
+    if isinstance(wait, Invocation) and _is_one_statement(wait):
+        return lambda: _suspend_at_once(execution, wait, hand_off, is_alone=is_alone)
+    if isinstance(wait, Map) and _is_one_statement_of_many(wait):
+        return lambda: _suspend_on_map_at_once(execution, wait)
+    return None
+
+
 def _is_one_statement(wait: Invocation) -> bool:
     new = wait.child
     return creating.is_due(new) and new.expires is None and statements.are_at_hand()
 
 
-def _suspend_at_once(execution: Execution, wait: Invocation, hand_off: claiming.HandOff | None) -> bool:
+def _suspend_at_once(
+    execution: Execution, wait: Invocation, hand_off: claiming.HandOff | None, *, is_alone: bool
+) -> None:
     child = creating.timeless_row(wait.child, execution, wait.step)
     offer = hand_off if hand_off is not None and hand_off.wants(child) else None
     suspended = statements.suspend(
         execution,
         child,
         None if offer is None else offer.owner,
+        is_alone=is_alone,
         payload_digest=wait.payload_digest,
         timeout=wait.timeout,
         on_timeout=wait.on_timeout,
@@ -198,7 +217,6 @@ def _suspend_at_once(execution: Execution, wait: Invocation, hand_off: claiming.
     else:
         dispatch.on_commit(child)
     guards.send_signal(signals.execution_suspended, execution, step=wait.step)
-    return True
 
 
 def _is_one_statement_of_many(wait: Map) -> bool:
@@ -209,7 +227,7 @@ def _is_one_statement_of_many(wait: Map) -> bool:
     )
 
 
-def _suspend_on_map_at_once(execution: Execution, wait: Map) -> bool:
+def _suspend_on_map_at_once(execution: Execution, wait: Map) -> None:
     in_flight = _in_flight(wait)
     children = [
         creating.timeless_row(new, execution, wait.step, position=position)
@@ -232,7 +250,6 @@ def _suspend_on_map_at_once(execution: Execution, wait: Map) -> bool:
     for child in children:
         guards.send_signal(signals.execution_created, child)
     guards.send_signal(signals.execution_suspended, execution, step=wait.step)
-    return True
 
 
 def _is_there(execution: Execution, wait: AwaitEvent) -> bool:

@@ -13,10 +13,13 @@ from typing import Any, TypeVar
 import pytest
 from django.db import connections, transaction
 
-from conductor_app import api, transitions
+from conductor_app import announcements, api, transitions
 from conductor_app.exceptions import LeaseLost
 from conductor_app.leases import Lease, renew
 from conductor_app.models import Execution
+from conductor_app.serialization import dump_options
+from conductor_app.states import ExecutionStatus
+from project.celery import app
 from tests.app import scenarios
 from tests.support import invariants
 from tests.support.executions import FAILURE, claimed, fresh, invocation, queued, step_of
@@ -93,13 +96,60 @@ def test_a_claim_that_may_not_be_repeated_is_not_forgotten(postgres: PrivatePost
     assert (fresh(run).status, fresh(run).fence) == ("running", 1)
 
 
-def test_a_claim_inside_of_a_transaction_takes_no_outcome_with_it(postgres: PrivatePostgres) -> None:
-    run, other = claimed(queued(max_attempts=1)), queued()
+def hand_off_of(parent: Execution) -> transitions.HandOff:
+    return transitions.HandOff(parent.lease_owner, lambda _: True)
+
+
+def told() -> Execution:
+    """A running execution of whose end Celery is to be told."""
+    return claimed(queued(max_attempts=1, options=dump_options({"announce": True, "ignore_result": False})))
+
+
+def announce(run: Execution) -> None:
+    announcements.tell(run, announcements.Outcome(ExecutionStatus.SUCCEEDED, 1))
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda: claimed(queued()),
+        lambda: (
+            (parent := claimed(queued()))
+            and transitions.suspend(parent, invocation(parent), hand_off=hand_off_of(parent))
+        ),
+        lambda: (
+            (parent := claimed(queued()))
+            and transitions.suspend(
+                parent, invocation(parent), before_commit=lambda: None, hand_off=hand_off_of(parent)
+            )
+        ),
+        lambda: (run := told()) and (transitions.succeed(run, "1"), announce(run)),
+    ],
+    ids=["claim", "suspend", "suspend and show it", "announce"],
+)
+def test_what_may_be_forgotten_takes_nothing_of_its_transaction_with_it(
+    postgres: PrivatePostgres, act: Callable[[], object]
+) -> None:
+    run = claimed(queued(max_attempts=1))
     with transaction.atomic():
         transitions.succeed(run, "1")
-        claimed(other)
+        act()
     crash(postgres)
-    assert (fresh(run).status, fresh(other).status) == ("succeeded", "running")
+    assert fresh(run).status == "succeeded"
+
+
+def test_an_announcement_that_is_forgotten_is_repeated(postgres: PrivatePostgres) -> None:
+    def tell() -> Execution:
+        run = told()
+        transitions.succeed(run, "1")
+        announce(run)
+        assert app.AsyncResult(str(run.pk)).state == "SUCCESS"
+        return run
+
+    run = forgotten(postgres, tell, lambda run: fresh(run).announce_at is not None)
+    assert (fresh(run).status, app.AsyncResult(str(run.pk)).state) == ("succeeded", "PENDING")
+    announce(run)
+    assert (fresh(run).announce_at, app.AsyncResult(str(run.pk)).state) == (None, "SUCCESS")
 
 
 def test_outcomes_and_suspensions_that_others_go_on_with_are_not_forgotten(postgres: PrivatePostgres) -> None:
@@ -118,14 +168,15 @@ def test_outcomes_and_suspensions_that_others_go_on_with_are_not_forgotten(postg
 
 @pytest.mark.parametrize("parent_attempts", [4, 1], ids=["", "the parent's last attempt"])
 @pytest.mark.parametrize("child_attempts", [4, 1], ids=["", "the child's last attempt"])
+@pytest.mark.parametrize("show", [None, lambda: None], ids=["", "shown"])
 def test_a_handed_off_suspension_is_forgotten_only_where_it_costs_no_attempt(
-    postgres: PrivatePostgres, parent_attempts: int, child_attempts: int
+    postgres: PrivatePostgres, parent_attempts: int, child_attempts: int, show: Callable[[], None] | None
 ) -> None:
     def suspend() -> Execution:
         parent = claimed(queued(max_attempts=parent_attempts))
-        Execution.objects.filter(pk=queued().pk).update(step="")  # a commit that waits: the claim is on the disk
-        offer = transitions.HandOff(parent.lease_owner, lambda _: True)
-        assert transitions.suspend(parent, invocation(parent, max_attempts=child_attempts), hand_off=offer)
+        queued()  # a commit that waits: the claim is on the disk
+        wait, offer = invocation(parent, max_attempts=child_attempts), hand_off_of(parent)
+        assert transitions.suspend(parent, wait, before_commit=show, hand_off=offer)
         assert offer.claimed is not None
         return parent
 

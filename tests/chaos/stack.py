@@ -119,7 +119,8 @@ def servers(kind: str, *, fsync: bool) -> Iterator[Servers]:
     """
     queue = f"celery-chaos-{os.getpid()}"
     with ExitStack() as stack:
-        postgres = stack.enter_context(PrivatePostgres(fsync=fsync))
+        # What does not wait for the disk is forgotten by most crashes.
+        postgres = stack.enter_context(PrivatePostgres(fsync=fsync, settings={"wal_writer_delay": "10s"}))
         broker: Any
         if kind == "redis":
             broker = PrivateRedis()

@@ -537,10 +537,8 @@ MUTANTS = [
     Mutant(
         "tell Celery of an end twice",
         "transitions/announcing.py",
-        "    untold = Execution.objects.using(database()).filter(pk=execution_id, announce_at__isnull=False)\n"
-        "    return bool(guards.persist_briefly(lambda: untold.update(announce_at=None)))",
-        "    untold = Execution.objects.using(database()).filter(pk=execution_id)\n"
-        "    return bool(guards.persist_briefly(lambda: untold.update(announce_at=None)))",
+        "announce_at__isnull=False)\n        return bool",
+        "pk__isnull=False)\n        return bool",
         (TRANSITIONS, OUTCOMES, SWEEPERS),
     ),
     # --- messages
@@ -1066,9 +1064,33 @@ MUTANTS = [
         on_postgres=True,
     ),
     Mutant(
+        "let a suspension inside of a transaction be forgotten, and what else is in that",
+        "transitions/suspending.py",
+        "is_alone=is_transaction(database())",
+        "is_alone=True",
+        (AMNESIA,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "let an announcement inside of a transaction be forgotten, and what else is in that",
+        "announcements.py",
+        "is_alone = is_transaction(database())",
+        "is_alone = True",
+        (AMNESIA,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "note at once whatever was noted",
+        STATEMENTS,
+        "WHERE id = %(id)s::uuid AND announce_at IS NOT NULL",
+        "WHERE id = %(id)s::uuid",
+        (TRANSITIONS,),
+        on_postgres=True,
+    ),
+    Mutant(
         "forget the suspension of a last attempt",
         STATEMENTS,
-        "        and _has_attempts_left(execution)\n",
+        " and _has_attempts_left(execution)",
         "",
         (AMNESIA,),
         on_postgres=True,
@@ -1076,7 +1098,7 @@ MUTANTS = [
     Mutant(
         "forget the claim of a child's last attempt",
         STATEMENTS,
-        "        and _has_attempts_left(child)\n",
+        " and _has_attempts_left(child)",
         "",
         (AMNESIA,),
         on_postgres=True,
@@ -1084,8 +1106,8 @@ MUTANTS = [
     Mutant(
         "forget a suspension that others go on with",
         STATEMENTS,
-        "may_be_lost=is_claimed\n        and ",
-        "may_be_lost=",
+        "may_be_lost=is_alone and is_claimed and ",
+        "may_be_lost=is_alone and ",
         (AMNESIA,),
         on_postgres=True,
     ),
