@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime as dt
 import difflib
 import itertools
@@ -418,9 +417,7 @@ class ExecutionContext:
                 continue
             is_late = child.position in late or child.is_open
             outcome = StepStatus.TIMED_OUT if is_late else StepStatus(child.status)
-            error = child_error(
-                dataclasses.replace(remembered, status=outcome, error=child.error, child_id=child.child_id)
-            )
+            error = child_error(remembered._replace(status=outcome, error=child.error, child_id=child.child_id))
             if not return_exceptions:
                 raise error
             values.append(error)

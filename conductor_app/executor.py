@@ -174,7 +174,7 @@ def claim(execution_id: uuid.UUID, owner: str, task: str, attempt: int | None = 
 
 def _run_claimed(task: Task[Any, Any], execution: Execution, lease: Lease, limit: SoftLimit) -> Any:
     # A first run has nothing to remember, so it does not ask.
-    known: dict[str, steps.Memory] | None = {} if execution.fence == 1 else _kept(execution)
+    known: dict[str, steps.Memory] | None = {} if execution.fence == 1 else _known(execution)
     while True:
         memory = _recall(execution) if known is None else known
         known = None
@@ -196,7 +196,11 @@ def _delivery_of(execution_id: uuid.UUID) -> hand_off.Delivery | None:
     return delivery if delivery is not None and delivery.running == execution_id else None
 
 
-def _kept(execution: Execution) -> dict[str, steps.Memory] | None:
+def _known(execution: Execution) -> dict[str, steps.Memory] | None:
+    """Return what an execution remembers, if this process or its claim knows it already."""
+    rows, execution.claimed_steps = execution.claimed_steps, None
+    if rows is not None:
+        return steps.memory_of(rows)
     delivery = _delivery_of(execution.pk)
     return None if delivery is None else delivery.recall(execution)
 

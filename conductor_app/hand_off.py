@@ -10,7 +10,6 @@ operator have a say in (another queue, priorities, time and rate limits) goes th
 
 from __future__ import annotations
 
-import dataclasses
 import time
 import uuid
 from collections.abc import Mapping
@@ -169,7 +168,7 @@ class Delivery:
         """Note the result of a child that has just ended here, and whose parent runs next."""
         kept = None if child.parent_id is None else self._kept.get(child.parent_id)
         if kept is not None and kept.child.child_id == child.pk:
-            kept.memory[kept.child.name] = dataclasses.replace(kept.child, result=result)
+            kept.memory[kept.child.name] = kept.child._replace(result=result)
 
     def recall(self, execution: Execution) -> dict[str, steps.Memory] | None:
         """Return what an execution remembers, if no other run can have added to it since it was kept."""

@@ -6,9 +6,9 @@ The only writer of the table ``Step``, except for ``transitions.statements``, wh
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from django.db.models import (
     Case,
@@ -41,8 +41,7 @@ from conductor_app.states import (
 )
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """One remembered step, as a replay sees it."""
 
     name: str
@@ -78,14 +77,37 @@ def recall(execution_id: uuid.UUID, name: str | None = None) -> dict[str, Memory
     rows = Step.objects.using(database()).filter(execution_id=execution_id)
     if name is not None:
         rows = rows.filter(name=name)
+    return memory_of(rows.order_by("id").values_list(*MEMORY_FIELDS))
+
+
+#: What is read of a step, and of the child that it stands for, in this order.
+MEMORY_FIELDS = (
+    "name",
+    "kind",
+    "status",
+    "task",
+    "payload_digest",
+    "child_id",
+    "timeout_seconds",
+    "result",
+    "error",
+    "child__result",
+    "child__error",
+    "fence",
+    "total",
+)
+
+
+def memory_of(rows: Iterable[Sequence[Any]]) -> dict[str, Memory]:
+    """Return what an execution remembers, by ``MEMORY_FIELDS`` of its steps in the order in which they were opened."""
     return {
         row[0]: Memory(
             name=row[0],
-            kind=StepKind(row[1]),
-            status=StepStatus(row[2]),
+            kind=_KINDS[row[1]],
+            status=_STATUSES[row[2]],
             task=row[3],
             payload_digest=row[4],
-            child_id=row[5],
+            child_id=row[5] if row[5] is None or isinstance(row[5], uuid.UUID) else uuid.UUID(row[5]),
             timeout_seconds=row[6],
             result=row[9] if row[1] in CHILD_KINDS else row[7],
             # A child's failure is read from the child; why it was cancelled, or a step failed, from the step.
@@ -93,22 +115,12 @@ def recall(execution_id: uuid.UUID, name: str | None = None) -> dict[str, Memory
             fence=row[11],
             total=row[12],
         )
-        for row in rows.order_by("id").values_list(
-            "name",
-            "kind",
-            "status",
-            "task",
-            "payload_digest",
-            "child_id",
-            "timeout_seconds",
-            "result",
-            "error",
-            "child__result",
-            "child__error",
-            "fence",
-            "total",
-        )
+        for row in rows
     }
+
+
+_KINDS = {kind.value: kind for kind in StepKind}
+_STATUSES = {status.value: status for status in StepStatus}
 
 
 @dataclass(frozen=True)

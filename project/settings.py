@@ -106,7 +106,8 @@ DATABASE_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 # Workers keep their connections from one run to the next for so many seconds; connecting anew costs more than a run.
-DATABASES = {"default": dj_database_url.config(default=f"sqlite:///{VAR_DIR / 'db.sqlite3'}", conn_max_age=60)}
+_database_url = os.environ.get("DATABASE_URL") or f"sqlite:///{VAR_DIR / 'db.sqlite3'}"
+DATABASES = {"default": dj_database_url.parse(_database_url, conn_max_age=60)}
 _database: Any = DATABASES["default"]
 _database["OPTIONS"] = {**DATABASE_OPTIONS.get(_database["ENGINE"], {}), **_database.get("OPTIONS", {})}
 

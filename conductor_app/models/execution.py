@@ -31,6 +31,10 @@ class Execution(models.Model):
     time by a compare-and-set on ``status`` and ``fence``.
     """
 
+    #: What its claim has read of its steps, for the run that begins (``steps.MEMORY_FIELDS`` of each); ``None`` if it
+    #: has not looked. No column.
+    claimed_steps: list[list[Any]] | None = None
+
     #: Also the Celery task id of every run.
     id = models.UUIDField(primary_key=True, editable=False)
     task = ExactCharField(_("task"), max_length=255)

@@ -12,6 +12,7 @@ Only runs are so frequent that it matters. What an operator, the sweeper or a fa
 from __future__ import annotations
 
 import datetime as dt
+import json
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Any
 
 from django.db import connections
 
-from conductor_app import clock, dispatch
+from conductor_app import clock, dispatch, steps
 from conductor_app.conf import conductor_settings
 from conductor_app.models import Execution, Step, database
 from conductor_app.sql import fetch, is_transaction
@@ -88,7 +89,13 @@ def _waits_unless(condition: str) -> str:
 #: attempts say. Not the last attempt, nor what may be too late to begin again.
 _MAY_BEGIN_AGAIN = "deadline_at IS NULL AND (max_attempts IS NULL OR attempt < max_attempts)"
 
+#: ``steps.MEMORY_FIELDS``.
+_MEMORY_COLUMNS = ", ".join(
+    f"child.{name.removeprefix('child__')}" if name.startswith("child__") else f"{_STEPS}.{name}"
+    for name in steps.MEMORY_FIELDS
+)
 _CLAIM = f"""
+    WITH claimed AS (
     UPDATE {_EXECUTIONS} SET
         status = 'running', fence = fence + 1, lease_owner = %(owner)s, lease_expires_at = {_LEASE_END},
         started_at = COALESCE(started_at, {_NOW}), dispatch_at = NULL, dispatches = 0
@@ -96,6 +103,13 @@ _CLAIM = f"""
         AND cancel_requested_at IS NULL
         AND (deadline_at IS NULL OR deadline_at > {_NOW} OR started_at IS NOT NULL)
     RETURNING {", ".join(CLAIM_FIELDS)}, {_waits_unless(f"%(is_alone)s::boolean AND {_MAY_BEGIN_AGAIN}")}
+    )
+    SELECT claimed.*, CASE WHEN claimed.fence > 1 THEN (
+        SELECT json_agg(json_build_array({_MEMORY_COLUMNS}) ORDER BY {_STEPS}.id)::text
+        FROM {_STEPS} LEFT JOIN {_EXECUTIONS} AS child ON child.id = {_STEPS}.child_id
+        WHERE {_STEPS}.execution_id = claimed.id
+    ) END
+    FROM claimed
 """  # noqa: S608 - names of our own tables and columns, here and below
 
 _RECORD_STEP = f"""
@@ -328,7 +342,13 @@ def are_at_hand() -> bool:
 def claim(execution_id: uuid.UUID, owner: str, task: str | None) -> Execution | None:
     """queued → running, as ``claiming.claim``."""
     rows = _fetch(_CLAIM, id=execution_id, task=task, owner=owner, lease=_lease(), is_alone=is_transaction(database()))
-    return _execution(rows[0][:-1]) if rows else None
+    if not rows:
+        return None
+    *columns, _, remembered = rows[0]
+    execution = _execution(columns)
+    if execution.fence > 1:
+        execution.claimed_steps = json.loads(remembered) if remembered else []
+    return execution
 
 
 def record_step(

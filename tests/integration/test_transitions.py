@@ -15,7 +15,7 @@ from conductor_app.exceptions import CancelExecution, Failure, LeaseLost, RetryR
 from conductor_app.ids import created_at
 from conductor_app.models import Execution, FailedExecution, Step
 from conductor_app.states import ALLOWED_MOVES, ExecutionStatus, StepStatus
-from conductor_app.transitions import Pending, Sleep, creating
+from conductor_app.transitions import Invocation, Pending, Sleep, creating
 from conductor_app.transitions import statements as statements_module
 from tests.support.executions import (
     FAILURE,
@@ -792,6 +792,53 @@ def test_one_statement_stores_what_several_do(wait: Any, embedded: bool, monkeyp
     for at_once, in_several in zip(*forms, strict=True):
         assert at_once == in_several
     assert published[0] == published[1]
+
+
+def full_of_steps() -> Execution:
+    """A queued execution that remembers a step of each kind, and one that its claim has to leave pending."""
+    run = running()
+    transitions.record_step(run, "zeta", result='"Grüße, \\"Zoë\\" \\u2028"')
+    transitions.record_step(run, "alpha", failure=FAILURE)
+    for name in ("started", "pending"):
+        transitions.start_child(run, invocation(run, name, timeout=2.5))
+    transitions.succeed(claimed(run.children.get(step="started")), "[1]")
+
+    def suspended_on(wait: Any) -> Execution:
+        assert transitions.suspend(run, wait)
+        return claimed(run.children.get(step=wait.step)) if isinstance(wait, Invocation) else run
+
+    transitions.fail(suspended_on(invocation(run, "failed", timeout=60)), FAILURE)
+    run = claimed(run)
+    transitions.cancel_running(flag(suspended_on(invocation(run, "cancelled"))))
+    run = claimed(run)
+    suspended_on(invocation(run, "late", timeout=0.001))
+    transitions.decide_overdue(step_of(run, "late"))
+    run = claimed(run)
+    suspended_on(map_of(run, 2))
+    for child in run.children.filter(step="child"):
+        transitions.succeed(claimed(child), "2")
+    return fresh(run)
+
+
+def test_a_claim_brings_what_the_execution_remembers() -> None:
+    napping()  # this one's step is nobody else's
+    run = claimed(full_of_steps())
+    remembered = steps.recall(run.pk)
+    assert list(remembered) == ["zeta", "alpha", "started", "pending", "failed", "cancelled", "late", "child"]
+    if connection.vendor != "postgresql":
+        assert run.claimed_steps is None, "the executor would not look"
+        return
+    assert run.claimed_steps is not None
+    brought = steps.memory_of(run.claimed_steps)
+    assert list(brought.items()) == list(remembered.items())
+
+
+@pytest.mark.skipif(connection.vendor != "postgresql", reason="its claim brings none")
+def test_a_claim_does_not_look_for_steps_where_there_can_be_none() -> None:
+    first = running()
+    assert first.claimed_steps is None
+    transitions.lose(first.pk, owner=OWNER)
+    assert claimed(first).claimed_steps == []
 
 
 # What it costs

@@ -1014,6 +1014,30 @@ MUTANTS = [
         (TRANSITIONS,),
         on_postgres=True,
     ),
+    Mutant(
+        "bring with a claim the steps of another order",
+        STATEMENTS,
+        "json_build_array({_MEMORY_COLUMNS}) ORDER BY {_STEPS}.id)",
+        "json_build_array({_MEMORY_COLUMNS}) ORDER BY {_STEPS}.name)",
+        (TRANSITIONS,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "bring with a claim no children",
+        STATEMENTS,
+        "AS child ON child.id = {_STEPS}.child_id",
+        "AS child ON FALSE",
+        (TRANSITIONS,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "bring with a claim everybody's steps",
+        STATEMENTS,
+        "WHERE {_STEPS}.execution_id = claimed.id",
+        "WHERE TRUE",
+        (TRANSITIONS,),
+        on_postgres=True,
+    ),
     # --- what a crash of the database may undo
     Mutant(
         "hold at once whoever the owner is",
