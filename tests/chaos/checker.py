@@ -37,6 +37,9 @@ _EXPECTED_TRACEBACKS = re.compile(
     r"|\S*WorkerLostError: Could not start worker processes$|StopIteration$"
     # kombu's Redis transport, when the connection is lost with unacknowledged messages (kombu#582): the same.
     r"|AttributeError: 'NoneType' object has no attribute 'hostname'$"
+    # py-amqp drops the part of a frame that it has read when the rest is not there yet and the connection just dies
+    # (``read_frame``, EAGAIN). Celery connects anew.
+    r"|\S*UnexpectedFrame: Received frame_end .*$"
     # A warm shutdown while the broker is away, in the middle of an attempt to connect.
     r"|\S*WorkerShutdown: 0$"
     # Celery says it of plain tasks, with the cause inside of another error.
