@@ -13,7 +13,7 @@ import logging
 import os
 import socket
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -112,12 +112,9 @@ def _run(task: Task[Any, Any], execution_id: uuid.UUID, limit: SoftLimit) -> Any
     request = task.request
     _keep_tracer_out(request)
     delivery = _delivery_of(execution_id)
-    parent: Execution | None = None
     try:
         execution = None if delivery is None else delivery.take(execution_id)
-        if delivery is not None and execution is not None:
-            parent, delivery.suspended = delivery.suspended, None
-        else:
+        if execution is None:
             execution = claim(execution_id, lease_owner(request.hostname), task.name)
         if execution is not None and keeper.holds(execution_id, execution.fence):
             # The database has crashed and forgotten the claim of another thread's run, which is still at it and could
@@ -129,7 +126,7 @@ def _run(task: Task[Any, Any], execution_id: uuid.UUID, limit: SoftLimit) -> Any
         raise RunEnded("abandoned", "the database is away") from None
     if execution is None:
         raise RunEnded("dropped", "not queued, not due, or another run has it")
-    on_loss = functools.partial(resume_unsuspended, parent)
+    on_loss = functools.partial(resume_unsuspended, () if delivery is None else tuple(delivery.suspended))
     with keeper.hold(execution, on_loss) as lease, observing.running(execution):
         try:
             return _run_claimed(task, execution, lease, limit)
@@ -142,17 +139,21 @@ def _run(task: Task[Any, Any], execution_id: uuid.UUID, limit: SoftLimit) -> Any
             raise RunEnded("dropped", "its lease is lost") from None
 
 
-def resume_unsuspended(parent: Execution | None) -> None:
-    """Queue an execution that waits for a child which is lost, if it does not wait, either: the database has crashed.
+def resume_unsuspended(parents: Sequence[Execution]) -> None:
+    """Queue what waits for an execution that is lost, if that does not wait, either: the database has crashed.
 
     A suspension that this process goes on with does not wait for the disk. Undone, the row says that this process still
     runs the parent, and at the end of the lease the sweeper would take that for a death and an attempt.
+
+    Args:
+        parents: Each waited for the next one, and the last one for what is lost. Of those that the database remembers,
+            the innermost is the one that it takes to be running.
     """
-    if parent is None:
-        return
-    with suppress(LeaseLost, AbandonRun, DatabaseError):
-        transitions.release(parent)
-        logger.warning("Execution %s runs again: the database has forgotten its suspension.", parent.pk)
+    for parent in reversed(parents):
+        with suppress(LeaseLost, AbandonRun, DatabaseError):
+            transitions.release(parent)
+            logger.warning("Execution %s runs again: the database has forgotten its suspension.", parent.pk)
+            return
 
 
 def claim(execution_id: uuid.UUID, owner: str, task: str, attempt: int | None = None) -> Execution | None:
@@ -275,6 +276,7 @@ def _succeed(task: Task[Any, Any], execution: Execution, value: Any) -> Any:
         transitions.succeed(execution, text, offer)
     if delivery := _delivery_of(execution.pk):
         delivery.settle(execution, text)
+        delivery.suspended.clear()
     result = loads(text)
     _tell_celery(task, execution, announcements.Outcome(ExecutionStatus.SUCCEEDED, result))
     return result
@@ -293,7 +295,8 @@ def _suspend(task: Task[Any, Any], execution: Execution, context: ExecutionConte
         raise _GoOn
     if (delivery := _delivery_of(execution.pk)) and isinstance(wait, transitions.Invocation):
         delivery.keep(execution, wait, context.memory)
-        delivery.suspended = execution if delivery.claimed is not None else None
+        if delivery.claimed is not None:
+            delivery.suspended.append(execution)
     due_in = getattr(wait, "timeout", None) or getattr(wait, "seconds", None)
     detail = f"waiting for step {wait.step!r}"
     if isinstance(wait, transitions.Invocation):

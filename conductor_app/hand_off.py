@@ -90,8 +90,8 @@ class Delivery:
         self.running = execution_id
         #: What runs next; it is claimed.
         self.claimed: Execution | None = None
-        #: Who has just suspended on what runs next.
-        self.suspended: Execution | None = None
+        #: Who has suspended, one on the next, on what runs next; since the last commit that waited for the disk.
+        self.suspended: list[Execution] = []
         self._runs = 0
         self._ends_at: float | None = None
         self._kept: dict[uuid.UUID, _Kept] = {}

@@ -211,6 +211,18 @@ def waits_for_dawdler(ctx: ExecutionContext, seconds: float, marks: str) -> int:
     return ctx.invoke("dawdles", dawdles, {"seconds": seconds, "marks": marks})
 
 
+@durable_task
+def invokes_dawdler(ctx: ExecutionContext, seconds: float, marks: str) -> int:
+    """As ``waits_for_dawdler``, and without a line in the ledger."""
+    return ctx.invoke("dawdles", dawdles, {"seconds": seconds, "marks": marks})
+
+
+@durable_task
+def waits_for_one_that_waits(ctx: ExecutionContext, seconds: float, marks: str) -> int:
+    note(ctx, "body")
+    return ctx.invoke("waits", invokes_dawdler, {"seconds": seconds, "marks": marks})
+
+
 @durable_task(max_retries=0)
 def has_one_attempt(ctx: ExecutionContext, seconds: float) -> str:
     """Take that long, and never again."""

@@ -1160,6 +1160,14 @@ MUTANTS = [
         on_postgres=True,
     ),
     Mutant(
+        "resume only the innermost of several parents whose suspensions were forgotten",
+        "executor.py",
+        "    for parent in reversed(parents):",
+        "    for parent in parents[-1:]:",
+        (AMNESIA,),
+        on_postgres=True,
+    ),
+    Mutant(
         "leave a parent to its lease while its lost child's body goes on",
         "leases.py",
         "        if is_news:\n            lease.on_loss()\n",
