@@ -133,11 +133,11 @@ def _watched() -> Iterator[None]:
 
 def _tell(announcement: _Announcement, execution: Execution) -> None:
     announcement.send_messages()
-    is_alone = is_transaction(database())
     if not announcement.shares_database:
         announcement.write()
-        transitions.announced(execution.pk, is_alone=is_alone)
+        transitions.announced(execution.pk)  # not to be repeated lightly: it may have counted down a chord
         return
+    is_alone = is_transaction(database())
     with transaction.atomic(using=database()):
         # First, since it takes the row's lock: of two that tell at the same time, one counts the chord down.
         if transitions.announced(execution.pk, is_alone=is_alone):

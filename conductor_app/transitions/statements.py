@@ -89,11 +89,15 @@ def _waits_unless(condition: str) -> str:
 #: attempts say. Not the last attempt, nor what may be too late to begin again.
 _MAY_BEGIN_AGAIN = "deadline_at IS NULL AND (max_attempts IS NULL OR attempt < max_attempts)"
 
-#: ``steps.MEMORY_FIELDS``.
-_MEMORY_COLUMNS = ", ".join(
-    f"child.{name.removeprefix('child__')}" if name.startswith("child__") else f"{_STEPS}.{name}"
+#: Where ``steps.MEMORY_FIELDS`` come from, by their names.
+_MEMORY_COLUMNS = {
+    name: f"child.{name.removeprefix('child__')}" if name.startswith("child__") else f"{_STEPS}.{name}"
     for name in steps.MEMORY_FIELDS
-)
+}
+_MEMORY_TEXTS = [name for name in steps.MEMORY_FIELDS if name.endswith(("result", "error"))]
+#: A claim brings no more steps, and none with more bytes of results and errors: PostgreSQL takes no field of 1 GB. The
+#: run reads them then.
+_BROUGHT_STEPS, _BROUGHT_BYTES = 1_000, 16_384
 _CLAIM = f"""
     WITH claimed AS (
     UPDATE {_EXECUTIONS} SET
@@ -105,9 +109,19 @@ _CLAIM = f"""
     RETURNING {", ".join(CLAIM_FIELDS)}, {_waits_unless(f"%(is_alone)s::boolean AND {_MAY_BEGIN_AGAIN}")}
     )
     SELECT claimed.*, CASE WHEN claimed.fence > 1 THEN (
-        SELECT json_agg(json_build_array({_MEMORY_COLUMNS}) ORDER BY {_STEPS}.id)::text
-        FROM {_STEPS} LEFT JOIN {_EXECUTIONS} AS child ON child.id = {_STEPS}.child_id
-        WHERE {_STEPS}.execution_id = claimed.id
+        SELECT CASE WHEN COUNT(*) <= {_BROUGHT_STEPS} AND COALESCE(BOOL_AND(is_short), TRUE) THEN COALESCE(
+            json_agg(json_build_array({", ".join(_MEMORY_COLUMNS)}) ORDER BY step_id) FILTER (WHERE is_short), '[]'
+        )::text END
+        FROM (
+            SELECT
+                {_STEPS}.id AS step_id, {", ".join(f"{source} AS {name}" for name, source in _MEMORY_COLUMNS.items())},
+                {" + ".join(f"COALESCE(OCTET_LENGTH({_MEMORY_COLUMNS[name]}), 0)" for name in _MEMORY_TEXTS)}
+                    <= {_BROUGHT_BYTES} AS is_short
+            FROM {_STEPS} LEFT JOIN {_EXECUTIONS} AS child ON child.id = {_STEPS}.child_id
+            WHERE {_STEPS}.execution_id = claimed.id
+            ORDER BY {_STEPS}.id
+            LIMIT {_BROUGHT_STEPS + 1}
+        ) AS remembered
     ) END
     FROM claimed
 """  # noqa: S608 - names of our own tables and columns, here and below
@@ -346,8 +360,7 @@ def claim(execution_id: uuid.UUID, owner: str, task: str | None) -> Execution | 
         return None
     *columns, _, remembered = rows[0]
     execution = _execution(columns)
-    if execution.fence > 1:
-        execution.claimed_steps = json.loads(remembered) if remembered else []
+    execution.claimed_steps = None if remembered is None else json.loads(remembered)
     return execution
 
 

@@ -834,6 +834,22 @@ def test_a_claim_brings_what_the_execution_remembers() -> None:
 
 
 @pytest.mark.skipif(connection.vendor != "postgresql", reason="its claim brings none")
+@pytest.mark.parametrize(
+    ("count", "length", "is_brought"), [(2, 16_382, True), (2, 16_383, False), (1_000, 1, True), (1_001, 1, False)]
+)
+def test_a_claim_brings_no_more_than_fits(count: int, length: int, is_brought: bool) -> None:
+    run = running()
+    finished: dict[str, Any] = {"kind": "step", "status": "succeeded", "created_at": clock.now()}
+    finished |= {"result": f'"{"x" * length}"', "finished_at": clock.now()}
+    Step.objects.bulk_create([Step(execution=run, name=f"step-{number}", **finished) for number in range(count)])
+    transitions.release(run)
+    run = claimed(run)
+    assert (run.claimed_steps is not None) == is_brought
+    if run.claimed_steps is not None:
+        assert steps.memory_of(run.claimed_steps) == steps.recall(run.pk)
+
+
+@pytest.mark.skipif(connection.vendor != "postgresql", reason="its claim brings none")
 def test_a_claim_does_not_look_for_steps_where_there_can_be_none() -> None:
     first = running()
     assert first.claimed_steps is None

@@ -1017,8 +1017,8 @@ MUTANTS = [
     Mutant(
         "bring with a claim the steps of another order",
         STATEMENTS,
-        "json_build_array({_MEMORY_COLUMNS}) ORDER BY {_STEPS}.id)",
-        "json_build_array({_MEMORY_COLUMNS}) ORDER BY {_STEPS}.name)",
+        " ORDER BY step_id) FILTER",
+        " ORDER BY name) FILTER",
         (TRANSITIONS,),
         on_postgres=True,
     ),
