@@ -69,7 +69,7 @@ def _kill_if_still_running(execution: Execution, order: Order, *, must_have_char
     except ProcessLookupError:
         return None
     has_charged = _has_charged_unnoted(execution, order)
-    held = Execution.objects.held_by(execution.pk, execution.fence)
+    held = Execution.objects.held_by(execution)
     if not held.exists() or (must_have_charged and not has_charged):
         os.kill(pid, signal.SIGCONT)
         return None

@@ -124,7 +124,7 @@ class Keeper:
 
     def holds(self, execution_id: uuid.UUID) -> bool:
         actor = current_actor()
-        return actor is not None and any(lease.execution_id == execution_id for lease in actor.held)
+        return actor is not None and any(lease.execution.pk == execution_id for lease in actor.held)
 
 
 class World:
