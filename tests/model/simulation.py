@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from celery.signals import task_failure
 from django.db import OperationalError, connection, connections
 
 from conductor_app import clock, dispatch, durable, executor, inline, leases, sql
@@ -114,17 +115,19 @@ class Keeper:
     """In the place of ``leases.keeper``: renews when it is told to."""
 
     @contextmanager
-    def hold(self, execution: Execution) -> Iterator[Lease]:
+    def hold(self, execution: Execution, on_loss: Callable[[], None]) -> Iterator[Lease]:
         actor = current_actor()
         assert actor is not None
-        lease = Lease(execution)
+        lease = Lease(execution, on_loss)
         actor.held.append(lease)
         yield lease
         actor.held.remove(lease)
 
-    def holds(self, execution_id: uuid.UUID) -> bool:
+    def holds(self, execution_id: uuid.UUID, fence: int | None = None) -> bool:
         actor = current_actor()
-        return actor is not None and any(lease.execution.pk == execution_id for lease in actor.held)
+        return actor is not None and any(
+            lease.execution.pk == execution_id and fence in (None, lease.execution.fence) for lease in actor.held
+        )
 
 
 class World:
@@ -150,7 +153,7 @@ class World:
     def deliver(self, number: int) -> Actor:
         """Let a worker take a message; the run has not begun."""
         execution = Execution.objects.get(pk=self.messages.pop(number))
-        return self.spawn("run", lambda: inline.run_once(execution, app), execution.pk)
+        return self.spawn("run", lambda: _run(execution), execution.pk)
 
     def reap(self) -> list[Actor]:
         """Forget the actors that are done, and return them."""
@@ -177,6 +180,30 @@ class World:
 
     def new_root_id(self) -> uuid.UUID:
         return uuid.UUID(int=_EPOCH << 80 | 7 << 76 | 2 << 62 | next(self._ids))
+
+
+def _run(execution: Execution) -> None:
+    """Run once; a mistake of the product's or the stage's is no failure of the body, which Celery takes it for."""
+    mistakes: list[BaseException] = []
+
+    def look(exception: BaseException, **_: Any) -> None:
+        if isinstance(exception, (TypeError, AttributeError, NameError, AssertionError)):
+            mistakes.append(exception)
+
+    with receiving(task_failure, look):
+        inline.run_once(execution, app)
+    if mistakes:
+        raise mistakes[0]
+
+
+@contextmanager
+def receiving(signal: Any, receiver: Callable[..., None]) -> Iterator[None]:
+    """Connect a receiver meanwhile."""
+    signal.connect(receiver, weak=False)
+    try:
+        yield
+    finally:
+        signal.disconnect(receiver)
 
 
 class Stage:
