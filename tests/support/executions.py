@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from django_celery_results.models import ChordCounter, TaskResult
+
 from conductor_app import transitions
 from conductor_app.exceptions import Failure
 from conductor_app.ids import derive_child_id, new_root_id
@@ -22,7 +24,7 @@ FAILURE = Failure(type="builtins.ValueError", message="card declined", traceback
 
 @contextmanager
 def committing(blocker: Any) -> Iterator[None]:
-    """Let a test commit what it writes to our tables, which are emptied afterwards.
+    """Let a test commit what it writes to our tables and to the result backend's, which are emptied afterwards.
 
     ``transactional_db`` empties all tables instead, and takes a second for that.
     """
@@ -30,7 +32,7 @@ def committing(blocker: Any) -> Iterator[None]:
         try:
             yield
         finally:
-            for model in (Event, Step, FailedExecution):
+            for model in (ChordCounter, TaskResult, Event, Step, FailedExecution):
                 model.objects.all()._raw_delete("default")
             for depth in sorted(set(Execution.objects.values_list("depth", flat=True)), reverse=True):
                 Execution.objects.filter(depth=depth)._raw_delete("default")
