@@ -329,8 +329,7 @@ def _end_attempt(task: Task[Any, Any], execution: Execution, error: Exception) -
             error = error.exc
     close_broken_connections()
     failure = describe(error, limit)
-    attempts_left = execution.max_attempts is None or execution.attempt < execution.max_attempts
-    if delay is not None and attempts_left:
+    if delay is not None and execution.has_attempts_left:
         try:
             transitions.retry_later(execution, failure, delay)
         except CancelExecution:

@@ -939,7 +939,7 @@ def _retry_unknown(report: PlainReport, hostname: str) -> None:
         message=f'Worker {hostname} took its message from queue "{execution.queue}" and knows no task '
         f'"{execution.task}". Is its module imported there, and the worker as new as the parent\'s code?',
     )
-    if execution.max_attempts is not None and execution.attempt >= execution.max_attempts:
+    if not execution.has_attempts_left:
         transitions.fail(execution, failure)
         return
     delay = min(conductor_settings().REDISPATCH_SECONDS * 2 ** min(execution.attempt - 1, 10), UNKNOWN_SECONDS)

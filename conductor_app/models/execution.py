@@ -174,6 +174,11 @@ class Execution(models.Model):
         return self.status in FINAL_STATUSES
 
     @property
+    def has_attempts_left(self) -> bool:
+        """Whether another attempt may follow the current one."""
+        return self.max_attempts is None or self.attempt < self.max_attempts
+
+    @property
     def is_plain(self) -> bool:
         """Whether it is a plain Celery task's: Celery runs and retries it."""
         # Without a look at most options: the sweeper asks this of each row that it publishes.

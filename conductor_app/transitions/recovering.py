@@ -49,7 +49,7 @@ def lose(execution_id: uuid.UUID, *, owner: str | None = None, failure: Failure 
                 is_flagged.append(True)
                 return True
             cause = failure or _worker_lost(execution)
-            used_up = execution.max_attempts is not None and execution.attempt >= execution.max_attempts
+            used_up = not execution.has_attempts_left
             if failure is not None or used_up or not execution.runs_again:
                 guards.leave_running(execution, **failing.failed_values(execution, cause))
                 failing.store_failure(execution, cause)

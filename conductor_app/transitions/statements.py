@@ -422,7 +422,7 @@ def suspend(
         dispatch_in=None if first is None else clock.interval(first.seconds),
         dispatch_by=None if first is None else first.by,
         # Claimed here, this process notices the loss with its next statement; else nobody would, until the lease ends.
-        may_be_lost=is_alone and is_claimed and _has_attempts_left(execution) and _has_attempts_left(child),
+        may_be_lost=is_alone and is_claimed and execution.has_attempts_left and child.has_attempts_left,
         **_step_opened(execution, payload_digest, timeout, on_timeout),
     )
     if not rows:
@@ -586,10 +586,6 @@ def take_for_dispatch(limit: int, queues: Sequence[str] | None, pause: float) ->
         pause=dt.timedelta(seconds=pause),
     )
     return [Execution.from_db(database(), tuple(_DISPATCHED), row) for row in rows]
-
-
-def _has_attempts_left(execution: Execution) -> bool:
-    return execution.max_attempts is None or execution.attempt < execution.max_attempts
 
 
 def _lease() -> dt.timedelta:

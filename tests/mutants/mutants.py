@@ -474,7 +474,7 @@ MUTANTS = [
     Mutant(
         "let a body kill its workers for ever",
         "transitions/recovering.py",
-        "            used_up = execution.max_attempts is not None and execution.attempt >= execution.max_attempts\n",
+        "            used_up = not execution.has_attempts_left\n",
         "            used_up = False\n",
         (TRANSITIONS,),
     ),
@@ -1114,7 +1114,7 @@ MUTANTS = [
     Mutant(
         "forget the suspension of a last attempt",
         STATEMENTS,
-        " and _has_attempts_left(execution)",
+        " and execution.has_attempts_left",
         "",
         (AMNESIA,),
         on_postgres=True,
@@ -1122,7 +1122,7 @@ MUTANTS = [
     Mutant(
         "forget the claim of a child's last attempt",
         STATEMENTS,
-        " and _has_attempts_left(child)",
+        " and child.has_attempts_left",
         "",
         (AMNESIA,),
         on_postgres=True,
