@@ -5,6 +5,8 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 # More pytest arguments: make test ARGS="-k invoke", or in one process: make test ARGS="-n0 -s"
 ARGS ?=
+# Some corners of make test-matrix: make test-matrix CORNERS="--only python3.12-django-6.0-celery-5.7"
+CORNERS ?=
 # How long make soak takes.
 HOURS ?= 2
 # A test that waits for a worker leaves its core to another one; more than four are in each other's way.
@@ -15,7 +17,7 @@ BASE_PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3 py
 	&& { echo "$$python"; break; }; done)
 PIP_INSTALL := $(PYTHON) -m pip install -qq --disable-pip-version-check
 
-.PHONY: help install demo test test-services test-browser chaos soak mutants bench bench-page check clean
+.PHONY: help install demo test test-services test-matrix test-browser chaos soak mutants bench bench-page check clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -23,7 +25,7 @@ help: ## List the targets
 
 install: $(VENV)/installed ## Create .venv and install requirements.txt
 
-$(VENV)/installed: requirements.txt
+$(VENV)/installed: requirements.txt requirements/common.txt
 	@test -n "$(BASE_PYTHON)" || { echo "Python 3.11 or newer, with venv and sqlite3, is needed and was not found on PATH." >&2; exit 1; }
 	@echo "Installing requirements.txt into $(VENV) ..."
 	@$(BASE_PYTHON) -m venv $(VENV)
@@ -48,6 +50,9 @@ test: install ## Run the tests on the embedded default: SQLite and no broker
 
 test-services: $(VENV)/installed-services ## Run the tests on each database and broker server
 	$(PYTHON) -m tests.services -- $(PARALLEL) $(ARGS)
+
+test-matrix: $(VENV)/installed-services ## Run the tests on the other versions of Python, Django and Celery
+	$(PYTHON) -m tests.matrix $(CORNERS) -- $(PARALLEL) $(ARGS)
 
 test-browser: $(VENV)/installed-browser ## Look at the admin with Chromium, and click through it
 	@tests/browser/install
@@ -76,6 +81,6 @@ check: install ## Lint, format, types, layers, migrations, Django's checks
 	$(PYTHON) manage.py makemigrations --check --dry-run --settings=tests.settings
 	$(PYTHON) manage.py check
 
-clean: ## Remove .venv, caches and the demo's database
+clean: ## Remove .venv, caches, and the demo and the matrix in var
 	rm -rf $(VENV) var build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -11,26 +11,32 @@ django-celery-results is no such thing: it is counted down in the transaction th
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
 from celery import current_app, states
 from celery.app.task import Context
-from celery.canvas import maybe_signature
-from celery.exceptions import ChordError, TaskRevokedError
+from celery.backends.base import DisabledBackend
+from celery.canvas import group, maybe_signature
+from celery.exceptions import ChordError, QueueNotFound, TaskRevokedError
+from celery.utils.functional import arity_greater
+from celery.utils.serialization import get_pickleable_exception
 from django.db import IntegrityError, connections, router, transaction
 from kombu.exceptions import EncodeError
 
-from conductor_app import transitions
-from conductor_app.exceptions import ExecutionFailed, ProgrammingError, StepFailed
+from conductor_app import calls, transitions
+from conductor_app.exceptions import ExecutionFailed, OutcomeLost, ProgrammingError, StepFailed
+from conductor_app.ids import of_task_id
 from conductor_app.models import Execution, FailedExecution, database
 from conductor_app.plain import is_invocable
-from conductor_app.serialization import load_failure, revive
-from conductor_app.sql import is_transaction
+from conductor_app.serialization import read_failure, revive
+from conductor_app.sql import is_outage, is_transaction, is_undone, together
 from conductor_app.states import ExecutionStatus
 
 logger = logging.getLogger(__name__)
@@ -40,8 +46,8 @@ logger = logging.getLogger(__name__)
 SLOW_SECONDS, REST_SECONDS = 1.0, 30.0
 _rests_until = 0.0
 
-#: What no repetition mends: the callback does not take these arguments.
-_PERMANENT_ERRORS = (ProgrammingError, TypeError, EncodeError)
+#: What no repetition mends: the callback does not take these arguments, or its queue is none of this project's.
+_PERMANENT_ERRORS = (ProgrammingError, TypeError, EncodeError, QueueNotFound)
 
 
 @dataclass(frozen=True)
@@ -60,21 +66,60 @@ def deliver(execution: Execution) -> None:
     Raises:
         Exception: Whatever the broker or the result backend raises; the sweeper then tries again.
     """
-    if execution.status == ExecutionStatus.SUCCEEDED:
-        tell(execution, Outcome(ExecutionStatus.SUCCEEDED, execution.get_result()))
-    elif execution.status == ExecutionStatus.FAILED:
+    tell(execution, _outcome_of(execution))
+
+
+def _outcome_of(execution: Execution) -> Outcome:
+    """Return how a final execution ended, as its row says."""
+    if execution.status == ExecutionStatus.CANCELLED:
+        return cancelled(execution.error_message)
+    if execution.status == ExecutionStatus.FAILED:
         trace = FailedExecution.objects.using(database()).filter(pk=execution.pk).values_list("traceback", flat=True)
-        error = revive(load_failure(execution.error))
+        error = revive(read_failure(execution.error))
         if isinstance(error, StepFailed):  # its class is not known here
             error = ExecutionFailed(str(error))
-        tell(execution, Outcome(ExecutionStatus.FAILED, error=error, traceback=next(iter(trace), "")))
-    elif execution.status == ExecutionStatus.CANCELLED:
-        tell(execution, cancelled(execution.error_message))
+        error = portable(error, execution.error_message)
+        return Outcome(ExecutionStatus.FAILED, error=error, traceback=next(iter(trace), ""))
+    try:
+        return Outcome(ExecutionStatus.SUCCEEDED, execution.get_result())
+    except OutcomeLost as lost:
+        # Whoever waits is not to get something that nobody returned.
+        return Outcome(ExecutionStatus.FAILED, error=lost)
+
+
+def restore(execution: Execution) -> None:
+    """Write the outcome of a final execution to the result backend once more: Celery may have put another over it.
+
+    Nobody is called, and no chord counted; that was done when Celery was told.
+
+    Raises:
+        Exception: Whatever the result backend raises.
+    """
+    if execution.is_final and execution.announce_at is None and is_shown(execution):
+        with _watched():
+            _Announcement(execution, _outcome_of(execution), None).store_alone()
 
 
 def cancelled(message: str) -> Outcome:
     """Return the outcome of a cancelled execution."""
     return Outcome(ExecutionStatus.CANCELLED, error=TaskRevokedError(message))
+
+
+def portable(error: BaseException, message: str) -> Exception:
+    """Return what Celery is told of a body's error: it, if Celery's tracer, its pools and its backends can carry it.
+
+    They take no ``BaseException`` for an error, and an exception whose arguments, texts or pickling misbehave would be
+    lost on its way, and the outcome with it.
+    """
+    if isinstance(error, Exception):
+        try:
+            str(error), repr(error), tuple(error.args), traceback.format_exception(error)
+            get_pickleable_exception(error)
+        except BaseException:  # noqa: BLE001 - whatever its class makes of it
+            logger.debug("Celery cannot carry %s.", type(error).__qualname__)
+        else:
+            return error
+    return ExecutionFailed(message).with_traceback(error.__traceback__)
 
 
 def tell(execution: Execution, outcome: Outcome, hostname: str | None = None) -> None:
@@ -91,22 +136,24 @@ def show(execution: Execution, state: str, info: Any = None, hostname: str | Non
     """Write a state that is not final to the result backend, as far as it takes it.
 
     Call it in the transaction that has locked the execution's row: nobody can then store a later state before.
+
+    Raises:
+        DatabaseError: The database that also has the executions has undone that transaction.
     """
     if not is_shown(execution):
         return
-    connection = connections[database()]
-    mark = connection.savepoint() if connection.in_atomic_block else None
+    backend = _backend_of(execution.task)
+    is_inside = connections[database()].in_atomic_block
     request = request_of(execution, hostname)
     try:
-        with _watched():
-            _backend_of(execution.task).store_result(celery_id(execution), info, state, request=request)
-    except Exception as error:  # noqa: BLE001 - a result backend that is away must not stop the execution
-        if mark is not None:
-            connection.savepoint_rollback(mark)
+        with _watched(), transaction.atomic(using=database()) if is_inside else nullcontext():
+            backend.store_result(celery_id(execution), info, state, request=request)
+    except Exception as error:
+        # A result backend that is away must not stop the execution. But where the transaction is lost as a whole, no
+        # savepoint helps, and whoever began it begins it again.
+        if is_inside and _shares_database(backend) and (is_undone(error) or is_outage(error)):
+            raise
         logger.warning("%s of execution %s was not written to the result backend: %s", state, execution.pk, error)
-    else:
-        if mark is not None:
-            connection.savepoint_commit(mark)
 
 
 def is_shown(execution: Execution) -> bool:
@@ -138,10 +185,13 @@ def _tell(announcement: _Announcement, execution: Execution) -> None:
         transitions.announced(execution.pk)  # not to be repeated lightly: it may have counted down a chord
         return
     is_alone = is_transaction(database())
-    with transaction.atomic(using=database()):
+
+    def write() -> None:
         # First, since it takes the row's lock: of two that tell at the same time, one counts the chord down.
         if transitions.announced(execution.pk, is_alone=is_alone):
             announcement.write()
+
+    together(database(), write)
 
 
 def celery_id(execution: Execution) -> str:
@@ -200,24 +250,40 @@ class _Announcement:
     @property
     def shares_database(self) -> bool:
         """Whether results are written to the executions' own database, by django-celery-results."""
-        model = getattr(self._backend, "TaskModel", None)
-        return model is not None and router.db_for_write(model) == database()
+        return _shares_database(self._backend)
 
     def send_messages(self) -> None:
         """Send what goes to the broker, outside of any transaction: a message must not overtake a commit."""
-        for callback, chain in self._callbacks:
-            if not self._belongs_to_transaction(callback):
-                self._send(callback, chain)
-        if self._request.errbacks and self._outcome.error is not None:
-            self._call_errbacks()
+        with self._repeatably():
+            for callback, chain in self._callbacks:
+                if not self._belongs_to_transaction(callback):
+                    self._send(callback, chain)
+            if self._outcome.error is not None:
+                _call_errbacks(self._request, self._outcome.error, self._outcome.traceback)
 
     def write(self) -> None:
         """Send what only writes to the database, store the result, and count down the chord."""
-        for callback, chain in self._callbacks:
-            if self._belongs_to_transaction(callback):
-                self._send(callback, chain)
-        with _ChordBody(self._request, together=self.shares_database):
+        with self._repeatably():
+            for callback, chain in self._callbacks:
+                if self._belongs_to_transaction(callback):
+                    self._send(callback, chain)
+        with _ChordBody(self._request, together=self.shares_database), self._as_chord():
             self._store()
+
+    def store_alone(self) -> None:
+        """Store the result, and tell nobody else."""
+        self._request.chord = self._request.chain = self._request.errbacks = None
+        self._store()
+
+    def _repeatably(self) -> AbstractContextManager[None]:
+        """What is called for this end is called on its behalf, however often it is announced."""
+        return calls.on_behalf_of(self._execution.pk, self._execution.created_at)
+
+    def _as_chord(self) -> AbstractContextManager[None]:
+        """A chord's body is called on behalf of its whole header: two parts may each be the last one."""
+        if not self._request.chord or self.shares_database:
+            return nullcontext()  # counted down in this transaction, and so called once
+        return calls.on_behalf_of(f"chord {self._request.group}", self._execution.created_at)
 
     def _store(self) -> None:
         request, outcome = self._request, self._outcome
@@ -269,7 +335,10 @@ class _Announcement:
                 self._request.children.append(sent)
 
     def _fail_callback(self, callback: Any, chain: list[Any] | None, error: Exception) -> None:
-        """Fail the callback in the execution's place, so that nobody waits for it."""
+        """Fail the callback in the execution's place, so that nobody waits for it.
+
+        Its id may be that of another call, too, which goes on or has ended: what that has to say is not overwritten.
+        """
         options = callback.options
         if _is_canvas(callback) or not options.get("task_id"):
             return
@@ -284,18 +353,19 @@ class _Announcement:
             root_id=self._request.root_id,
             delivery_info={},
         )
-        self._backend.mark_as_failure(request.id, error, request=request)
+        _call_errbacks(request, error)
+        ids = [request.id, *(one["options"].get("task_id") for one in chain or ())]
+        unknown = [task_id for task_id in ids if task_id and not self._is_known(task_id)]
+        is_alone = len(unknown) == len(list(filter(None, ids)))
+        self._backend.mark_as_failure(request.id, error, request=request, store_result=is_alone, call_errbacks=False)
+        for task_id in () if is_alone else unknown:
+            self._backend.store_result(task_id, error, states.FAILURE, request=Context(id=task_id, delivery_info={}))
 
-    def _call_errbacks(self) -> None:
-        try:
-            self._backend._call_task_errbacks(self._request, self._outcome.error, self._outcome.traceback)
-        except _PERMANENT_ERRORS as error:
-            logger.error(
-                "Execution %s failed, and its error callbacks cannot be called: %s",
-                self._execution.pk,
-                error,
-                extra={"execution_id": str(self._execution.pk)},
-            )
+    def _is_known(self, task_id: str) -> bool:
+        """Tell whether something has been called by an id, as far as the database and the result backend know."""
+        if Execution.objects.using(database()).filter(pk=of_task_id(task_id)).exists():
+            return True
+        return not isinstance(self._backend, DisabledBackend) and self._backend.get_state(task_id) != states.PENDING
 
 
 class _ChordBody:
@@ -342,9 +412,55 @@ def _send_late(body: Any, send: Callable[..., Any], args: tuple[Any, ...]) -> No
         current_app.backend.chord_error_from_stack(body, ChordError(f"Callback error: {error!r}"))
 
 
+def _call_errbacks(request: Any, error: Exception, traceback: str | None = None) -> None:
+    """Call the error callbacks of a request, all in the way of Celery 5.7 (``Backend._call_task_errbacks``).
+
+    5.6 takes an old-style callback that has arguments of its own (``log_error.s(order=7)``) for one of the newer form,
+    and calls none of them after one that raises.
+    """
+    sent = []
+    for stored in request.errbacks or ():
+        errback = _signature(stored)
+        if not _takes_failure(errback):
+            sent.append(errback)
+            continue
+        try:
+            errback(request, error, traceback)
+        except Exception:
+            logger.exception("Error callback %s of %s raised an exception.", errback.task, request.id)
+    if not sent:
+        return
+    together = group(sent, app=current_app)
+    send = together.apply if _is_eager() or request.delivery_info.get("is_eager") else together.apply_async
+    try:
+        send((request.id,), parent_id=request.id, root_id=request.root_id or request.id)
+    except _PERMANENT_ERRORS as refusal:
+        logger.error("%s failed, and its error callbacks cannot be called: %s", request.id, refusal)
+
+
+def _takes_failure(errback: Any) -> bool:
+    """Tell whether an error callback is of the newer form, called on the spot with request, error and traceback."""
+    task = current_app.tasks.get(errback.task)
+    # A task that this process does not know goes to one that does; a bound one (``partial``) is always sent.
+    header = getattr(task, "__header__", None)
+    if header is None or isinstance(header, functools.partial):
+        return False
+    if not errback.immutable and (errback.args or errback.kwargs):
+        with suppress(TypeError, ValueError):
+            # Of the parameters, those that the signature leaves to the failure. Its own positional arguments come last
+            # in the call; here they only count.
+            return bool(arity_greater(functools.partial(header, *errback.args, **errback.kwargs), 1))
+    return bool(arity_greater(header, 1))
+
+
 def _backend_of(task_name: str) -> Any:
     task = current_app.tasks.get(task_name)
     return current_app.backend if task is None else task.backend
+
+
+def _shares_database(backend: Any) -> bool:
+    model = getattr(backend, "TaskModel", None)
+    return model is not None and router.db_for_write(model) == database()
 
 
 def _signature(stored: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import time
 import uuid
 from typing import Any, Union
@@ -10,7 +11,7 @@ from typing import Any, Union
 from celery import states
 from celery.result import AsyncResult
 
-from conductor_app import announcements, transitions
+from conductor_app import announcements, eager, transitions
 from conductor_app.arguments import MESSAGE_OPTIONS, check_duration
 from conductor_app.conf import conductor_settings
 from conductor_app.context import check_key, check_name, current_context
@@ -19,29 +20,38 @@ from conductor_app.exceptions import (
     BlockingCallInTask,
     ExecutionCancelled,
     ExecutionFailed,
+    IdempotencyConflict,
     InvalidArgument,
     InvalidArgumentType,
 )
 from conductor_app.ids import new_root_id
 from conductor_app.models import Execution, database
 from conductor_app.serialization import dump_options, dumps, shown
+from conductor_app.sql import persist_briefly
 from conductor_app.states import ExecutionStatus
+from conductor_app.waiting import check_wait
 
 #: How an execution may be named: itself, its id, or the ``AsyncResult`` that ``.delay()`` returned.
 ExecutionRef = Union[Execution, "AsyncResult[Any]", uuid.UUID, str]
 
 #: What a rerun takes over of Celery's options. Callbacks, chains, chords and groups have had their turn.
 _RERUN_OPTIONS = (*MESSAGE_OPTIONS, "headers", "ignore_result", "store_error")
+#: Among the options of an execution that a rerun with a key has made: what it is a rerun of.
+_RERUN_OF = "rerun_of"
+
+#: How many executions of a tree a call of ``cancel`` ends itself, which a web request waits for.
+_CANCELLED_AT_ONCE = 100
 
 #: ``get_result`` asks the database after these pauses, in seconds; the last one repeats.
 _POLL_PAUSES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 
+@eager.outside()
 def cancel(execution: ExecutionRef, reason: str = "") -> bool:
     """Cancel an execution and its unfinished descendants.
 
-    Queued and waiting ones are cancelled at once; a running body notices at its next ``ctx`` call. A child that is
-    cancelled raises ``ChildCancelled`` in its parent.
+    Queued and waiting ones are cancelled at once, the first 100 of a tree by this call and the others by a sweeper; a
+    running body notices at its next ``ctx`` call. A child that is cancelled raises ``ChildCancelled`` in its parent.
 
     Args:
         execution: The execution, its id, or its ``AsyncResult``.
@@ -59,15 +69,20 @@ def cancel(execution: ExecutionRef, reason: str = "") -> bool:
     if not transitions.request_cancel(found.pk, reason):
         return False
     # Parents before children, so that no parent is woken for a child's sake. The sweeper finishes what this leaves.
-    level = [found.pk]
+    level, left = [found.pk], _CANCELLED_AT_ONCE
     while level:
-        for execution_id in level:
+        for execution_id in level[:left]:
             transitions.cancel_flagged(execution_id)
-        flagged = Execution.objects.using(database()).filter(parent_id__in=level).to_cancel()
-        level = list(flagged.values_list("pk", flat=True))
+        left -= len(level)
+        if left <= 0:
+            break
+        children = Execution.objects.using(database()).filter(parent_id__in=level)
+        flagged = children.to_cancel().values_list("pk", flat=True)
+        level = persist_briefly(database(), functools.partial(list, flagged))
     return True
 
 
+@eager.outside()
 def retry(execution: ExecutionRef) -> None:
     """Run a failed or cancelled root execution again from what failed.
 
@@ -84,6 +99,7 @@ def retry(execution: ExecutionRef) -> None:
     transitions.reopen(find(execution).pk, before_commit=lambda row: announcements.show(row, states.PENDING))
 
 
+@eager.outside()
 def rerun(execution: ExecutionRef, *, idempotency_key: str | None = None) -> Execution:
     """Start a new execution like a root that has ended: the same task, payload, queue and priority, and nothing done.
 
@@ -93,8 +109,8 @@ def rerun(execution: ExecutionRef, *, idempotency_key: str | None = None) -> Exe
 
     Args:
         execution: The execution, its id, or its ``AsyncResult``.
-        idempotency_key: The new one's, unique for its task: a second call with the same key starts none, and returns
-            the first one's.
+        idempotency_key: The new one's, unique for its task: a second call with the same key for the same ``execution``
+            starts none, and returns the first one's.
 
     Returns:
         The new execution.
@@ -103,6 +119,7 @@ def rerun(execution: ExecutionRef, *, idempotency_key: str | None = None) -> Exe
         Execution.DoesNotExist: There is none.
         ActionRefused: It has not ended, or it is a child, whose result nobody would wait for.
         InvalidArgument: The key is empty, longer than 255 characters, or not printable.
+        IdempotencyConflict: The key belongs to an execution that is no rerun of this one.
     """
     if idempotency_key is not None:
         idempotency_key = check_key(idempotency_key, "idempotency_key")
@@ -123,6 +140,8 @@ def rerun(execution: ExecutionRef, *, idempotency_key: str | None = None) -> Exe
     kept = {name: stored[name] for name in _RERUN_OPTIONS if name in stored}
     if kept.get("ignore_result") is False or kept.get("store_error"):
         kept["announce"] = True
+    if idempotency_key is not None:
+        kept[_RERUN_OF] = str(found.pk)
     new = transitions.NewExecution(
         id=new_root_id(),
         task=found.task,
@@ -133,10 +152,16 @@ def rerun(execution: ExecutionRef, *, idempotency_key: str | None = None) -> Exe
         idempotency_key=idempotency_key,
         options=dump_options(kept),
     )
-    created, _is_new = transitions.create(new)
+    created, is_new = transitions.create(new)
+    if not is_new and created.get_options().get(_RERUN_OF) != str(found.pk):
+        raise IdempotencyConflict(
+            f"The idempotency key {idempotency_key!r} belongs to execution {created.pk} of {created.task}, which is no "
+            f"rerun of {found.pk}. Use another key."
+        )
     return created
 
 
+@eager.outside()
 def wake(execution: ExecutionRef) -> None:
     """Let an execution go on now that waits for an instant: it sleeps, or is queued for a retry or a countdown.
 
@@ -150,6 +175,7 @@ def wake(execution: ExecutionRef) -> None:
     transitions.hasten(find(execution).pk)
 
 
+@eager.outside()
 def publish_again(execution: ExecutionRef) -> bool:
     """Publish the message of a queued execution again, if it is due; workers do this by themselves after a while.
 
@@ -168,6 +194,7 @@ def publish_again(execution: ExecutionRef) -> bool:
     return transitions.publish_again(find(execution).pk)
 
 
+@eager.outside()
 def send_event(
     execution: ExecutionRef,
     event: str,
@@ -213,8 +240,11 @@ def get_result(execution: ExecutionRef, timeout: float | dt.timedelta | None = N
         Execution.DoesNotExist: There is none.
         ExecutionFailed: It failed; ``str()`` is its error message.
         ExecutionCancelled: It was cancelled.
+        OutcomeLost: It succeeded, and somebody has deleted its result.
         TimeoutError: It is not final after ``timeout`` seconds.
         BlockingCallInTask: The call stands in a durable body.
+        WaitInsideTransaction: The current transaction can never see the end: it has created the execution, or reads a
+            snapshot.
     """
     if current_context.get() is not None:
         raise BlockingCallInTask(
@@ -226,13 +256,14 @@ def get_result(execution: ExecutionRef, timeout: float | dt.timedelta | None = N
     pauses = iter(_POLL_PAUSES)
     pause = _POLL_PAUSES[0]
     while True:
-        found = find(execution)
+        found = find(execution, patience=_patience(timeout, started))
         if found.status == ExecutionStatus.SUCCEEDED:
             return found.get_result()
         if found.status == ExecutionStatus.FAILED:
             raise ExecutionFailed(found.error_message)
         if found.status == ExecutionStatus.CANCELLED:
             raise ExecutionCancelled(found.error_message)
+        check_wait(found, timeout)
         pause = next(pauses, pause)
         if timeout is not None and time.monotonic() + pause - started > timeout:
             raise TimeoutError(
@@ -241,11 +272,18 @@ def get_result(execution: ExecutionRef, timeout: float | dt.timedelta | None = N
         time.sleep(pause)
 
 
-def find(execution: ExecutionRef) -> Execution:
+def _patience(timeout: float | None, started: float) -> float:
+    """Return for how many seconds whoever waits for a result waits for the database, too."""
+    longest = conductor_settings().LEASE_SECONDS
+    return longest if timeout is None else min(started + timeout - time.monotonic(), longest)
+
+
+def find(execution: ExecutionRef, *, patience: float = 0) -> Execution:
     """Return an execution as it is stored now.
 
     Args:
         execution: The execution, its id, or its ``AsyncResult``.
+        patience: Seconds to wait for a database that is away, if that is longer than a new connection takes.
 
     Raises:
         Execution.DoesNotExist: There is none.
@@ -254,7 +292,8 @@ def find(execution: ExecutionRef) -> Execution:
     if isinstance(execution, Execution):
         key: Any = execution.pk
     elif isinstance(execution, AsyncResult):
-        key = execution.id
+        # Of several calls with one id, the result of a call knows its own execution.
+        key = getattr(execution, "execution_id", execution.id)
     else:
         key = execution
     if not isinstance(key, uuid.UUID):
@@ -262,7 +301,8 @@ def find(execution: ExecutionRef) -> Execution:
             key = uuid.UUID(str(key))
         except ValueError:
             raise InvalidArgument(f"an execution is named by a UUID, got {shown(key)}") from None
-    found = Execution.objects.using(database()).filter(pk=key).first()
+    rows = Execution.objects.using(database()).filter(pk=key)
+    found = persist_briefly(database(), rows.first, patience=patience)
     if found is None:
         raise Execution.DoesNotExist(
             f"There is no execution {key}. Was its transaction rolled back, or has it been pruned?"

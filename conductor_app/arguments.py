@@ -5,13 +5,16 @@ from __future__ import annotations
 import datetime as dt
 import functools
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
+from celery.exceptions import QueueNotFound
 from celery.utils.time import maybe_iso8601
 
 from conductor_app import clock, observing
 from conductor_app.exceptions import InvalidArgument, InvalidArgumentType
+from conductor_app.options import check_limits
 from conductor_app.serialization import shown
 
 #: Longest timeout and longest sleep, in seconds (about 100 years).
@@ -81,31 +84,83 @@ def call_arguments(task: str, args: Any, kwargs: Any) -> tuple[list[Any], dict[s
     return list(args or ()), dict(kwargs or {})
 
 
-def queue_name(task: Any, options: Mapping[str, Any], args: list[Any], kwargs: Mapping[str, Any]) -> str:
-    """Return the Celery queue for a call: the option ``queue``, or where ``task_routes`` sends the task."""
-    queue: Any = options.get("queue")
-    if queue is not None:
-        return _checked_queue(queue if isinstance(queue, str) else getattr(queue, "name", queue))
-    routing = {name: options[name] for name in ("exchange", "routing_key") if name in options}
-    router = task.app.amqp.router
-    if not router.routes and not routing:
-        return _default_queue(router)
-    return _routed_queue(router, router.route(routing, task.name, args, dict(kwargs), task))
+#: What a route may say of a message beside its queue.
+_ROUTED_OPTIONS = ("exchange", "routing_key", "priority", "delivery_mode", "serializer", "compression")
+
+
+def routed(task: Any, options: Mapping[str, Any], args: list[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a call as ``task_routes`` completes them, once for all messages of the execution.
+
+    Its ``queue`` is a name: of the queue that such a message goes to, as far as this app knows it. ``exchange`` and
+    ``routing_key`` are there if they decide instead.
+
+    Raises:
+        QueueNotFound: ``task_create_missing_queues`` is off, and there is no such queue.
+        InvalidArgument, InvalidArgumentType: The name cannot be one.
+    """
+    amqp: Any = task.app.amqp
+    known = {name: value for name, value in options.items() if value is not None}
+    if "queue" in known:
+        known["queue"] = _queue(amqp.queues, known["queue"])
+    elif not amqp.router.routes and not (known.get("exchange") or known.get("routing_key")):
+        return {**options, "queue": _default_queue(amqp.router)}
+    if not amqp.router.routes:
+        found: Mapping[str, Any] = known
+    else:
+        found = amqp.router.route(dict(known), task.name, args, dict(kwargs), task)
+    completed = {name: _name(found[name]) for name in _ROUTED_OPTIONS if found.get(name) is not None}
+    bound = _bound_queue(amqp.queues, completed.get("exchange"), completed.get("routing_key"))
+    return {**options, **completed, "queue": bound or _queue_name(amqp.router, found)}
+
+
+def _queue(queues: Any, queue: Any) -> Any:
+    """Return a queue by its name. A new one is not added to those that this process knows: it might consume it."""
+    name = _checked_queue(queue if isinstance(queue, str) else _name(queue))
+    known = queues.aliases.get(name) or queues.get(name)
+    if known is None and not queues.create_missing:
+        raise QueueNotFound(f"Queue {name!r} missing from task_queues")
+    return known or queues.new_missing(name)
+
+
+def _bound_queue(queues: Any, exchange: Any, routing_key: Any) -> str | None:
+    """Return the first known queue that gets what is sent to an exchange with a routing key."""
+    if not exchange or not routing_key:
+        return None
+    return next((str(queue.name) for queue in queues.values() if _is_bound(queue, exchange, routing_key)), None)
+
+
+def _is_bound(queue: Any, exchange: str, routing_key: str) -> bool:
+    if queue.exchange is None or queue.exchange.name != exchange:
+        return False
+    if queue.exchange.type != "topic":
+        return bool(queue.exchange.type == "fanout" or queue.routing_key == routing_key)
+    words = (re.escape(word).replace(r"\*", "[^.]+") for word in queue.routing_key.split("."))
+    pattern = r"\.".join(words).replace(r"\#\.", r"(?:.*\.)?").replace(r"\.\#", r"(?:\..*)?").replace(r"\#", ".*")
+    return re.fullmatch(pattern, routing_key) is not None
 
 
 @functools.lru_cache(maxsize=8)
 def _default_queue(router: Any) -> str:
     """Return the queue of tasks without a route of their own; Celery looks for it in several settings."""
-    return _routed_queue(router, router.route({}, ""))
+    return _queue_name(router, router.route({}, ""))
 
 
-def _routed_queue(router: Any, route: Mapping[str, Any]) -> str:
-    found = route.get("queue")
-    return str(getattr(found, "name", found) or router.app.conf.task_default_queue)
+def _queue_name(router: Any, found: Mapping[str, Any]) -> str:
+    return str(_name(found.get("queue")) or router.app.conf.task_default_queue)
+
+
+def _name(named: Any) -> Any:
+    """Return the name of a queue or an exchange, which may be given as such."""
+    return getattr(named, "name", named)
 
 
 def message_options(task: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those options of a call that go into each message of its execution, as they are stored."""
+    """Return those options of a call that go into each message of its execution, as they are stored.
+
+    Raises:
+        InvalidArgument: The soft time limit is longer than the hard one.
+    """
+    check_limits(options)
     kept = {name: options[name] for name in MESSAGE_OPTIONS if options.get(name) is not None}
     headers = observing.carried(task, options.get("headers"))
     if headers:

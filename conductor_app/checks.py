@@ -11,25 +11,31 @@ Celery hides the checks of Django from whoever starts a worker, so a worker that
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import logging
 import os
 import re
 import sys
 import threading
+import zoneinfo
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 from celery import Celery, current_app
+from celery.app.backends import by_url
+from celery.backends.rpc import RPCBackend
 from celery.loaders.default import Loader as DefaultLoader
+from django.conf import settings
 from django.core import checks
 from django.core.checks import CheckMessage, Tags
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management.base import BaseCommand
 from django.db import Error as AnyDatabaseError
 from django.db import connections
+from kombu import serialization
 
-from conductor_app import dispatch
+from conductor_app import dispatch, scopes
 from conductor_app.conf import conductor_settings
 from conductor_app.durable import DurableTask
 from conductor_app.models import Execution, FailedExecution, Step, database
@@ -38,10 +44,9 @@ logger = logging.getLogger("conductor_app.worker")
 
 TAG = "conductor"
 MODELS = (Execution, Step, FailedExecution)
-#: What SQLite needs for several processes that write at the same time, as it stands in ``DATABASES``.
+#: What SQLite needs for several processes that write at the same time, as it stands among its ``OPTIONS``.
 SQLITE_OPTIONS = (
-    '"OPTIONS": {"transaction_mode": "IMMEDIATE", "timeout": 20, '
-    '"init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL"}'
+    '"transaction_mode": "IMMEDIATE", "timeout": 20, "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL"'
 )
 #: Seconds that a worker's start waits for the database.
 DATABASE_PATIENCE_SECONDS = 5.0
@@ -58,6 +63,8 @@ _POOLS = {
 }
 #: The pool of the worker that runs the checks, if it is one.
 _worker_pool: ContextVar[str | None] = ContextVar("conductor_app_worker_pool", default=None)
+#: How many bodies that worker runs at once, if it says so.
+_worker_concurrency: ContextVar[int | None] = ContextVar("conductor_app_worker_concurrency", default=None)
 
 
 # ---------------------------------------------------------------------------------------------------- what is looked at
@@ -75,9 +82,14 @@ def has_app(app: Celery) -> bool:
 
 def broker_transports(app: Celery) -> set[str]:
     """Return the transports of the broker's URLs: ``amqp``, ``redis`` …"""
+    return {name.partition("+")[0].partition(":")[0] for name in _broker_urls(app)}
+
+
+def _broker_urls(app: Celery) -> dict[str, str]:
+    """Return a URL of the broker for each scheme: ``amqp``, ``redis+socket`` …"""
     urls = app.conf.broker_write_url or app.conf.broker_url or "amqp://"
     found = urls.split(";") if isinstance(urls, str) else urls
-    return {str(url).partition("://")[0].partition("+")[0].partition(":")[0] for url in found}
+    return {str(url).partition("://")[0]: str(url) for url in found}
 
 
 def durable_tasks(app: Celery) -> list[DurableTask[Any, Any]]:
@@ -124,7 +136,9 @@ def tables_missing(using: str) -> CheckMessage:
     )
 
 
-@checks.register(TAG, Tags.database)
+# Without our tag: Django 6.1 runs the checks of a tag on all databases, although nobody named one, and a database that
+# does not answer would hold up a worker that starts, and `manage.py check --tag conductor`.
+@checks.register(Tags.database)
 def check_tables(databases: Sequence[str] | None = None, **_kwargs: Any) -> list[CheckMessage]:
     """E001: the tables are missing."""
     using = database()
@@ -188,6 +202,104 @@ def check_result_backend(**_kwargs: Any) -> list[CheckMessage]:
     ]
 
 
+@checks.register(TAG)
+def check_result_address(**_kwargs: Any) -> list[CheckMessage]:
+    """W034: a result backend that sends results to the process that asked for them."""
+    app = _app()
+    backend = str(app.conf.result_backend or "disabled")
+    try:
+        found: Any = cast(Any, by_url)(backend, app.loader)[0]  # its stubs are wrong
+    except Exception:  # noqa: BLE001 - a backend that cannot be loaded; Celery says so when it is used
+        return []
+    if not has_app(app) or not issubclass(found, RPCBackend):
+        return []
+    return [
+        checks.Warning(
+            f"CELERY_RESULT_BACKEND is {backend.partition(':')[0]}, which sends results to the process that called the "
+            "task: that of a durable task never arrives, and AsyncResult.get() waits for ever.",
+            hint='Use "django-db" (django-celery-results) or Redis, or conductor_app.api.get_result().',
+            id="conductor.W034",
+        )
+    ]
+
+
+@checks.register(TAG)
+def check_transport(**_kwargs: Any) -> list[CheckMessage]:
+    """E036: a broker to which nothing can be sent, which ``.delay()`` takes for one that is away."""
+    app = _app()
+    if not has_app(app):
+        return []
+    return [
+        checks.Error(
+            f'Celery cannot talk to a broker "{name}://": {reason}. Executions are stored and no message is ever sent.',
+            hint="Check CELERY_BROKER_URL, and that the transport's library is installed.",
+            id="conductor.E036",
+        )
+        for name, url in _broker_urls(app).items()
+        if (reason := _unusable(app, name, url))
+    ]
+
+
+def _unusable(app: Celery, name: str, url: str) -> str:
+    """Return why there is no transport for a broker's URL, or an empty text."""
+    kind, _, part = name.partition("+")
+    if kind in ("redis", "rediss") and part not in ("", "socket"):
+        # kombu takes it for a server of its own on this machine.
+        return f"kombu knows no Redis {part}"
+    try:
+        app.connection_for_write(url).transport  # noqa: B018 - it is made here
+    except Exception as error:  # noqa: BLE001 - whatever a library raises that is missing
+        return str(error).strip("'\" ").rstrip(".") or type(error).__name__
+    return ""
+
+
+@checks.register(TAG)
+def check_time_zone(**_kwargs: Any) -> list[CheckMessage]:
+    """E033: instants that are stored as local times, where clocks are put back."""
+    if settings.USE_TZ or not _has_daylight_saving():
+        return []
+    return [
+        checks.Error(
+            f"USE_TZ is False and the clocks of {settings.TIME_ZONE or 'this machine'} are put forward and back: what "
+            "is due around then comes an hour late, or at once, and leases lapse an hour late, or at once.",
+            hint='Set USE_TZ = True, or a TIME_ZONE without daylight saving, such as "UTC". Do it while no execution '
+            "is open: instants that are stored keep their old meaning.",
+            id="conductor.E033",
+        )
+    ]
+
+
+def _has_daylight_saving() -> bool:
+    """Tell whether the offset to UTC changes within the year that comes."""
+    zone = zoneinfo.ZoneInfo(settings.TIME_ZONE) if settings.TIME_ZONE else None
+    first = dt.datetime.now(dt.UTC)
+    offsets = {(first + dt.timedelta(days=day)).astimezone(zone).utcoffset() for day in range(0, 371, 7)}
+    return len(offsets) > 1
+
+
+@checks.register(TAG)
+def check_tenants(**_kwargs: Any) -> list[CheckMessage]:
+    """E035: django-tenants gives each tenant tables of ours, at which no worker looks."""
+    if not getattr(settings, "TENANT_MODEL", None):
+        return []
+    of_tenants = {"TENANT_APPS": getattr(settings, "TENANT_APPS", ())}
+    if getattr(settings, "HAS_MULTI_TYPE_TENANTS", False):
+        public = getattr(settings, "PUBLIC_SCHEMA_NAME", "public")
+        types = getattr(settings, "TENANT_TYPES", {})
+        of_tenants = {f'TENANT_TYPES["{name}"]': kind.get("APPS", ()) for name, kind in types.items() if name != public}
+    return [
+        checks.Error(
+            f"conductor_app is in {where}: each tenant gets tables of its own, and workers look at those of the public "
+            "schema. What a tenant's request starts is stored and never runs.",
+            hint="Move conductor_app to SHARED_APPS (the APPS of the public type), and migrate. A task's tenant "
+            "travels in its payload or in a header.",
+            id="conductor.E035",
+        )
+        for where, apps in of_tenants.items()
+        if any(name.partition(".")[0] == "conductor_app" for name in apps)
+    ]
+
+
 @checks.register(TAG, deploy=True)
 def check_eager(**_kwargs: Any) -> list[CheckMessage]:
     """W013: eager mode."""
@@ -223,7 +335,7 @@ def check_sqlite(**_kwargs: Any) -> list[CheckMessage]:
         checks.Warning(
             f'SQLite database "{using}" has no {" and no ".join(lacks)}: processes that write at the same time will '
             'meet "database is locked".',
-            hint=f'Put into DATABASES["{using}"]: {SQLITE_OPTIONS}',
+            hint=f'Add to DATABASES["{using}"]["OPTIONS"]: {SQLITE_OPTIONS}',
             id="conductor.W014",
         )
     ]
@@ -233,7 +345,8 @@ def check_sqlite(**_kwargs: Any) -> list[CheckMessage]:
 def check_settings(**_kwargs: Any) -> list[CheckMessage]:
     """E017: ``CONDUCTOR`` is wrong."""
     try:
-        conductor_settings()
+        if path := conductor_settings().AROUND_BODY:
+            scopes.of_project(path)
     except ImproperlyConfigured as error:
         return [
             checks.Error(
@@ -252,8 +365,27 @@ def check_pickle(**_kwargs: Any) -> list[CheckMessage]:
     return [
         checks.Error(
             "CELERY_ACCEPT_CONTENT has pickle: whoever can write to the broker can run code in the workers.",
-            hint='Set CELERY_ACCEPT_CONTENT = ["json"]. Durable tasks need nothing else.',
+            hint='Remove pickle from CELERY_ACCEPT_CONTENT; durable tasks need "json" and nothing else. While other '
+            'tasks of yours send pickles, add "conductor.E018" to SILENCED_SYSTEM_CHECKS.',
             id="conductor.E018",
+        )
+    ]
+
+
+@checks.register(TAG)
+def check_json(**_kwargs: Any) -> list[CheckMessage]:
+    """E032: workers would read none of our messages."""
+    accepted = _app().conf.accept_content
+    types: Any = cast(Any, serialization).registry.name_to_type  # its stubs do not know it
+    if accepted is None or types["json"] in {types.get(str(item), str(item)) for item in accepted}:
+        return []
+    named = ", ".join(sorted(map(str, accepted))) or "nothing"
+    return [
+        checks.Error(
+            f"CELERY_ACCEPT_CONTENT has no json, only {named}: workers refuse the messages of durable tasks, and none "
+            "of them ever runs.",
+            hint='Add "json" to CELERY_ACCEPT_CONTENT. What other tasks send may stay in it.',
+            id="conductor.E032",
         )
     ]
 
@@ -328,8 +460,8 @@ def check_redis(**_kwargs: Any) -> list[CheckMessage]:
         checks.Warning(
             "The Redis broker has no socket_timeout: a process that publishes while the server is silently gone waits "
             "for ever.",
-            hint='Set CELERY_BROKER_TRANSPORT_OPTIONS = {"socket_timeout": 5, "socket_connect_timeout": 3, '
-            '"socket_keepalive": True, "health_check_interval": 25}.',
+            hint='Add to CELERY_BROKER_TRANSPORT_OPTIONS: "socket_timeout": 5, "socket_connect_timeout": 3, '
+            '"socket_keepalive": True, "health_check_interval": 25.',
             id="conductor.W022",
         )
     ]
@@ -346,7 +478,7 @@ def check_amqp(**_kwargs: Any) -> list[CheckMessage]:
         checks.Warning(
             "The AMQP broker does not confirm what is published: a message that it drops is missed only after "
             'CONDUCTOR["REDISPATCH_SECONDS"].',
-            hint='Set CELERY_BROKER_TRANSPORT_OPTIONS = {"confirm_publish": True}.',
+            hint='Add to CELERY_BROKER_TRANSPORT_OPTIONS: "confirm_publish": True.',
             id="conductor.W023",
         )
     ]
@@ -369,6 +501,79 @@ def check_connection_pool(**_kwargs: Any) -> list[CheckMessage]:
     ]
 
 
+@checks.register(TAG, deploy=True)
+def check_pool_size(**_kwargs: Any) -> list[CheckMessage]:
+    """W031: a connection pool that is smaller than the worker's pool of threads. Only a worker knows how many."""
+    concurrency = _worker_concurrency.get()
+    if _pool(_app()) != "threads" or concurrency is None:
+        return []
+    found: list[CheckMessage] = []
+    for alias in _our_aliases():
+        pool = connections[alias].settings_dict.get("OPTIONS", {}).get("pool")
+        size = _pool_size(pool) if pool else None
+        if size is not None and size < concurrency + 1:
+            found.append(
+                checks.Warning(
+                    f'DATABASES["{alias}"]["OPTIONS"]["pool"] has {size} connections at most, and this worker runs '
+                    f"{concurrency} bodies at once: those that find none free wait, and fail after the pool's timeout.",
+                    hint=f'Set "max_size" to {concurrency + 1} or more: one for each thread of the worker, and one for '
+                    "its main thread. Sweeper and heartbeats have connections outside the pool.",
+                    id="conductor.W031",
+                )
+            )
+    return found
+
+
+def _pool_size(pool: Any) -> int | None:
+    # psycopg_pool's defaults: 4, and no more than that.
+    options = pool if isinstance(pool, dict) else {}
+    size = options.get("max_size") or options.get("min_size", 4)
+    return size if isinstance(size, int) else None
+
+
+#: What ends a connection whose other end has silently gone, by vendor, as it stands in ``DATABASES``.
+DEAD_CONNECTION_OPTIONS: dict[str, dict[str, int]] = {
+    "postgresql": {
+        "connect_timeout": 5,
+        "tcp_user_timeout": 15_000,
+        "keepalives_idle": 15,
+        "keepalives_interval": 5,
+        "keepalives_count": 3,
+    },
+    "mysql": {"connect_timeout": 5, "read_timeout": 60, "write_timeout": 60},
+}
+#: Those without which a client waits for as long as the kernel does.
+_NEEDED_OPTIONS = {
+    "postgresql": ("connect_timeout", "tcp_user_timeout", "keepalives_idle"),
+    "mysql": ("connect_timeout", "read_timeout", "write_timeout"),
+}
+
+
+@checks.register(TAG, deploy=True)
+def check_dead_connections(**_kwargs: Any) -> list[CheckMessage]:
+    """W030: a client that waits for a database host that is silently gone."""
+    using = database()
+    connection = connections[using]
+    settings = connection.settings_dict
+    options = settings.get("OPTIONS", {})
+    # A socket of this machine's ends with the server; a service's file may have them.
+    host = str(options.get("host") or settings.get("HOST") or "")
+    if not host or host.startswith("/") or "service" in options:
+        return []
+    missing = [name for name in _NEEDED_OPTIONS.get(connection.vendor, ()) if name not in options]
+    if not missing:
+        return []
+    advised = ", ".join(f'"{name}": {value}' for name, value in DEAD_CONNECTION_OPTIONS[connection.vendor].items())
+    return [
+        checks.Warning(
+            f'Database "{using}" has no {" and no ".join(missing)}: a process whose database host is silently gone '
+            "waits for it for as long as the kernel does, up to two hours.",
+            hint=f'Add to DATABASES["{using}"]["OPTIONS"]: {advised}.',
+            id="conductor.W030",
+        )
+    ]
+
+
 @checks.register(TAG)
 def check_isolation(**_kwargs: Any) -> list[CheckMessage]:
     """W025: an isolation level at which transactions refuse what they should wait for."""
@@ -376,14 +581,51 @@ def check_isolation(**_kwargs: Any) -> list[CheckMessage]:
     level = _isolation_level(using)
     if level in ("", "READ COMMITTED", "READ UNCOMMITTED"):
         return []
-    return [
-        checks.Warning(
-            f'Database "{using}" works at the isolation level {level}: transactions that meet fail and are repeated, '
-            "where at READ COMMITTED one waits for the other.",
-            hint=f'Remove "isolation_level" from DATABASES["{using}"]["OPTIONS"]; Django\'s own choice is right.',
-            id="conductor.W025",
-        )
-    ]
+    hint = f'Remove "isolation_level" from DATABASES["{using}"]["OPTIONS"]; Django\'s own choice is right.'
+    return [_isolation_warning(using, level, hint)]
+
+
+def _isolation_warning(using: str, level: str, hint: str) -> CheckMessage:
+    return checks.Warning(
+        f'Database "{using}" works at the isolation level {level}: transactions that meet fail and are repeated, '
+        "where at READ COMMITTED one waits for the other.",
+        hint=hint,
+        id="conductor.W025",
+    )
+
+
+@checks.register(Tags.database)
+def check_session(databases: Sequence[str] | None = None, **_kwargs: Any) -> list[CheckMessage]:
+    """W025, where the server sets the level, for a role or a database; the settings do not tell."""
+    using = database()
+    if using not in (databases or ()):
+        return []
+    try:
+        return session_warnings(using)
+    except AnyDatabaseError:
+        return []  # Whatever comes next will say so.
+
+
+def session_warnings(using: str) -> list[CheckMessage]:
+    """Return what is to be said about how the server sets up our sessions.
+
+    Raises:
+        Error: It cannot be asked.
+    """
+    connection = connections[using]
+    # With MySQL, Django sets a level of its own for each session. So does it with PostgreSQL, if the settings name one.
+    if connection.vendor != "postgresql" or "isolation_level" in connection.settings_dict.get("OPTIONS", {}):
+        return []
+    with connection.cursor() as cursor:
+        cursor.execute("SHOW default_transaction_isolation")
+        level = str(cursor.fetchone()[0]).upper()
+    if level in ("READ COMMITTED", "READ UNCOMMITTED"):
+        return []
+    hint = (
+        "The server says so for this role or database. Run: ALTER ROLE … RESET default_transaction_isolation (or ALTER "
+        f'DATABASE), or add "isolation_level": IsolationLevel.READ_COMMITTED to DATABASES["{using}"]["OPTIONS"].'
+    )
+    return [_isolation_warning(using, level, hint)]
 
 
 def _isolation_level(using: str) -> str:
@@ -450,7 +692,7 @@ def check_soft_shutdown(**_kwargs: Any) -> list[CheckMessage]:
     return [
         checks.Warning(
             "REMAP_SIGTERM=SIGQUIT makes SIGTERM a cold shutdown, and CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT is 0: what "
-            "runs is killed, and each costs an attempt.",
+            "runs is killed, and its bodies begin again.",
             hint="Set CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT to the supervisor's grace period less 10 seconds.",
             id="conductor.W028",
         )
@@ -492,12 +734,15 @@ def report_to_worker(instance: Any = None, options: Any = None, **_kwargs: Any) 
     options = options or {}
     # The command line says `pool`, `app.Worker(…)` says `pool_cls`, and CELERY_WORKER_POOL is for who says nothing.
     token = _worker_pool.set(_name_pool(options.get("pool_cls") or options.get("pool") or _app().conf.worker_pool))
+    concurrency = options.get("concurrency") or _app().conf.worker_concurrency or os.cpu_count()
+    size = _worker_concurrency.set(int(concurrency) if concurrency else None)
     try:
         for message in _messages_for_worker():
             _write(message)
     except Exception as error:  # noqa: BLE001 - a check that breaks must not keep a worker from starting
         logger.warning("The checks of conductor_app failed: %s: %s", type(error).__name__, error)
     finally:
+        _worker_concurrency.reset(size)
         _worker_pool.reset(token)
 
 
@@ -516,6 +761,7 @@ def _ask_database() -> Iterable[CheckMessage]:
         try:
             if missing_tables(using):
                 found.append(tables_missing(using))
+            found.extend(session_warnings(using))
         except Exception as error:  # noqa: BLE001 - a driver that is missing, settings that are wrong, a server that is away
             found.append(_database_away(using, str(error)))
         finally:

@@ -1,7 +1,7 @@
 """The one place where time is read. Only the database's clock decides deadlines and leases.
 
 Instants are SQL expressions, evaluated by the server inside the statement that uses them, so no worker's clock matters.
-Tests move time with ``shift``.
+Tests move time with ``shift``; an eager run is ahead of it in its own context (``eager``).
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from typing import Any, cast
 
 from django.conf import settings
 from django.db import connections
-from django.db.models import DateTimeField, ExpressionWrapper, Func
+from django.db.models import DateTimeField, DurationField, ExpressionWrapper, F, Func, QuerySet
 from django.db.models.expressions import Combinable, Value
 from django.utils import timezone
 from django.utils.dateparse import parse_datetime
+
+from conductor_app import eager
 
 #: What the test kit has added to the database's clock.
 _offset = dt.timedelta()
@@ -46,21 +48,26 @@ def now() -> Combinable:
     return after(0)
 
 
-def after(seconds: float | dt.timedelta) -> Combinable:
-    """Return the instant ``seconds`` from now as an SQL expression; negative values lie in the past."""
-    delta = interval(seconds)
+def after(seconds: float | dt.timedelta, *, skipping: bool = True) -> Combinable:
+    """Return the instant ``seconds`` from now as an SQL expression; negative values lie in the past.
+
+    Args:
+        skipping: Whether what an eager run has skipped counts. It does not for what others judge, such as a lease.
+    """
+    delta = interval(seconds, skipping=skipping)
     if not delta:
         return DatabaseNow()
     return ExpressionWrapper(DatabaseNow() + Value(delta), output_field=DateTimeField())
 
 
-def interval(seconds: float | dt.timedelta) -> dt.timedelta:
-    """Return what to add to the database's own clock for the instant ``seconds`` from now."""
-    return (seconds if isinstance(seconds, dt.timedelta) else dt.timedelta(seconds=seconds)) + _offset
+def interval(seconds: float | dt.timedelta, *, skipping: bool = True) -> dt.timedelta:
+    """Return what to add to the database's own clock for the instant ``seconds`` from now; see ``after``."""
+    delta = (seconds if isinstance(seconds, dt.timedelta) else dt.timedelta(seconds=seconds)) + _offset
+    return delta + eager.skipped() if skipping else delta
 
 
 def read(using: str) -> dt.datetime:
-    """Return the database's clock, and what ``shift`` added to it; aware if ``USE_TZ`` is on."""
+    """Return the database's clock, and what was added to it here; aware if ``USE_TZ`` is on."""
     connection = connections[using]
     expression = DatabaseNow()
     compile_for_vendor: Any = getattr(expression, f"as_{connection.vendor}", expression.as_sql)
@@ -72,11 +79,18 @@ def read(using: str) -> dt.datetime:
         value = parse_datetime(value)
     if settings.USE_TZ and timezone.is_naive(value):
         value = value.replace(tzinfo=dt.UTC)
-    return cast(dt.datetime, value) + _offset
+    return cast(dt.datetime, value) + interval(0)
+
+
+def seconds_to_first(rows: QuerySet[Any], column: str) -> float | None:
+    """Return in how many seconds the first instant in a column comes; ``None`` if there is no row."""
+    left = ExpressionWrapper(F(column) - now(), output_field=DurationField())
+    found = rows.order_by(column).values_list(left, flat=True).first()
+    return None if found is None else float(found.total_seconds())
 
 
 def shift(delta: dt.timedelta) -> None:
-    """Move the clock by ``delta``. For tests only."""
+    """Move the clock of this process by ``delta``. For tests only."""
     global _offset  # noqa: PLW0603
     _offset += delta
 

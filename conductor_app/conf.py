@@ -13,6 +13,9 @@ from django.conf import settings as django_settings
 from django.core.exceptions import ImproperlyConfigured
 from django.core.signals import setting_changed
 
+#: What ``REPORTED_STATE`` may be.
+REPORTED_STATES = ("SUSPENDED", "STARTED")
+
 
 @dataclass(frozen=True)
 class ConductorSettings:
@@ -49,6 +52,11 @@ class ConductorSettings:
     MAX_CHILDREN: int = 10_000
     #: Whether a replay that passes another payload than the recorded one raises ``StepMismatch`` instead of a warning.
     STRICT_REPLAY: bool = False
+    #: Dotted path of a function that gets the context and the body's arguments, and returns a context manager around
+    #: each run of a durable body.
+    AROUND_BODY: str = ""
+    #: What the result backend shows of an execution that waits: ``SUSPENDED`` or ``STARTED``.
+    REPORTED_STATE: str = "SUSPENDED"
     #: Whether each process counts what happens in it, for Prometheus; needs the extra ``metrics``.
     METRICS: bool = False
     #: ``host:port`` at which a worker serves what its processes have counted; with ``METRICS`` only.
@@ -107,6 +115,10 @@ class ConductorSettings:
             raise ImproperlyConfigured(
                 f'CONDUCTOR["SWEEP_SECONDS"] = {result.SWEEP_SECONDS:g} must not exceed '
                 f'CONDUCTOR["LEASE_SECONDS"] = {result.LEASE_SECONDS:g}.'
+            )
+        if result.REPORTED_STATE not in REPORTED_STATES:
+            raise ImproperlyConfigured(
+                f'CONDUCTOR["REPORTED_STATE"] must be "SUSPENDED" or "STARTED", got {result.REPORTED_STATE!r}.'
             )
         if result.METRICS_LISTEN:
             host_and_port(result.METRICS_LISTEN)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import difflib
+import inspect
 import itertools
 import logging
 import os
@@ -27,21 +28,26 @@ from typing import (
     overload,
 )
 
+import celery
 from celery import Task, current_app
 from celery.canvas import Signature
+from celery.exceptions import Retry, TaskPredicate
 from celery.local import Proxy
-from django.db import connections, transaction
+from django.db import DatabaseError, InterfaceError
 
-from conductor_app import observing, steps, transitions
+from conductor_app import headers, left_open, observing, sessions, steps, transitions
 from conductor_app.arguments import check_duration, check_instant
 from conductor_app.conf import conductor_settings
 from conductor_app.exceptions import (
+    AbandonRun,
     CancelExecution,
     ChildCancelled,
     ChildError,
     ChildFailed,
     ChildTimedOut,
     ContextClosed,
+    ControlFlow,
+    EndAttempt,
     EventTimedOut,
     Failure,
     InvalidArgument,
@@ -50,6 +56,9 @@ from conductor_app.exceptions import (
     LeaseLost,
     MaxDepthExceeded,
     NestedDurableCall,
+    NewerFormat,
+    OutcomeLost,
+    ProgrammingError,
     ReleaseExecution,
     RetryExecution,
     StepMismatch,
@@ -57,30 +66,45 @@ from conductor_app.exceptions import (
     SuspendExecution,
     TooManyChildren,
     TooManySteps,
+    UncleanConnection,
     UnknownTask,
     WrongThread,
 )
 from conductor_app.ids import derive_child_id
 from conductor_app.leases import Lease
-from conductor_app.models import Execution, database
+from conductor_app.models import Execution
+from conductor_app.options import check_call_options
 from conductor_app.plain import DjangoTask, Invocable, PlainTask, is_django_task, is_invocable
-from conductor_app.serialization import describe, digest, dump_call, loads, revive, round_trip, shown
-from conductor_app.sql import is_outage, opened_connections
-from conductor_app.states import ExecutionStatus, OnTimeout, StepKind, StepStatus
+from conductor_app.serialization import (
+    describe,
+    digest,
+    is_caught_by_bodies,
+    read_result,
+    revive_in_body,
+    round_trip,
+    shown,
+)
+from conductor_app.states import OnTimeout, StepKind, StepStatus
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-#: A timeout longer than this draws a hint: it may have been meant as milliseconds. Seconds.
-LONG_TIMEOUT_SECONDS = 86_400
 #: ``ctx.checkpoint`` asks the database at most this often, in seconds.
 CHECKPOINT_INTERVAL_SECONDS = 1.0
+#: A step's function begins on what the database said at most so many seconds ago. Each step that is recorded says it
+#: anew, so steps in quick succession never ask; after a pause, a look takes a fraction of that.
+STEP_FRESH_SECONDS = 0.01
+
+#: A body that swallows its end and makes so many calls after it is not going to stop.
+MAX_SWALLOWED = 10
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}\Z")
 _NAME_PATTERN = "[A-Za-z0-9][A-Za-z0-9_.:-]*"
 _NAME_LENGTH = 128
 
 logger = logging.getLogger("conductor_app.execution")
+#: Where ``ctx.logger`` writes: apart from the engine's own lines, so that a worker can show ids on the body's.
+body_logger = logging.getLogger("conductor_app.execution.body")
 
 #: The context of the body that runs in this thread.
 current_context: ContextVar[ExecutionContext | None] = ContextVar("conductor_app_context", default=None)
@@ -97,12 +121,16 @@ class ExecutionContext:
         task: Task[Any, Any] | None = None,
         *,
         draining: Callable[[], bool] = lambda: False,
+        end_stuck: Callable[[ExecutionContext, str], None] = lambda _context, _what: None,
     ) -> None:
         self._execution = execution
         self._memory = memory
         self._lease = lease
         self._task = task
         self._draining = draining
+        #: Ends a run whose body swallows its end again and again, where that can be ended.
+        self._end_stuck = end_stuck
+        self._swallowed = 0
         self._replayed = 0
         #: Where each step was called: file and line.
         self._used: dict[str, tuple[str, int]] = {}
@@ -111,11 +139,14 @@ class ExecutionContext:
         self._inside: str | None = None
         self._unrecorded: tuple[str, BaseException] | None = None
         self._suspension: tuple[transitions.Wait, tuple[str, int]] | None = None
+        self._ending: ControlFlow | None = None
+        self._is_lost = False
         self._closed = False
         self._thread = threading.get_ident()
-        self._connections = opened_connections()
-        self._atomic_depths = self._open_atomic_blocks()
-        self._checked_at = time.monotonic()
+        self._process = os.getpid()
+        self._watch = left_open.Watch()
+        #: When the database last said that this run may go on.
+        self._checked_at = lease.renewed_at
         #: Logs like any logger, with the execution's ids, and stays silent while the body replays what it did before.
         self.logger = ReplayAwareLogger(self)
 
@@ -165,7 +196,7 @@ class ExecutionContext:
         payload: object = ...,
         *,
         timeout: float | dt.timedelta | None = ...,
-        on_timeout: str = ...,
+        on_timeout: Literal["cancel", "abandon"] = ...,
         queue: str | None = ...,
         priority: int | None = ...,
     ) -> R: ...
@@ -178,7 +209,7 @@ class ExecutionContext:
         payload: object = ...,
         *,
         timeout: float | dt.timedelta | None = ...,
-        on_timeout: str = ...,
+        on_timeout: Literal["cancel", "abandon"] = ...,
         queue: str | None = ...,
         priority: int | None = ...,
     ) -> Any: ...
@@ -190,7 +221,7 @@ class ExecutionContext:
         payload: object = None,
         *,
         timeout: float | dt.timedelta | None = None,
-        on_timeout: str = "cancel",
+        on_timeout: Literal["cancel", "abandon"] = "cancel",
         queue: str | None = None,
         priority: int | None = None,
     ) -> Any:
@@ -224,7 +255,7 @@ class ExecutionContext:
             NotSerializable: A part of ``payload`` would not come back from JSON as it went in.
             InvokeInsideTransaction: The call stands inside ``transaction.atomic()``.
         """
-        step = _step_name(step)
+        step = _step_name(step, "invoke")
         remembered = self._invocation(
             f'ctx.invoke("{step}")',
             StepKind.INVOKE,
@@ -258,6 +289,7 @@ class ExecutionContext:
         self._recall(step, kind)
         self._check_depth(call, new.task)
         self._hint_at_milliseconds(step, given.timeout, seconds)
+        new = headers.collect(new, self._execution)
         return transitions.Invocation(step, new, digest(new.payload), seconds, on_timeout)
 
     def _resolve(
@@ -296,9 +328,11 @@ class ExecutionContext:
             self._replayed -= 1
             self._suspend(transitions.Pending(remembered.name))
         self._lease_must_hold()
-        if remembered.status == StepStatus.SUCCEEDED:
-            return remembered.get_result()
-        raise child_error(remembered)
+        with self._beyond_the_body():
+            value, error = _outcome_of(remembered)
+        if error is not None:
+            raise error
+        return value
 
     # ------------------------------------------------------------------------------------------------------ parallel
 
@@ -306,11 +340,11 @@ class ExecutionContext:
     def map(
         self,
         step: str,
-        child: Task[..., R],
+        child: Task[..., R] | Signature[R],
         payloads: Iterable[object],
         *,
         timeout: float | dt.timedelta | None = ...,
-        on_timeout: str = ...,
+        on_timeout: Literal["cancel", "abandon"] = ...,
         max_parallel: int | None = ...,
         return_exceptions: Literal[False] = ...,
         queue: str | None = ...,
@@ -321,11 +355,11 @@ class ExecutionContext:
     def map(
         self,
         step: str,
-        child: Task[..., Any] | str,
+        child: Task[..., Any] | Signature[Any] | str,
         payloads: Iterable[object],
         *,
         timeout: float | dt.timedelta | None = ...,
-        on_timeout: str = ...,
+        on_timeout: Literal["cancel", "abandon"] = ...,
         max_parallel: int | None = ...,
         return_exceptions: bool = ...,
         queue: str | None = ...,
@@ -339,7 +373,7 @@ class ExecutionContext:
         payloads: Iterable[object],
         *,
         timeout: float | dt.timedelta | None = None,
-        on_timeout: str = "cancel",
+        on_timeout: Literal["cancel", "abandon"] = "cancel",
         max_parallel: int | None = None,
         return_exceptions: bool = False,
         queue: str | None = None,
@@ -352,7 +386,9 @@ class ExecutionContext:
 
         Args:
             step: Name of the step, unique within this execution and stable across deployments.
-            child: A task or its name.
+            child: A task, its name, or a signature: its options, such as ``headers``, are for each child. Its arguments
+                come after a payload that is no mapping, and its keyword arguments give way to the payload's, as in
+                ``Signature.clone``.
             payloads: One payload per child, each as for ``invoke``; at most ``CONDUCTOR["MAX_CHILDREN"]``.
             timeout: Seconds, or a ``timedelta``, from the children's creation, for all of them together.
             on_timeout: ``"cancel"`` cancels the children that are late, ``"abandon"`` lets them go on.
@@ -369,17 +405,18 @@ class ExecutionContext:
             ChildCancelled: Somebody cancelled a child.
             TooManyChildren: There are too many payloads. Nothing is stored.
         """
-        step = _step_name(step)
+        step = _step_name(step, "map")
         call = f'ctx.map("{step}")'
         self._enter(step, call)
         given = _ChildOptions(timeout, on_timeout, queue, priority)
         seconds, late, options = given.checked()
         parallel = None if max_parallel is None else _check_parallel(max_parallel)
-        if isinstance(child, Signature):
-            raise InvalidArgumentType(f"{call} got a signature. Pass the task, and its arguments as payloads.")
         each = _payloads(payloads, call)
-        resolved = [self._resolve(child, payload, call, f"payloads[{number}]") for number, payload in enumerate(each)]
-        texts = [dump_call(args, kwargs, conductor_settings().MAX_PAYLOAD_BYTES) for _, args, kwargs, _ in resolved]
+        resolved = [
+            self._resolve(*_filled(child, payload, call, what := f"payloads[{number}]"), call, what)
+            for number, payload in enumerate(each)
+        ]
+        texts = [invocable.stored_payload(args, kwargs) for invocable, args, kwargs, _ in resolved]
         task = resolved[0][0].name if resolved else self._resolve(child, None, call)[0].name
         payload_digest = digest(" ".join(digest(text) for text in texts))
         remembered = self._recall(step, StepKind.MAP, task=task, payload_digest=payload_digest)
@@ -396,6 +433,7 @@ class ExecutionContext:
                 )
                 for number, (invocable, args, kwargs, own) in enumerate(resolved)
             ]
+            children = [headers.collect(new, self._execution) for new in children]
             fails_fast = not return_exceptions
             self._suspend(
                 transitions.Map(step, task, children, payload_digest, seconds, late, parallel, fails_fast),
@@ -407,25 +445,15 @@ class ExecutionContext:
         return self._map_outcome(remembered, return_exceptions=return_exceptions)
 
     def _map_outcome(self, remembered: steps.Memory, *, return_exceptions: bool) -> list[Any]:
-        if not return_exceptions and remembered.status != StepStatus.SUCCEEDED:
-            raise child_error(remembered)
-        late = set(loads(remembered.result) or ()) if remembered.status == StepStatus.TIMED_OUT else set()
-        values: list[Any] = []
-        for child in self._recall_map(remembered.name):
-            if child.status == ExecutionStatus.SUCCEEDED and child.position not in late:
-                values.append(loads(child.result))
-                continue
-            is_late = child.position in late or child.is_open
-            outcome = StepStatus.TIMED_OUT if is_late else StepStatus(child.status)
-            error = child_error(remembered._replace(status=outcome, error=child.error, child_id=child.child_id))
-            if not return_exceptions:
-                raise error
-            values.append(error)
-        if len(values) != remembered.total:
-            raise ChildCancelled(
-                f"A child of step '{remembered.name}' has been deleted, and its outcome with it.", step=remembered.name
-            )
-        return values
+        with self._beyond_the_body():
+            if not return_exceptions and remembered.status != StepStatus.SUCCEEDED:
+                outcomes: list[tuple[Any, ChildError | None]] = [(None, child_error(remembered))]
+            else:
+                outcomes = _outcomes_of_map(remembered, self._recall_map(remembered.name))
+        first = next((error for _, error in outcomes if error is not None), None)
+        if first is not None and not return_exceptions:
+            raise first
+        return [value if error is None else error for value, error in outcomes]
 
     def _recall_map(self, step: str) -> list[steps.ChildOutcome]:
         return transitions.patiently(lambda: steps.recall_map(self._execution.pk, step))
@@ -437,7 +465,7 @@ class ExecutionContext:
         payload: object = None,
         *,
         timeout: float | dt.timedelta | None = None,
-        on_timeout: str = "cancel",
+        on_timeout: Literal["cancel", "abandon"] = "cancel",
         queue: str | None = None,
         priority: int | None = None,
     ) -> ChildHandle[R]:
@@ -451,7 +479,7 @@ class ExecutionContext:
         Returns:
             A handle for ``gather``, good for this run of the body.
         """
-        step = _step_name(step)
+        step = _step_name(step, "start")
         remembered = self._invocation(
             f'ctx.start("{step}")',
             StepKind.START,
@@ -462,7 +490,9 @@ class ExecutionContext:
         )
         if isinstance(remembered, transitions.Invocation):
             wait = remembered
-            remembered = self._start_child(wait)
+            self._give_way()
+            with self._beyond_the_body():
+                remembered = self._start_child(wait)
             self._memory[remembered.name] = remembered
             self._replayed += 1
         self._lease_must_hold()
@@ -510,15 +540,17 @@ class ExecutionContext:
             self._replayed -= 1
             self._suspend(transitions.Pending(step))
         self._lease_must_hold()
-        if remembered is not None and remembered.child_id is not None:
-            # Others may have failed by now. The one that ended the first wait is the one that counts.
-            raise child_error(next(m for n in names if (m := self._memory[n]).child_id == remembered.child_id))
-        values = {name: _outcome_of(self._memory[name]) for name in names}
-        failed = next((value for value in values.values() if isinstance(value, _Failed)), None)
-        if failed is not None and not return_exceptions:
-            raise failed.error
-        outcomes = [values[handle.step] for handle in handles]
-        return [outcome.error if isinstance(outcome, _Failed) else outcome for outcome in outcomes]
+        with self._beyond_the_body():
+            if remembered is not None and remembered.child_id is not None:
+                # Others may have failed by now. The one that ended the first wait is the one that counts.
+                names = [name for name in names if self._memory[name].child_id == remembered.child_id]
+                if not names:
+                    raise remembered.lost("cause")
+            outcomes = {name: _outcome_of(self._memory[name]) for name in names}
+        first = next((error for _, error in outcomes.values() if error is not None), None)
+        if first is not None and not return_exceptions:
+            raise first
+        return [value if error is None else error for value, error in (outcomes[handle.step] for handle in handles)]
 
     # --------------------------------------------------------------------------------------------------------- steps
 
@@ -527,7 +559,7 @@ class ExecutionContext:
 
         ``fn`` runs at least once: if the worker dies after its effect and before the result is stored, it runs again.
         An exception of ``fn`` is raised as it is; if the body catches it and goes on to another ``ctx`` call, it is
-        remembered too, so that a replay takes the same branch.
+        remembered too, so that a replay takes the same branch. (``SystemExit`` and ``KeyboardInterrupt`` are not.)
 
         Args:
             step: Name of the step, unique within this execution and stable across deployments.
@@ -541,7 +573,7 @@ class ExecutionContext:
             PayloadTooLarge: The encoded result exceeds ``CONDUCTOR["MAX_RESULT_BYTES"]``.
             LeaseLost: Another run has taken over; the result is not recorded.
         """
-        step = _step_name(step)
+        step = _step_name(step, "step")
         call = f'ctx.step("{step}")'
         found, value = self._begin_step(step, fn, call)
         if found:
@@ -549,46 +581,55 @@ class ExecutionContext:
         with self._nested(call), observing.stepping(self._execution, step):
             try:
                 result = fn(*args, **kwargs)
-            except Exception as error:
-                self._unrecorded = (step, error)
+            except BaseException as error:
+                sessions.close_raised_in(error)
+                self._keep_in_mind(step, error)
                 raise
+        self._must_be_in_its_process(call)
+        self._must_be_closed(self._watch.added(), call)
         text, value = _encode_result(result, call)
-        memory = self._record(step, result=text)
+        with self._beyond_the_body():
+            memory = self._record(step, result=text)
+        self._checked_at = time.monotonic()
         self._memory[step] = memory
         self._replayed += 1
         return value if memory.result == text else memory.get_result()  # type: ignore[no-any-return]
 
     def atomic_step(self, step: str, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Run ``fn(*args, **kwargs)`` exactly once: its ORM writes and the memory of it are one transaction.
+        """Run ``fn(*args, **kwargs)`` with exactly one effect: its ORM writes and the memory of it are one transaction.
 
         That holds for writes to the database that stores the executions. If the worker dies or the lease is lost,
-        neither the writes nor the memory remain.
+        neither the writes nor the memory remain. If the transaction is rolled back by a deadlock, a serialization
+        failure or the end of its session, ``fn`` is called again: what it does beside such writes may happen more than
+        once, and belongs into ``ctx.step``.
 
         Args and errors: as for ``step``.
         """
-        step = _step_name(step)
+        step = _step_name(step, "atomic_step")
         call = f'ctx.atomic_step("{step}")'
         found, value = self._begin_step(step, fn, call)
         if found:
             return value  # type: ignore[no-any-return]
         with self._nested(call), observing.stepping(self._execution, step):
             try:
-                text, value, cancelled = self._record_together(step, lambda: _encode_result(fn(*args, **kwargs), call))
-            except Exception as error:
-                if not isinstance(error, LeaseLost) and not is_outage(error):
-                    self._unrecorded = (step, error)
+                with self._beyond_the_body():
+                    done = self._record_together(
+                        step, lambda: self._closing(lambda: _encode_result(fn(*args, **kwargs), call), call)
+                    )
+            except BaseException as error:
+                if not isinstance(error, Exception):
+                    self._keep_in_mind(step, error)
                 raise
-        self._memory.update(
-            {
-                step: steps.Memory(
-                    step, StepKind.STEP, StepStatus.SUCCEEDED, "", "", None, None, text, None, self._execution.fence
-                )
-            }
-        )
+            if done.error is not None:
+                self._unrecorded = (step, done.error)
+                raise done.error
+        assert done.memory is not None
+        self._memory[step] = done.memory
         self._replayed += 1
-        if cancelled:
-            raise CancelExecution
-        return value  # type: ignore[no-any-return]
+        self._checked_at = time.monotonic()
+        if done.is_to_cancel:
+            self._end(CancelExecution())
+        return done.value  # type: ignore[no-any-return]
 
     def _begin_step(self, step: str, fn: object, call: str) -> tuple[bool, Any]:
         self._enter(step, call)
@@ -598,16 +639,21 @@ class ExecutionContext:
             )
         remembered = self._recall(step, StepKind.STEP)
         if remembered is None:
+            self._give_way()
+            self._ask_unless_asked_within(STEP_FRESH_SECONDS)
             return False, None
-        if remembered.status == StepStatus.FAILED:
-            raise revive(remembered.get_failure())
-        return True, remembered.get_result()
+        with self._beyond_the_body():
+            error = revive_in_body(remembered.get_failure()) if remembered.status == StepStatus.FAILED else None
+            value = remembered.get_result() if error is None else None
+        if error is not None:
+            raise error
+        return True, value
 
     # --------------------------------------------------------------------------------------------------------- sleeps
 
     def sleep(self, step: str, seconds: float | dt.timedelta) -> None:
         """Release the worker and go on after ``seconds`` (or a ``timedelta``), by the database's clock."""
-        step = _step_name(step)
+        step = _step_name(step, "sleep")
         call = f'ctx.sleep("{step}")'
         self._enter(step, call)
         duration = check_duration(seconds, f"seconds of {call}")
@@ -615,7 +661,7 @@ class ExecutionContext:
 
     def sleep_until(self, step: str, when: dt.datetime) -> None:
         """Release the worker and go on at the instant ``when``."""
-        step = _step_name(step)
+        step = _step_name(step, "sleep_until")
         call = f'ctx.sleep_until("{step}")'
         self._enter(step, call)
         self._sleep(step, transitions.Sleep(step, until=check_instant(when, f"when of {call}")))
@@ -641,7 +687,7 @@ class ExecutionContext:
             step: Name of the step, unique within this execution and stable across deployments.
             event: Name of the event; several steps may wait for events of one name, one after another.
             timeout: Seconds, or a ``timedelta``, from the suspension of the first run that gets here; replays never
-                extend it. ``None`` waits without limit.
+                extend it. ``None`` waits without limit, 0 only looks: what it has seen is remembered, too.
 
         Returns:
             The payload after a JSON round trip.
@@ -653,11 +699,11 @@ class ExecutionContext:
             StepMismatch: ``step`` was recorded for another event or kind.
             InvokeInsideTransaction: The call stands inside ``transaction.atomic()``.
         """
-        step = _step_name(step)
+        step = _step_name(step, "wait_for")
         call = f'ctx.wait_for("{step}")'
         self._enter(step, call)
         event = check_name(event, "event name")
-        seconds = None if timeout is None else check_duration(timeout, "timeout", allow_zero=False)
+        seconds = None if timeout is None else check_duration(timeout, "timeout")
         remembered = self._recall(step, StepKind.EVENT, task=event)
         if remembered is None:
             self._hint_at_milliseconds(step, timeout, seconds)
@@ -667,7 +713,8 @@ class ExecutionContext:
             self._suspend(transitions.Pending(step))
         self._lease_must_hold()
         if remembered.status == StepStatus.SUCCEEDED:
-            return remembered.get_result()
+            with self._beyond_the_body():
+                return remembered.get_result()
         raise EventTimedOut(
             f"Event '{event}' did not come within {remembered.timeout_seconds:g}s (step '{step}')",
             step=step,
@@ -686,12 +733,10 @@ class ExecutionContext:
             LeaseLost: Another run has taken over.
         """
         self._usable("ctx.checkpoint()")
+        self.flush()
         self._lease_must_hold()
-        if self._draining():
-            raise ReleaseExecution
-        if time.monotonic() - self._checked_at >= CHECKPOINT_INTERVAL_SECONDS:
-            self._checked_at = time.monotonic()
-            self._check_held()
+        self._give_way()
+        self._ask_unless_asked_within(CHECKPOINT_INTERVAL_SECONDS)
 
     def retry(
         self, *, exc: BaseException | None = None, countdown: float | dt.timedelta | None = None
@@ -717,19 +762,38 @@ class ExecutionContext:
         return self._suspension
 
     @property
+    def ending(self) -> ControlFlow | None:
+        """What has ended the body, whatever that made of it; for the executor."""
+        return self._ending
+
+    @property
     def memory(self) -> Mapping[str, steps.Memory]:
         """All that the execution remembers by now; for the executor."""
         return self._memory
+
+    def _has_come_to(self, step: str) -> bool:
+        """Whether the body has called this step in this run; for the executor."""
+        return step in self._used
 
     @contextmanager
     def entered(self) -> Any:
         """Make this the current context while the body runs, and close it afterwards; for the executor."""
         token = current_context.set(self)
+        self._watch.begin()
         try:
             yield
         finally:
             current_context.reset(token)
             self._closed = True
+
+    def _left_open(self, raised: BaseException | None = None) -> list[str]:
+        """Clean this thread's connections after the body, and return what would have lost writes; for the executor."""
+        return self._watch.end(None if isinstance(raised, ControlFlow) else raised)
+
+    def _keep_in_mind(self, step: str, error: BaseException) -> None:
+        """Let the next call record a step's failure: the body has caught it then."""
+        if is_caught_by_bodies(type(error)):
+            self._unrecorded = (step, error)
 
     def flush(self) -> None:
         """Record a step's failure that the body has caught; for the executor."""
@@ -737,7 +801,8 @@ class ExecutionContext:
             step, error = self._unrecorded
             self._unrecorded = None
             failure = describe(error, conductor_settings().MAX_ERROR_BYTES)
-            self._memory[step] = self._record(step, failure=failure)
+            with self._beyond_the_body():
+                self._memory[step] = self._record(step, failure=failure)
             self._replayed += 1
 
     def _enter(self, step: str, call: str) -> None:
@@ -751,47 +816,117 @@ class ExecutionContext:
                 f'own name, in a loop for example f"{step}-{{index}}".'
             )
         self._used[step] = place
-        if self._open_atomic_blocks() != self._atomic_depths:
+        if found := self._watch.added():
+            where = "inside transaction.atomic()" if "atomic() block" in found[0] else f"with {' and '.join(found)}"
             raise InvokeInsideTransaction(
-                f"{call} was called inside transaction.atomic(), which would undo the memory of it. Call it outside, "
+                f"{call} was called {where}, which would undo the memory of it. Call it outside, "
                 "or put the writes into ctx.atomic_step()."
             )
-        self._lease_must_hold()
+        # Before this call ends the body: it has seen the failure, and a later run must see it, too.
         self.flush()
+        self._lease_must_hold()
 
-    def _open_atomic_blocks(self) -> list[tuple[str, int]]:
-        """Return how many ``atomic()`` blocks are open on each connection that has any."""
-        if len(self._connections) < len(connections.settings):
-            self._connections = opened_connections()
-        return [
-            (connection.alias, len(connection.atomic_blocks))
-            for connection in self._connections
-            if connection.in_atomic_block
-        ]
+    def _must_be_closed(self, found: list[str], call: str) -> None:
+        """Refuse to record a step whose function has left a transaction open: the memory of it would be undone."""
+        if found:
+            raise InvokeInsideTransaction(
+                f"The function of {call} left {' and '.join(found)}, which would undo the memory of it. "
+                "Use `with transaction.atomic():`, which ends with its block."
+            )
 
     def _usable(self, call: str) -> None:
         if self._closed:
             raise ContextClosed(
                 f"{call} was called after the run had ended. A context is good for one run of the body."
             )
+        self._must_be_in_its_process(call)
         if threading.get_ident() != self._thread:
             raise WrongThread(f"{call} was called in another thread than the one that runs the body.")
         if self._inside is not None:
             raise NestedDurableCall(
                 f"{call} was called inside {self._inside}. A step's function must not call ctx; call it from the body."
             )
+        if self._suspension is not None or self._ending is not None:
+            # The body calls on after its end. It gets no further.
+            self._note_swallowed()
+            raise SuspendExecution if self._ending is None else self._ending
+
+    def _note_swallowed(self) -> None:
+        """Tell of the first call after the body's end, unless it unwinds, and end a body that does not stop calling."""
+        if isinstance(sys.exception(), ControlFlow):
+            return  # in a `finally`, most often
+        self._swallowed += 1
+        if self._swallowed not in (1, MAX_SWALLOWED):
+            return
+        how = f"called on at {_shown_place(_caller())}"
         if self._suspension is not None:
-            # The body swallowed the suspension and calls on. It gets no further.
-            raise SuspendExecution
+            what = swallowed_suspension(self, self._execution.task, how)
+        else:
+            what = f"{self._execution.task} swallowed {type(self._ending).__name__} and {how}"
+        if self._swallowed == 1:
+            logger.error("%s. It gets no further. %s", what, SWALLOWED_ADVICE, extra=self._log_extra())
+        else:
+            self._end_stuck(self, f"{what}, {MAX_SWALLOWED} times")
+
+    @property
+    def _is_forked(self) -> bool:
+        """Whether this is a copy of the context, in a process that the body has forked; for the executor."""
+        return os.getpid() != self._process
+
+    def _must_be_in_its_process(self, call: str) -> None:
+        if self._is_forked:
+            raise WrongThread(f"{call} was called in a process that was forked from the one that runs the body.")
+
+    @contextmanager
+    def _beyond_the_body(self) -> Any:
+        """Let no error of ours reach the body where it could be caught.
+
+        What the body does about an exception has to be what it does on each replay. Nothing remembers an error of one
+        of our own statements, nor that a recorded outcome was gone.
+        """
+        try:
+            yield
+        except LeaseLost:
+            self._is_lost = True  # each later call says so, too
+            raise
+        except CancelExecution:
+            self._ending = CancelExecution()  # so does a body's that swallows it and calls on
+            raise
+        except AbandonRun as error:
+            self._ending = AbandonRun(*error.args)
+            raise
+        except (DatabaseError, InterfaceError, OutcomeLost, NewerFormat) as error:
+            self._ending = EndAttempt(error)
+            raise self._ending from None
 
     def _lease_must_hold(self) -> None:
-        if self._lease.lost:
+        if self._lease.lost or self._is_lost:
             raise LeaseLost(
                 f"The lease of execution {self._execution.pk} is lost: another run took over. "
                 "This run can write no more."
             )
         if self._lease.cancel_requested:
-            raise CancelExecution
+            self._end(CancelExecution())
+
+    def _give_way(self) -> None:
+        """Give the execution back if the worker shuts down, before a call that is not recorded does anything.
+
+        One that suspends needs not ask: a suspension gives the worker free, too, and loses nothing.
+        """
+        if self._draining():
+            self._end(ReleaseExecution())
+
+    def _end(self, why: ControlFlow) -> NoReturn:
+        """End the body; it gets no further, whatever it makes of that."""
+        self._ending = why
+        raise why
+
+    def _ask_unless_asked_within(self, seconds: float) -> None:
+        """Ask the database whether this run may go on, if it has not said so for a while."""
+        if time.monotonic() - self._checked_at >= seconds:
+            with self._beyond_the_body():
+                self._check_held()
+            self._checked_at = time.monotonic()
 
     def _recall(self, step: str, kind: StepKind, *, task: str = "", payload_digest: str = "") -> Any:
         remembered = self._memory.get(step)
@@ -831,14 +966,21 @@ class ExecutionContext:
     def _record(self, step: str, *, result: str | None = None, failure: Failure | None = None) -> steps.Memory:
         return transitions.record_step(self._execution, step, result=result, failure=failure)
 
-    def _record_together(self, step: str, work: Callable[[], tuple[str, Any]]) -> tuple[str, Any, bool]:
-        """Run ``work`` and record the text that it returns, in one transaction; tell whether to cancel."""
-        with transaction.atomic(using=database()):
-            text, value = work()
-            # The execution's row last: until here only rows of the user's are locked.
-            cancelled = transitions.lock_held(self._execution)
-            steps.record(self._execution, step, result=text)
-        return text, value, cancelled
+    def _record_together(self, step: str, work: Callable[[], tuple[str, Any]]) -> transitions.Together:
+        return transitions.record_together(self._execution, step, work)
+
+    def _closing(self, work: Callable[[], R], call: str) -> R:
+        """Run the function of an ``atomic_step``, and refuse what it leaves open; inside of that step's block."""
+        watch = left_open.Watch()
+        try:
+            done = work()
+        except BaseException as error:
+            sessions.close_raised_in(error, blocks=1)
+            watch.clean()
+            raise
+        self._must_be_in_its_process(call)
+        self._must_be_closed(watch.clean(), call)
+        return done
 
     def _check_held(self) -> None:
         transitions.check_held(self._execution)
@@ -867,6 +1009,10 @@ class ExecutionContext:
             "attempt": self._execution.attempt,
         }
 
+    def _line_extra(self) -> dict[str, Any]:
+        # By its own names for them Celery's formatter finds them in a thread that a step's function has started, too.
+        return {**self._log_extra(), "task_id": str(self._execution.pk), "task_name": self._execution.task}
+
 
 @dataclass(frozen=True)
 class ChildHandle(Generic[R]):
@@ -879,15 +1025,42 @@ class ChildHandle(Generic[R]):
     _context: ExecutionContext = field(repr=False, compare=False)
 
 
-@dataclass(frozen=True)
-class _Failed:
-    error: ChildError
-
-
-def _outcome_of(remembered: steps.Memory) -> Any:
+def _outcome_of(remembered: steps.Memory) -> tuple[Any, ChildError | None]:
+    """Return the result of a child, or the exception that its outcome raises in its parent."""
+    if remembered.is_pending:  # although it was awaited
+        raise remembered.lost("outcome")
     if remembered.status == StepStatus.SUCCEEDED:
-        return remembered.get_result()
-    return _Failed(child_error(remembered))
+        return remembered.get_result(), None
+    return None, child_error(remembered)
+
+
+def _outcomes_of_map(
+    remembered: steps.Memory, children: Sequence[steps.ChildOutcome]
+) -> list[tuple[Any, ChildError | None]]:
+    """Return what ``_outcome_of`` does for each child of a map, in the order of its payloads."""
+    is_timed_out = remembered.status == StepStatus.TIMED_OUT
+    late = set(read_result(remembered.result, lambda: remembered.lost("outcome"))) if is_timed_out else set()
+    by_position = {child.position: child for child in children}
+    if remembered.total is None:
+        raise remembered.lost("outcome")
+    outcomes: list[tuple[Any, ChildError | None]] = []
+    for position in range(remembered.total):
+        child = by_position.get(position)
+        known = remembered._replace(child_id=None if child is None else child.child_id)
+        if position in late or (is_timed_out and child is not None and child.is_open):
+            outcomes.append((None, child_error(known)))
+        elif child is None and remembered.status == StepStatus.CANCELLED:
+            # Deleted while the map waited for it; that was recorded, with this reason.
+            outcomes.append((None, child_error(known)))
+        elif child is not None and child.is_open and remembered.status != StepStatus.SUCCEEDED:
+            # The first failure decided the map, and now the code asks for all outcomes.
+            outcomes.append((None, child_error(remembered)))
+        elif child is None or child.is_open:
+            raise remembered.lost("outcome")
+        else:
+            known = known._replace(status=StepStatus(child.status), result=child.result, error=child.error)
+            outcomes.append(_outcome_of(known))
+    return outcomes
 
 
 def gather_name(members: Sequence[str], *, return_exceptions: bool) -> str:
@@ -902,7 +1075,7 @@ class ReplayAwareLogger(logging.LoggerAdapter[logging.Logger]):
     """``ctx.logger``: adds the execution's ids, and drops lines that an earlier run has already written."""
 
     def __init__(self, context: ExecutionContext) -> None:
-        super().__init__(logger, {})
+        super().__init__(body_logger, {})
         self._context = context
 
     def isEnabledFor(self, level: int) -> bool:  # noqa: N802 - the name is logging's
@@ -911,12 +1084,83 @@ class ReplayAwareLogger(logging.LoggerAdapter[logging.Logger]):
 
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
         """Add the ids to the record."""
-        kwargs["extra"] = {**self._context._log_extra(), **(kwargs.get("extra") or {})}
+        kwargs["extra"] = {**self._context._line_extra(), **(kwargs.get("extra") or {})}
         return msg, kwargs
 
 
+_WRONG_CALL = re.compile(r"(?P<of>[\w.<>]+)\(\) (?P<how>(missing|takes|got) .*)", re.DOTALL)
+
+
+def as_misuse(error: BaseException, task: str) -> BaseException:
+    """Return what has ended a body, as the misuse that it is: a call that no retry would make right.
+
+    Args:
+        error: What the body raised.
+        task: The name of its task.
+    """
+    found: BaseException | None = None
+    if isinstance(error, TaskPredicate):
+        instead = "`raise ctx.retry(countdown=…)`" if isinstance(error, Retry) else "`return`, or raise an error"
+        found = ProgrammingError(
+            f"{task} raised Celery's {type(error).__name__}, which would leave a durable execution without an outcome. "
+            f"Use {instead}."
+        )
+    elif type(error) is TypeError:
+        found = _wrong_call(error)
+    elif type(error) is AttributeError and isinstance(error.obj, ExecutionContext) and isinstance(error.name, str):
+        nearest = difflib.get_close_matches(error.name, _PUBLIC, n=1, cutoff=0.6)
+        hint = f' Did you mean "{nearest[0]}"?' if nearest else f" It has {', '.join(_PUBLIC)}."
+        found = (
+            error if hasattr(ExecutionContext, error.name) else ProgrammingError(f'ctx has no "{error.name}".{hint}')
+        )
+    return error if found is None else found.with_traceback(error.__traceback__)
+
+
+def _wrong_call(error: TypeError) -> InvalidArgumentType | None:
+    """Return the misuse that a call of ``ctx``, or its call of a step's function, with other arguments is."""
+    match = _WRONG_CALL.fullmatch(error.args[0]) if len(error.args) == 1 and type(error.args[0]) is str else None
+    if match is None:
+        return None
+    cls, _dot, name = match["of"].rpartition(".")
+    if cls == ExecutionContext.__qualname__ and name in _PUBLIC:
+        signature = inspect.signature(getattr(ExecutionContext, name))
+        parameters = [each.replace(annotation=each.empty) for each in signature.parameters.values()][1:]
+        written = signature.replace(parameters=parameters, return_annotation=signature.empty)
+        return InvalidArgumentType(f"ctx.{name}() {match['how']}. It is ctx.{name}{written}.")
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    # Python has not even entered the function.
+    is_ours = last is not None and last.tb_frame.f_code.co_filename == __file__
+    return InvalidArgumentType(str(error)) if is_ours else None
+
+
+#: What a body may use.
+_PUBLIC = tuple(
+    name
+    for name in (*sorted(vars(ExecutionContext)), "logger")
+    if not name.startswith("_") and name not in ("ending", "entered", "flush", "memory", "suspension")
+)
+
 #: What to tell whoever wrote a body that swallows its suspension.
 SWALLOWED_ADVICE = "Use `except Exception`, or re-raise conductor_app.SuspendExecution; do not return from `finally`."
+
+
+def unclean(task: str, found: Sequence[str]) -> UncleanConnection:
+    """Return the error of a body that has left its connections as ``left_open`` says."""
+    return UncleanConnection(
+        f"{task} left {' and '.join(found)} at its end. What it had written there and not committed is rolled back. "
+        "Use `with transaction.atomic():`, which ends with its block, and undo what changes a session."
+    )
+
+
+def unclean_start(task: str, found: Sequence[str]) -> InvokeInsideTransaction:
+    """Return the error of a run around whose body something else has opened what ``left_open`` says."""
+    return InvokeInsideTransaction(
+        f"The body of {task} was about to begin with {' and '.join(found)}. That would undo what its run remembers, "
+        "and how it ends. Open it in the body or in ctx.atomic_step(), not in the task's base class, a hook or a "
+        "receiver."
+    )
 
 
 def swallowed_suspension(context: ExecutionContext, task: str, how: str) -> str:
@@ -943,8 +1187,31 @@ def child_error(remembered: steps.Memory) -> ChildError:
 # ------------------------------------------------------------------------------------------------------------ arguments
 
 
-def _step_name(step: object) -> str:
+def _step_name(step: object, call: str = "") -> str:
+    if call and not isinstance(step, str):
+        _check_not_forgotten(step, call)
     return check_name(step, "step name")
+
+
+def _check_not_forgotten(step: object, call: str) -> None:
+    """Refuse what comes second, a task or a function, in the place of a step's name.
+
+    Raises:
+        InvalidArgumentType: It is such a thing.
+    """
+    if issubclass(type(step), Proxy):
+        step = cast(Any, step)._get_current_object()
+    if isinstance(step, (Task, Signature)):
+        what, name = f"the task {step.name}", str(step.name).rpartition(".")[2]
+    elif callable(step):
+        name = getattr(step, "__name__", "")
+        what = f"{type(step).__name__} {getattr(step, '__qualname__', None) or shown(step)}"
+    else:
+        return
+    name = name if name.isidentifier() else "…"
+    raise InvalidArgumentType(
+        f'step name must be str, got {what}. The step\'s name comes first: ctx.{call}("name", {name}, …)'
+    )
 
 
 def check_name(name: object, what: str) -> str:
@@ -1038,7 +1305,18 @@ def _check_type(value: Any, expected: type[R], name: str) -> R:
 
 
 def _looks_like_milliseconds(seconds: float) -> bool:
-    return seconds > LONG_TIMEOUT_SECONDS or (seconds >= 10_000 and seconds % 1_000 == 0)
+    """Tell whether a timeout is long, and not what somebody writes who means seconds: whole days, whole hours."""
+    if seconds % _DAY == 0:
+        return seconds > 0 and seconds % (1_000 * _DAY) == 0
+    if seconds % 1_000 == 0:
+        return seconds >= 10_000
+    return seconds > _DAY and seconds % 1 == 0 and seconds % _HOUR != 0
+
+
+_HOUR, _DAY = 3_600, 86_400
+
+
+_NO_KEY = "The step's name is the key: its child is stored once, however often the body runs."
 
 
 def resolve_child(
@@ -1069,6 +1347,11 @@ def resolve_child(
             )
         if payload is not None:
             raise InvalidArgumentType(f"{call} got a signature and a payload. Put the arguments into the signature.")
+        check_call_options(child.options, f"The signature given to {call}", also=(), hint=_NO_KEY)
+        if "task_id" in child.options and "reply_to" not in child.options:  # which Celery adds when it freezes one
+            raise InvalidArgumentType(
+                f"The signature given to {call} has a task_id. A child's id follows from its step."
+            )
         name, args, kwargs, options = str(child.task), list(child.args), dict(child.kwargs), dict(child.options)
     else:
         if isinstance(child, str):
@@ -1077,6 +1360,12 @@ def resolve_child(
             name = child.name
         elif is_django_task(child):
             django_task, name = DjangoTask(child), ""
+        elif isinstance(child, Mapping):
+            verb = call.partition("(")[0]
+            raise UnknownTask(
+                f"{call} got a payload where a task comes. Was the step's name forgotten? "
+                f'It comes first: {verb}("name", task, payload)'
+            )
         else:
             described = getattr(child, "__qualname__", None) or shown(child)
             raise UnknownTask(
@@ -1092,6 +1381,18 @@ def resolve_child(
     return task if is_invocable(task) else PlainTask(task), args, kwargs, options
 
 
+def _filled(child: object, payload: object, call: str, what: str) -> tuple[object, object]:
+    """Return a child and its payload; a signature gets the payload's arguments, as another signature."""
+    if not isinstance(child, Signature) or child.get("subtask_type"):
+        return child, payload
+    if child.immutable and payload is not None:
+        raise InvalidArgumentType(
+            f"{call} got an immutable signature, which takes no payloads. Make it with .s() instead of .si()."
+        )
+    args, kwargs = _child_arguments(payload, call, what)
+    return child.clone(tuple(args), kwargs), None
+
+
 def _child_arguments(payload: object, call: str, what: str) -> tuple[list[Any], dict[str, Any]]:
     if isinstance(payload, Mapping):
         for key in payload:
@@ -1105,13 +1406,30 @@ def _child_arguments(payload: object, call: str, what: str) -> tuple[list[Any], 
 
 
 def _unknown(name: str) -> str:
-    known = sorted(current_app.tasks)
+    known = sorted(name for name in current_app.tasks if not name.startswith(_BUILT_IN))
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    hint = f' Did you mean "{nearest[0]}"?' if nearest else ""
-    return (
-        f'No task named "{shown(name)[1:-1]}".{hint} Known: {len(known)}. '
-        "Is its module imported (tasks.py in an installed app)?"
-    )
+    hint = f'Did you mean "{nearest[0]}"? ' if nearest else ""
+    others = _like(name, known)
+    if not nearest and others:
+        hint = f"The nearest ones are {', '.join(others)}. "
+    return f'No task named "{shown(name)[1:-1]}". {hint}Is its module imported (tasks.py in an installed app)?'
+
+
+_BUILT_IN = ("celery.", "conductor_app.")
+
+
+def _like(name: str, known: Sequence[str]) -> list[str]:
+    """Return the names of some tasks, those first whose last part is most like another name's."""
+    last = name[-_NAME_LENGTH:].rpartition(".")[2]
+
+    def likeness(other: str) -> float:
+        return difflib.SequenceMatcher(None, last, other.rpartition(".")[2]).ratio()
+
+    return sorted(known, key=likeness, reverse=True)[:_SHOWN_TASKS]
+
+
+#: So many tasks are named to whoever has named none.
+_SHOWN_TASKS = 3
 
 
 def _encode_result(result: object, call: str) -> tuple[str, Any]:
@@ -1119,6 +1437,7 @@ def _encode_result(result: object, call: str) -> tuple[str, Any]:
 
 
 _PACKAGE = os.path.dirname(__file__) + os.sep
+_CELERY = os.path.dirname(celery.__file__) + os.sep
 
 
 def _caller() -> tuple[str, int]:
@@ -1127,6 +1446,38 @@ def _caller() -> tuple[str, int]:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
         frame = frame.f_back
     return frame.f_code.co_filename, frame.f_lineno
+
+
+#: Bodies and what they call by ``.delay()``, of which this process has told.
+_told_of_calls: set[tuple[str, str]] = set()
+
+
+def hint_at_repeated_call(task: str) -> None:
+    """Tell once of a body that calls a durable task by ``.delay()``: each of its runs would call it again.
+
+    Not in the function of a step, which a replay leaves out.
+
+    Args:
+        task: Name of the task that is called, by a call that nothing but itself identifies.
+    """
+    running = current_context.get()
+    if running is None or running._inside is not None:
+        return
+    called = (running._execution.task, task)
+    if called in _told_of_calls:
+        return
+    _told_of_calls.add(called)
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_PACKAGE, _CELERY)):
+        frame = frame.f_back
+    logger.warning(
+        "%s calls %s at %s with .delay() or .apply_async(), outside of a step. Each run of the body calls it again, "
+        "and a body runs again whenever it has waited. Use ctx.start("
+        '"name", task, payload), or call it inside of ctx.step, or with an idempotency_key.',
+        *called,
+        _shown_place((frame.f_code.co_filename, frame.f_lineno)),
+        extra=running._log_extra(),
+    )
 
 
 def _shown_place(place: tuple[str, int]) -> str:

@@ -18,24 +18,28 @@ import os
 import struct
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 from amqp.exceptions import ChannelError
 from celery import Celery, current_app
+from celery._state import _task_stack  # type: ignore[attr-defined]  # its stubs do not know it
+from celery.app.task import Context
 from django.db import transaction
 from django.db.models import DateTimeField
 from django.db.models.expressions import Combinable, Value
 from django.db.models.functions import Least
 from kombu.exceptions import EncodeError, SerializerNotInstalled
 from kombu.pools import producers
+from kombu.utils.url import maybe_sanitize_url
 
-from conductor_app import clock, observing
+from conductor_app import clock, eager, forks, observing
 from conductor_app.arguments import MESSAGE_OPTIONS, PLAIN_OPTIONS
 from conductor_app.conf import conductor_settings
+from conductor_app.exceptions import NewerFormat
 from conductor_app.ids import created_at
 from conductor_app.models import Execution, database
 from conductor_app.serialization import loads
@@ -58,9 +62,16 @@ REDISPATCH_CROWD = 1_000
 #: How long RabbitMQ may take to confirm a message, in seconds; without a limit, the caller and the sweeper would wait
 #: for a server that has silently gone as long as TCP does. Redis has ``socket_timeout`` for that.
 PUBLISH_SECONDS = 5.0
+#: A server that says nothing for so many seconds is not asked again: the caller has waited long enough.
+SILENCE_SECONDS = 3.0
+#: A connection to RabbitMQ that was not used for so many seconds is asked whether it lives, and has so many to answer.
+IDLE_SECONDS, PROBE_SECONDS = 15.0, 1.0
 _broker_rests_until = 0.0
 #: Errors about one message, its queue or its options. The broker is there, and takes others.
-_MESSAGE_ERRORS = (ChannelError, EncodeError, SerializerNotInstalled, LookupError, TypeError, ValueError, struct.error)
+_MESSAGE_ERRORS = (
+    *(ChannelError, EncodeError, SerializerNotInstalled, NewerFormat),
+    *(LookupError, TypeError, ValueError, struct.error),
+)
 
 #: Fields of a row that ``publish`` reads.
 DOORBELL_FIELDS = ("id", "task", "queue", "priority", "options", "root_id", "parent_id", "attempt")
@@ -77,6 +88,12 @@ def settle_broker(app: Celery) -> None:
     global _is_embedded, _runs_ahead  # noqa: PLW0603
     _is_embedded = is_embedded(app)
     _runs_ahead = bool(app.conf.broker_transport_options.get("confirm_publish"))
+
+
+def forget_broker() -> None:
+    """Look the broker up again from now on: the worker has ended, and its process has not."""
+    global _is_embedded, _runs_ahead
+    _is_embedded, _runs_ahead = None, False
 
 
 def is_embedded(app: Celery | None = None) -> bool:
@@ -115,9 +132,13 @@ def inline(*, everywhere: bool = False) -> Iterator[None]:
         _is_inline.reset(token)
 
 
-def is_inline() -> bool:
-    """Tell whether nothing is to be published now."""
-    return _inline_everywhere > 0 or _is_inline.get()
+def is_inline(root_id: uuid.UUID | None = None) -> bool:
+    """Tell whether nothing is to be published now of a tree, or at all.
+
+    Args:
+        root_id: The tree's root, if that is known.
+    """
+    return _inline_everywhere > 0 or _is_inline.get() or eager.runs(root_id)
 
 
 def first_instant(due: Combinable, *, is_due: bool, root_id: uuid.UUID | None = None, ahead: int = 0) -> Combinable:
@@ -150,7 +171,7 @@ class FirstPublication:
 
 def first_publication(root_id: uuid.UUID | None, ahead: int = 0) -> FirstPublication:
     """Return when the sweeper is to publish an execution that is queued and due now; see ``first_instant``."""
-    if not is_embedded() or is_inline():
+    if not is_embedded() or is_inline(root_id):
         return FirstPublication(conductor_settings().REDISPATCH_SECONDS * (1 + ahead / REDISPATCH_CROWD))
     # The feed serves the smallest instant first. A tree that has begun goes on before younger ones begin, or a
     # thousand parents would all wait for their first child before any of them got its second.
@@ -161,8 +182,9 @@ def first_publication(root_id: uuid.UUID | None, ahead: int = 0) -> FirstPublica
 
 def on_commit(*executions: Execution) -> None:
     """Publish ``executions`` when the current transaction is committed."""
-    if executions and not is_embedded() and not is_inline():
-        transaction.on_commit(lambda: publish_all(executions), using=database(), robust=True)
+    told = [execution for execution in executions if not is_inline(execution.root_id)]
+    if told and not is_embedded():
+        transaction.on_commit(lambda: publish_all(told), using=database(), robust=True)
 
 
 def publish_all(executions: Iterable[Execution]) -> None:
@@ -191,6 +213,7 @@ def publish(execution: Execution, *, waits: bool = True) -> bool:
     global _broker_rests_until  # noqa: PLW0603
     if is_broker_resting():
         return False
+    forks.own()
     try:
         with observing.acting_for(execution):
             if waits:
@@ -203,7 +226,7 @@ def publish(execution: Execution, *, waits: bool = True) -> bool:
         logger.warning(
             "Broker %s did not take the message (%s: %s). The execution %s is saved as queued and will be published "
             "when the broker is back.",
-            _broker_uri(),
+            getattr(error, "conductor_tried", None) or _broker_uri(),
             type(error).__name__,
             error,
             execution.pk,
@@ -239,39 +262,70 @@ def message_of(execution: Execution) -> dict[str, Any]:
     return options
 
 
-def _options_of(execution: Execution) -> dict[str, Any]:
+def options_of(execution: Execution) -> dict[str, Any]:
+    """Return the options of an execution's message, as ``Celery.send_task`` takes them."""
     options = message_of(execution)
-    if "exchange" not in options and "routing_key" not in options:
+    if is_embedded():
+        # This process's own queue, which nobody has bound to an exchange.
+        for name in ("exchange", "routing_key"):
+            options.pop(name, None)
+    if not (options.get("exchange") and options.get("routing_key")):
         options["queue"] = execution.queue
     if execution.priority is not None:
         options["priority"] = execution.priority
     return options
 
 
+class _AsStored:
+    """In the place of Celery's router: a message goes where the call's arguments and routes sent its execution.
+
+    A route may look at arguments, which a doorbell does not carry.
+    """
+
+    @staticmethod
+    def route(options: dict[str, Any], *_task: object) -> dict[str, Any]:
+        """Return the options of a message with its queue as Celery declares it."""
+        return current_app.amqp.router.expand_destination(options)
+
+
 def _send(execution: Execution) -> None:
-    options = _options_of(execution)
-    with current_app.producer_or_acquire() as producer:
-        _connect(producer)
-        _send_with(producer, execution, options)
+    _send_by(current_app.producer_or_acquire, execution)
 
 
 def _send_ahead(execution: Execution) -> None:
-    options = _options_of(execution)
     app: Any = current_app
     pool = _unconfirmed(app._get_current_object(), os.getpid())
-    for is_last in (False, True):
-        with pool.acquire(block=True) as producer:
-            _connect(producer)
+    _send_by(functools.partial(pool.acquire, block=True), execution)
+
+
+def _send_by(acquire: Callable[[], AbstractContextManager[Any]], execution: Execution) -> None:
+    """Send a message; once more on a new connection, if the one that was kept from an earlier message has died.
+
+    RabbitMQ, or something between, closes connections that are idle for long. A message that is sent twice is harmless.
+    """
+    options = options_of(execution)
+    began = time.monotonic()
+    for is_second in (False, True):
+        with acquire() as producer:
+            connection = producer.connection
+            is_kept = not is_second and _is_alive(connection)
+            if not is_kept:
+                _connect(connection)
             try:
                 _send_with(producer, execution, options)
-            except _MESSAGE_ERRORS:
+            except _MESSAGE_ERRORS as error:
+                _name_broker(error, connection.as_uri())
                 raise
-            except Exception:
-                # RabbitMQ, or something between, has closed a connection that was idle for long. A message that is sent
-                # twice is harmless.
-                if is_last:
+            except Exception as error:
+                # Without saying goodbye: it would wait for an answer without limit. And not to be used again: a
+                # confirmation that comes late would be taken for the next message's.
+                connection.collect()
+                _name_broker(error, connection.as_uri())
+                if not is_kept or time.monotonic() - began >= SILENCE_SECONDS:
                     raise
+                logger.debug("The connection to broker %s has died (%s). Trying a new one.", connection.as_uri(), error)
             else:
+                connection._conductor_used_at = time.monotonic()
                 return
 
 
@@ -282,30 +336,83 @@ def _unconfirmed(app: Celery, pid: int) -> Any:
     return producers[app.connection_for_write(transport_options={"confirm_publish": False})]
 
 
-def _connect(producer: Any) -> None:
-    """Connect, trying each server once. Left to itself, kombu would go on for 6 seconds, and the caller would wait."""
-    producer.connection.ensure_connection(max_retries=max(len(producer.connection.alt) - 1, 0))
+def _is_alive(connection: Any) -> bool:
+    """Tell whether a connection is open, and after a pause, whether RabbitMQ still answers on it.
+
+    A load balancer or a firewall that forgets an idle connection tells nobody, and what is written to it vanishes.
+    Heartbeats are no help: nobody attends to them in a process that only publishes. redis-py has
+    ``health_check_interval`` for that.
+    """
+    if not connection.connected:
+        return False
+    used_at = getattr(connection, "_conductor_used_at", None)
+    if connection.transport.driver_type != "amqp" or used_at is None or time.monotonic() - used_at < IDLE_SECONDS:
+        return True
+    try:
+        with connection.connection.transport.having_timeout(PROBE_SECONDS):
+            connection.default_channel.basic_qos(0, 0, False)
+    except Exception:  # noqa: BLE001 - whatever is wrong with it, a new one will do
+        return False
+    return True
+
+
+def _connect(connection: Any) -> None:
+    """Connect anew, trying each server once. Left to itself, kombu would go on for 6 seconds, and the caller wait."""
+    if connection._connection is not None:
+        connection.collect()
+    try:
+        connection.ensure_connection(max_retries=max(len(connection.alt) - 1, 0))
+    except Exception as error:
+        _name_broker(error, *map(maybe_sanitize_url, connection.alt or ()))
+        raise
+
+
+def _name_broker(error: Any, *tried: str) -> None:
+    """Note on an error which servers it is about; by default the only one."""
+    with suppress(AttributeError):
+        error.conductor_tried = " and ".join(tried)
 
 
 def _send_with(producer: Any, execution: Execution, options: dict[str, Any]) -> None:
-    is_amqp = producer.connection.transport.driver_type == "amqp"
-    if is_amqp:
+    if producer.connection.transport.driver_type == "amqp":
         options["timeout"] = PUBLISH_SECONDS
-    try:
+    with nullcontext() if options["parent_id"] else _unrelated():
         current_app.send_task(
             execution.task,
             task_id=str(execution.pk),
             add_to_parent=False,
             retry=False,
             producer=producer,
-            **{"serializer": "json", **options},
+            **{"serializer": "json", "router": _AsStored, **options},
         )
-    except Exception as error:
-        if is_amqp and not isinstance(error, _MESSAGE_ERRORS):
-            # Without saying goodbye: it would wait for an answer without limit. And not to be used again: a
-            # confirmation that comes late would be taken for the next message's.
-            producer.connection.collect()
-        raise
+
+
+class _Unrelated:
+    """Stands for the task that is at work here while a message is sent that it is not the parent of."""
+
+    def __init__(self, task: Any) -> None:
+        self._task = task
+        self.request = Context(called_directly=False, delivery_info={})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task, name)
+
+
+@contextmanager
+def _unrelated() -> Iterator[None]:
+    """Keep ``Celery.send_task`` from taking a parent, and that one's priority, from the current task.
+
+    A run publishes what it has made runnable: with the end of a child its parent, which may be a root.
+    """
+    task = current_app.current_worker_task
+    if task is None:
+        yield
+        return
+    _task_stack.push(_Unrelated(task))
+    try:
+        yield
+    finally:
+        _task_stack.pop()
 
 
 def _broker_uri() -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import functools
 import inspect
+import time
 import uuid
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, Generic, ParamSpec, TypeVar, cast, overload
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, Generic, ParamSpec, TypeVar, Unpack, cast, overload
 
+import celery.exceptions
 from celery import current_app, shared_task
 from celery.app.task import Context, Task
 from celery.backends.base import DisabledBackend
@@ -18,12 +21,12 @@ from celery.local import Proxy
 from celery.result import AsyncResult, EagerResult
 from celery.utils.functional import head_from_fun, maybe_list
 from django.core.exceptions import ImproperlyConfigured
-from django.db import OperationalError
+from django.db import DatabaseError, InterfaceError, OperationalError
 
-from conductor_app import dispatch, executor, inline, transitions
-from conductor_app.arguments import call_arguments, check_priority, due_time, expiry, message_options, queue_name
+from conductor_app import announcements, calls, dispatch, eager, executor, headers, inline, transitions
+from conductor_app.arguments import call_arguments, check_priority, due_time, expiry, message_options, routed
 from conductor_app.conf import conductor_settings
-from conductor_app.context import ExecutionContext, check_key, current_context
+from conductor_app.context import ExecutionContext, check_key, current_context, hint_at_repeated_call
 from conductor_app.dispatch import HEADER
 from conductor_app.exceptions import (
     AbandonRun,
@@ -32,21 +35,42 @@ from conductor_app.exceptions import (
     IdempotencyConflict,
     InvalidArgument,
     InvalidArgumentType,
+    PayloadMismatch,
     ProgrammingError,
+    WorkerLost,
 )
 from conductor_app.ids import new_root_id, of_task_id
 from conductor_app.models import Execution, database
+from conductor_app.options import (
+    OF_A_CHORD,
+    CallOptions,
+    RoutingOptions,
+    TaskOptions,
+    check_call_options,
+    check_callbacks,
+    check_task_options,
+)
 from conductor_app.retries import RetryPolicy
 from conductor_app.serialization import dump_call, dump_options, loads, shown
+from conductor_app.sql import drop_dead_connections, is_outage, once_more
+from conductor_app.validated import dump_models, load_models
+from conductor_app.waiting import check_wait_for_result
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_ROUTING_OPTIONS = ("queue", "exchange", "exchange_type", "routing_key", "delivery_mode", "priority")
+_ROUTING_OPTIONS = tuple(RoutingOptions.__annotations__)
 _RETRY_OPTIONS = frozenset(RetryPolicy.__dataclass_fields__)
+#: Options about Celery's messages that a doorbell cannot have.
+_MEANINGLESS_OPTIONS = (
+    *("acks_late", "acks_on_failure_or_timeout", "reject_on_worker_lost", "retry_on_worker_lost"),
+    *("track_started", "serializer"),
+)
 _CONTEXT_NAMES = ("ctx", "context", "_ctx", "_context", "_")
+#: How often to look whether a database is back, in seconds.
+_AWAY_POLL_SECONDS = 0.2
 #: Options of ``apply_async`` that outlive a suspension, as they are stored.
-_KEPT_OPTIONS = ("celery_id", "chain", "group_id", "group_index", "root_id", "parent_id")
+_KEPT_OPTIONS = ("caller", "celery_id", "chain", "group_id", "group_index", "root_id", "parent_id")
 #: Where each decorated task was defined, by name: to notice two tasks of one name.
 _defined_at: dict[str, tuple[str, str]] = {}
 
@@ -64,20 +88,56 @@ else:  # Celery 5.6 cannot be subscripted at run time.
 
 
 class DurableResult(_AsyncResult):
-    """An ``AsyncResult`` that refuses to be waited for inside a durable body."""
+    """An ``AsyncResult`` that refuses to be waited for inside a durable body.
 
-    def get(self, *args: Any, **kwargs: Any) -> Any:
-        """Wait for the result; see ``celery.result.AsyncResult.get``.
+    It gets over a database connection that dies meanwhile, where results are in the database.
+    """
+
+    def _get_task_meta(self) -> Any:
+        read: Any = super()._get_task_meta  # type: ignore[misc]  # its stubs do not know it
+        return once_more(read)
+
+    def get(self, timeout: float | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Wait for the result; see ``celery.result.AsyncResult.get``. ``None`` at once if the call ignores it.
+
+        Args:
+            timeout: Seconds to wait; ``None`` waits without limit, 0 only looks (Celery's own waits without limit).
 
         Raises:
+            celery.exceptions.TimeoutError: It has not come by then.
             BlockingCallInTask: The call stands in a durable body.
+            WaitInsideTransaction: The current transaction can never see the end: it has created the execution, or one
+                before it in its chain, or reads a snapshot.
         """
         if current_context.get() is not None:
             raise BlockingCallInTask(
                 f"Waiting for {self.id} inside a durable body would hold the worker. Use ctx.invoke instead of "
                 ".delay(…).get()."
             )
-        return super().get(*args, **kwargs)
+        if self.ignored:
+            return None
+        check_wait_for_result(self, timeout)
+        if timeout == 0 and not self.ready():
+            raise celery.exceptions.TimeoutError(f"The result of {self.id} is not there yet. It goes on; wait again.")
+        began, seen_at = time.monotonic(), None
+        left = timeout
+        while True:
+            try:
+                return super().get(left, *args, **kwargs)
+            except (DatabaseError, InterfaceError) as error:
+                now = time.monotonic()
+                if cast(Any, self)._cache is not None or not is_outage(error):
+                    raise  # the task's own error
+                if drop_dead_connections():
+                    seen_at = now
+                elif seen_at is None or now - seen_at > conductor_settings().LEASE_SECONDS:
+                    raise
+                else:
+                    time.sleep(_AWAY_POLL_SECONDS)
+                if timeout is not None:
+                    left = began + timeout - time.monotonic()
+                    if left <= 0:
+                        raise
 
 
 class DurableTask(_Task[P, R]):
@@ -95,8 +155,9 @@ class DurableTask(_Task[P, R]):
     retry_on_worker_lost = False
     track_started = False
     serializer = "json"
-    #: A child's failure was reported by the child; Celery logs it in one line, Sentry skips it.
-    throws = (ChildError,)
+    #: A child's failure was reported by the child, and a death is no error of the code's; Celery logs them in one line,
+    #: Sentry skips them.
+    throws = (ChildError, WorkerLost)
     #: Celery's tracer stores nothing: it does not know a child from a root.
     store_errors_even_if_ignored = False
 
@@ -105,31 +166,42 @@ class DurableTask(_Task[P, R]):
     retry_policy: ClassVar[RetryPolicy] = RetryPolicy()
     #: The decorator's ``queue``, ``exchange``, ``routing_key`` and ``priority``; they win over ``task_routes``.
     routing: ClassVar[Mapping[str, Any]] = {}
+    #: A context manager for each run of the body, called with the context and the body's arguments; see ``scopes``.
+    around: ClassVar[Callable[..., contextlib.AbstractContextManager[object]] | None] = None
     #: Options that were given and mean nothing here; the system check W019 tells of them.
     ignored_options: ClassVar[tuple[str, ...]] = ()
+    #: Whether Celery makes pydantic models of its arguments: the option ``pydantic``.
+    has_validation: ClassVar[bool] = False
+    #: The message of somebody else's that is at work and becomes no execution: its task id, and why.
+    refused: ClassVar[ContextVar[tuple[str, Exception] | None]] = ContextVar("conductor_app_refused", default=None)
 
     # ------------------------------------------------------------------------------------------------------- calling
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         """Run one delivery; for Celery's tracer.
 
         Raises:
-            TypeError: The task was called like a function.
+            InvalidArgumentType: The task was called like a function. Also a builtin ``TypeError``.
         """
         request = self.request
         running = current_context.get()
         # In its own body the task's request is that of the run, so only the context tells a call of itself.
         if request.called_directly or (running is not None and str(running.execution_id) == str(request.id)):
-            raise TypeError(
-                f"{self.name} is durable and cannot be called like a function. Use {self.name}.delay(…), or "
-                f"{self.name}.apply(…) in a unit test."
+            name = self.name.rpartition(".")[2]
+            instead = (
+                f"Use {self.name}.delay(…); in a unit test conductor_app.testing.run({name}, payload), or "
+                f"{self.name}.apply(…)."
+                if running is None
+                else f'In a durable body use ctx.invoke("name", {name}, payload).'
             )
-        try:
-            execution_id = self._adopt(request, args, kwargs)
-        except AbandonRun as error:
-            # A message that somebody else published is acknowledged, and not stored: Celery has to record the failure.
-            raise OperationalError(str(error)) from error
-        return executor.run(self, execution_id)
+            raise InvalidArgumentType(f"{self.name} is durable and cannot be called like a function. {instead}")
+        started = executor.current_run.get()
+        if started is not None and started.task.name == self.name and started.execution.pk == of_task_id(request.id):
+            return executor.run_body(started)
+        refused = self.refused.get()
+        if refused is not None and refused[0] == request.id:
+            raise refused[1]
+        return executor.run(self, self.identify(request, args, kwargs))
 
     def apply_async(
         self,
@@ -142,67 +214,95 @@ class DurableTask(_Task[P, R]):
         shadow: str | None = None,
         *,
         idempotency_key: str | None = None,
-        **options: Any,
+        **options: Unpack[CallOptions],
     ) -> AsyncResult[R]:
         """Store an execution in the current transaction, and publish its message when that is committed.
 
-        Takes the options of ``celery.app.task.Task.apply_async``. ``countdown`` and ``eta`` become the due time,
-        ``expires`` a deadline for starting; options about the producer and about publishing again have no effect,
-        since the row is the outbox.
+        Takes the options of ``celery.app.task.Task.apply_async`` and no others. ``countdown`` and ``eta`` become the
+        due time, ``expires`` a deadline for starting; options about the producer and about publishing again have no
+        effect, since the row is the outbox.
 
         Args:
             idempotency_key: A second call with the same key returns the existing execution.
 
         Raises:
-            NotSerializable, PayloadTooLarge, InvalidArgument, InvalidArgumentType: Nothing is stored.
+            NotSerializable, PayloadTooLarge, InvalidArgument, InvalidArgumentType: Nothing is stored. An option that
+                Celery does not know is an ``InvalidArgumentType``.
+            QueueNotFound: ``task_create_missing_queues`` is off, and there is no such queue.
             IdempotencyConflict: The key belongs to an execution with other arguments.
         """
         del producer
-        options = {
-            **options,
-            "link": link,
-            "link_error": link_error,
-            "shadow": shadow,
-        }
-        caller = self.app.current_worker_task
-        if caller is not None:
-            options.setdefault("root_id", caller.request.root_id or caller.request.id)
-            options.setdefault("parent_id", caller.request.id)
+        check_call_options(options, f"{self.name}.apply_async()")
+        given: dict[str, Any] = {**options, "link": link, "link_error": link_error, "shadow": shadow}
+        if any(given.get(name) for name in ("link", "link_error", "chain", "chord")):
+            check_callbacks(given, self.app, lambda task: isinstance(task, DurableTask))
+        current = self.app.current_worker_task
+        caller = calls.caller_of(given, task_id, current)
+        if idempotency_key is None and (task_id is None or caller is not None):
+            hint_at_repeated_call(self.name)
+        if current is not None:
+            given.setdefault("root_id", current.request.root_id or current.request.id)
+            given.setdefault("parent_id", current.request.id)
+        given.update(calls.kept(caller, given))
         if self.app.conf.task_always_eager:
-            options["ignore_result"] = not self.app.conf.task_store_eager_result
+            given["ignore_result"] = not self.app.conf.task_store_eager_result
         new = self.new_execution(
             *call_arguments(self.name, args, kwargs),
-            options,
+            given,
             what=f"payload of {self.name}",
             execution_id=_parse_id(task_id),
             idempotency_key=idempotency_key,
             is_root=True,
         )
-        if self.app.conf.task_always_eager:
-            with dispatch.inline():
-                execution, created = transitions.create(new)
-        else:
-            execution, created = transitions.create(new)
+        new = headers.collect(new)
+        with eager.outside(), dispatch.inline() if self.app.conf.task_always_eager else contextlib.nullcontext():
+            execution, created = calls.create(new, caller)
         if not created:
             _check_same(execution, new)
-        result: AsyncResult[R] = self.AsyncResult(str(execution.pk))
-        if caller is not None and options.get("add_to_parent", True) and not isinstance(caller, DurableTask):
-            caller.add_trail(result)
+        result: AsyncResult[R] = self.AsyncResult(announcements.celery_id(execution))
+        cast(Any, result).execution_id = execution.pk
+        cast(Any, result).ignored = self._is_ignored(execution, given)
+        if current is not None and given.get("add_to_parent", True) and not isinstance(current, DurableTask):
+            current.add_trail(result)
         if self.app.conf.task_always_eager and created:
             return cast("AsyncResult[R]", inline.run_eagerly(execution, self.app))
         return result
 
+    def _is_ignored(self, execution: Execution, options: Mapping[str, Any]) -> bool:
+        """Tell whether Celery will not know the result of an execution, since it was called so."""
+        if isinstance(self.app.backend, DisabledBackend):
+            return bool(options.get("ignore_result", self.ignore_result))
+        return bool(execution.get_options().get("ignore_result", True))
+
     def apply(  # type: ignore[override]
         self, args: Any = None, kwargs: Any = None, *, throw: bool | None = None, **options: Any
     ) -> EagerResult[R]:
-        """Store an execution and run its whole tree in this process, without waiting for due times.
+        """Store an execution and run its whole tree in this process, without waiting for its due times.
+
+        Nothing of any other tree is run or decided, and what the bodies start with ``.delay()`` is left to the workers.
 
         Args:
             args: Positional arguments, without the context.
             kwargs: Keyword arguments.
             throw: Whether to raise what fails it; ``CELERY_TASK_EAGER_PROPAGATES`` by default.
-            options: ``task_id``, ``link`` and ``link_error`` have the meaning of ``apply_async``; others no effect.
+            options: ``task_id``, ``link`` and ``link_error`` have the meaning of ``apply_async``; its others no effect.
+
+        Raises:
+            InvalidArgumentType: ``apply_async`` knows no such option, or it is ``idempotency_key``.
+            BlockingCallInTask: The call stands in a durable body that a worker runs.
         """
+        running = current_context.get()
+        if running is not None and not (running.task is not None and running.task.request.is_eager):
+            raise BlockingCallInTask(
+                f"{self.name}.apply(…) inside a durable body would run its whole tree in the body's place and hold the "
+                "worker. Use ctx.invoke."
+            )
+        check_call_options(
+            options,
+            f"{self.name}.apply()",
+            also=("logfile", "loglevel", *OF_A_CHORD),
+            hint="It always runs the task; use apply_async.",
+        )
         kept = {key: value for key, value in options.items() if key in ("task_id", "link", "link_error")}
         kept["ignore_result"] = not self.app.conf.task_store_eager_result
         task_id = kept.pop("task_id", None)
@@ -213,9 +313,19 @@ class DurableTask(_Task[P, R]):
             execution_id=_parse_id(task_id),
             is_root=True,
         )
-        with dispatch.inline():
-            execution, _created = transitions.create(new)
+        with eager.outside(), dispatch.inline():
+            # An id that is taken is no reason not to run it: Celery's own `apply` always does.
+            execution, _created = calls.create(new, calls.nobody())
         return cast("EagerResult[R]", inline.run_eagerly(execution, self.app, throw))
+
+    def apply_async_on_commit(self, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Do as ``apply_async`` when the current transaction is committed; its options are checked now.
+
+        Raises:
+            InvalidArgumentType: Celery does not know an option.
+        """
+        check_call_options(kwargs, f"{self.name}.apply_async_on_commit()")
+        super().apply_async_on_commit(*args, **kwargs)
 
     def AsyncResult(self, task_id: str, **kwargs: Any) -> AsyncResult[R]:  # noqa: N802
         """Return the result object of an execution's id."""
@@ -228,6 +338,78 @@ class DurableTask(_Task[P, R]):
             ProgrammingError: Always.
         """
         raise ProgrammingError(f"{self.name} is durable: use `raise ctx.retry(countdown=…)`.")
+
+    def update_state(
+        self, task_id: str | None = None, state: str | None = None, meta: Any = None, **kwargs: Any
+    ) -> None:
+        """Write a state to the result backend; see ``celery.app.task.Task.update_state``.
+
+        That of the body's own execution stays while it waits, instead of ``CONDUCTOR["REPORTED_STATE"]``. What a body
+        that runs again from the top says before it has come to where the last run ended is left out.
+        """
+        started, context = executor.current_run.get(), current_context.get()
+        if (
+            started is not None
+            and context is not None
+            and context.execution_id == started.execution.pk
+            and (task_id is None or of_task_id(task_id) == started.execution.pk)
+        ):
+            started.reports_state = True
+            if context.is_replaying:
+                return
+        super().update_state(task_id, state, meta, **kwargs)
+
+    def replace(self, *_args: Any, **_kwargs: Any) -> Any:
+        """Refuse Celery's replacement of a task: its id is the execution's, which goes on.
+
+        Raises:
+            ProgrammingError: Always.
+        """
+        raise ProgrammingError(
+            f"{self.name} is durable and cannot be replaced. Use `return ctx.invoke(…)`, one call for each task of a "
+            "chain, and ctx.map or ctx.start with ctx.gather for a group."
+        )
+
+    def add_to_chord(self, *_args: Any, **_kwargs: Any) -> Any:
+        """Refuse to add to the chord that the task is in.
+
+        Raises:
+            ProgrammingError: Always.
+        """
+        raise ProgrammingError(
+            f"{self.name} is durable: add_to_chord would add once for each attempt. Use ctx.start and ctx.gather, or "
+            "ctx.map, in a body that takes the place of the chord."
+        )
+
+    def map(self, *_args: Any, **_kwargs: Any) -> Any:
+        """Refuse ``map``, as ``starmap`` and ``chunks``: one Celery task would call the body like a function.
+
+        Raises:
+            ProgrammingError: Always.
+        """
+        raise self._no_loop("map")
+
+    def starmap(self, *_args: Any, **_kwargs: Any) -> Any:
+        """Refuse it; see ``map``.
+
+        Raises:
+            ProgrammingError: Always.
+        """
+        raise self._no_loop("starmap")
+
+    def chunks(self, *_args: Any, **_kwargs: Any) -> Any:
+        """Refuse it; see ``map``.
+
+        Raises:
+            ProgrammingError: Always.
+        """
+        raise self._no_loop("chunks")
+
+    def _no_loop(self, name: str) -> ProgrammingError:
+        return ProgrammingError(
+            f"{self.name}.{name}() would call a durable task like a function, in one run of another task. Use ctx.map "
+            "in a durable task, with max_parallel= if not all are to run at once, or celery.group elsewhere."
+        )
 
     # ------------------------------------------------------------------------------------------------ new executions
 
@@ -255,6 +437,7 @@ class DurableTask(_Task[P, R]):
 
         Raises:
             NotSerializable, PayloadTooLarge, InvalidArgument, InvalidArgumentType: Nothing is stored.
+            QueueNotFound: ``task_create_missing_queues`` is off, and there is no such queue.
         """
         self._check_signature(args, kwargs, what)
         payload = self.stored_payload(args, kwargs)
@@ -264,12 +447,12 @@ class DurableTask(_Task[P, R]):
         # The decorator's own queue, priority, time limits: of a child as well as of a root.
         exec_options: Mapping[str, Any] = {**cast(Any, self)._get_exec_options(), **self.routing}
         own = {name: value for name, value in exec_options.items() if value is not None}
-        options = {**own, **given}
+        options = routed(self, {**own, **given}, args, kwargs)
         countdown, eta = due_time(options)
         return transitions.NewExecution(
             id=execution_id or new_root_id(),
             task=self.name,
-            queue=queue_name(self, options, args, kwargs),
+            queue=options["queue"],
             payload=payload,
             max_attempts=self.retry_policy.max_attempts,
             priority=check_priority(options.get("priority")),
@@ -286,14 +469,36 @@ class DurableTask(_Task[P, R]):
         Raises:
             NotSerializable, PayloadTooLarge: They cannot be.
         """
+        args, kwargs = dump_models(inspect.unwrap(self.run), args, kwargs)
         return dump_call(args, kwargs, conductor_settings().MAX_PAYLOAD_BYTES)
 
-    def _check_signature(self, args: list[Any], kwargs: Mapping[str, Any], what: str) -> None:
+    def body_arguments(self, args: list[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], Mapping[str, Any]]:
+        """Return stored arguments as the body takes them, with pydantic models where it is annotated so.
+
+        Raises:
+            PayloadMismatch: A model does not take what is stored.
+        """
+        if self.has_validation:
+            return args, kwargs
         try:
-            _signature(inspect.unwrap(self.run)).bind(None, *args, **kwargs)
-        except TypeError as error:
-            signature = body_signature(self.run)
-            raise InvalidArgumentType(f"{what} does not fit {self.name}{signature}: {error}") from None
+            return load_models(inspect.unwrap(self.run), args, kwargs)
+        except ValueError as error:
+            raise PayloadMismatch(f"The stored payload does not fit {self.name}: {error}") from error
+
+    def misfit(self, args: list[Any], kwargs: Mapping[str, Any]) -> str:
+        """Return how arguments do not fit the body as this process knows it; an empty text if they do.
+
+        With ``typing=False`` nobody looks before the body is called.
+        """
+        if not self.typing:
+            return ""
+        find = _misfit if len(kwargs) <= _MOST_NAMES else _misfit.__wrapped__
+        misfit = find(inspect.unwrap(self.run), len(args), tuple(kwargs))
+        return f"{self.name}{body_signature(self.run)}: {misfit}" if misfit else ""
+
+    def _check_signature(self, args: list[Any], kwargs: Mapping[str, Any], what: str) -> None:
+        if misfit := self.misfit(args, kwargs):
+            raise InvalidArgumentType(f"{what} does not fit {misfit}")
 
     def _kept_options(self, options: Mapping[str, Any], *, is_root: bool) -> dict[str, Any]:
         kept = {name: options[name] for name in _KEPT_OPTIONS if name in options} | message_options(self.name, options)
@@ -316,6 +521,18 @@ class DurableTask(_Task[P, R]):
 
     # ---------------------------------------------------------------------------------- messages published by others
 
+    def identify(self, request: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> uuid.UUID:
+        """Return the id of the execution that a delivery is about; for whoever claims it.
+
+        Raises:
+            Exception: The message becomes no execution.
+        """
+        try:
+            return self._adopt(request, args, kwargs)
+        except AbandonRun as error:
+            # A message that somebody else published is acknowledged, and not stored: Celery has to record the failure.
+            raise OperationalError(str(error)) from error
+
     def _adopt(self, request: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> uuid.UUID:
         """Return the id of the execution that a delivery is about.
 
@@ -327,40 +544,48 @@ class DurableTask(_Task[P, R]):
         # Celery puts unknown headers of a message straight onto the request.
         if (getattr(request, HEADER, None) or (request.headers or {}).get(HEADER)) is not None:
             return execution_id
-        known = Execution.objects.using(database()).filter(pk=execution_id)
-        if transitions.patiently(known.exists):
-            # Whatever else the message says: if its arguments did not fit, Celery would record that this one failed.
-            return execution_id
+        executions = Execution.objects.using(database())
+        known = transitions.patiently(executions.filter(pk=execution_id).first)
+        if known is not None:
+            execution_id = calls.adopted_id(known, self.name, request.parent_id)
+            if execution_id == known.pk or transitions.patiently(executions.filter(pk=execution_id).exists):
+                # Whatever else the message says: did its arguments not fit, Celery would record that this one failed.
+                return execution_id
         delivery = request.delivery_info or {}
         time_limit, soft_time_limit = (*(request.timelimit or ()), None, None)[:2]
-        new = self.new_execution(
-            *call_arguments(self.name, args, kwargs),
-            {
-                **(request.stamps or {}),
-                # Celery goes on to call it by the name that its publisher gave it.
-                "celery_id": None if request.id == str(execution_id) else request.id,
-                "link": request.callbacks,
-                "link_error": request.errbacks,
-                "chain": request.chain,
-                "chord": request.chord,
-                "group_id": request.group,
-                "group_index": request.group_index,
-                "root_id": request.root_id,
-                "parent_id": request.parent_id,
-                "ignore_result": vars(request).get("ignore_result"),
-                "queue": _consumed_queue(self.app, delivery.get("exchange"), delivery.get("routing_key")),
-                "priority": delivery.get("priority"),
-                "expires": request.expires,
-                "time_limit": time_limit,
-                "soft_time_limit": soft_time_limit,
-                "shadow": request.shadow,
-                "headers": _own_headers(request),
-                "stamped_headers": request.stamped_headers,
-            },
-            what=f"payload of {self.name}",
-            execution_id=execution_id,
-            is_root=True,
-        )
+        try:
+            new = self.new_execution(
+                *call_arguments(self.name, args, kwargs),
+                {
+                    **(request.stamps or {}),
+                    # Celery goes on to call it by the name that its publisher gave it.
+                    "celery_id": None if request.id == str(execution_id) else request.id,
+                    "link": request.callbacks,
+                    "link_error": request.errbacks,
+                    "chain": request.chain,
+                    "chord": request.chord,
+                    "group_id": request.group,
+                    "group_index": request.group_index,
+                    "root_id": request.root_id,
+                    "parent_id": request.parent_id,
+                    "ignore_result": vars(request).get("ignore_result"),
+                    "queue": _consumed_queue(self.app, delivery.get("exchange"), delivery.get("routing_key")),
+                    "priority": delivery.get("priority"),
+                    "expires": request.expires,
+                    "time_limit": time_limit,
+                    "soft_time_limit": soft_time_limit,
+                    "shadow": request.shadow,
+                    "headers": headers.added(request.headers) or None,
+                    "stamped_headers": request.stamped_headers,
+                },
+                what=f"payload of {self.name}",
+                execution_id=execution_id,
+                is_root=True,
+            )
+        except ProgrammingError:
+            if known is None:
+                raise
+            return known.pk
         transitions.patiently(lambda: transitions.create(new))
         return execution_id
 
@@ -376,6 +601,20 @@ def _signature(fn: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(fn)
 
 
+#: Of a call with more keyword arguments it is not remembered whether they fit.
+_MOST_NAMES = 32
+
+
+@functools.lru_cache(maxsize=4_096)
+def _misfit(fn: Callable[..., Any], positional: int, names: tuple[str, ...]) -> str:
+    """Return how so many arguments, and arguments of these names, do not fit a body; each run asks."""
+    try:
+        _signature(fn).bind(None, *[None] * positional, **dict.fromkeys(names))
+    except TypeError as error:
+        return str(error)
+    return ""
+
+
 # ------------------------------------------------------------------------------------------------------- the decorator
 
 
@@ -385,7 +624,13 @@ def durable_task(fn: Callable[Concatenate[ExecutionContext, P], R], /) -> Durabl
 
 @overload
 def durable_task(
-    **options: Any,
+    **options: Unpack[TaskOptions],
+) -> Callable[[Callable[Concatenate[ExecutionContext, P], R]], DurableTask[P, R]]: ...
+
+
+@overload
+def durable_task(
+    *, base: type[DurableTask[..., Any]], **options: Any
 ) -> Callable[[Callable[Concatenate[ExecutionContext, P], R]], DurableTask[P, R]]: ...
 
 
@@ -399,11 +644,13 @@ def durable_task(fn: Any = None, /, **options: Any) -> Any:
         fn: The body; its first parameter is the ``ExecutionContext``, called ``ctx``.
         options: ``max_retries=3``, ``autoretry_for=(Exception,)``, ``dont_autoretry_for=()``, ``retry_backoff=True``,
             ``retry_backoff_max=600``, ``retry_jitter=True``, ``default_retry_delay=180`` as in Celery (delays in
-            seconds), and any other option of ``@shared_task``.
+            seconds), ``around=None``, any other option of ``@shared_task``, and attributes that the class given as
+            ``base`` declares. ``around`` is a function that gets the context and the body's arguments and returns a
+            context manager; each run of the body is inside of it, and inside of that of ``CONDUCTOR["AROUND_BODY"]``.
 
     Raises:
-        TypeError: The function cannot be a durable body.
-        ValueError: A retry option has an impossible value.
+        TypeError: The function cannot be a durable body, or ``around`` not be called; an option without effect.
+        ValueError: A retry option has an impossible value, or ``soft_time_limit`` exceeds ``time_limit``.
         ImproperlyConfigured: Another durable task has the same name.
     """
     if fn is None:
@@ -416,17 +663,25 @@ def durable_task(fn: Any = None, /, **options: Any) -> Any:
 def _register(options: Mapping[str, Any], fn: Callable[..., Any]) -> Any:
     _check_body(fn, options)
     _check_name(fn, options)
-    _check_option_names(options)
+    base = options.get("base") or DurableTask
+    if not (isinstance(base, type) and issubclass(base, DurableTask)):
+        raise TypeError(
+            f"base must derive from conductor_app.DurableTask, got {getattr(base, '__name__', shown(base))}."
+        )
+    check_task_options(options, base)
     celery_options = {name: value for name, value in options.items() if name not in _RETRY_OPTIONS}
     ignored = tuple(
         name
-        for name in ("acks_late", "reject_on_worker_lost", "retry_on_worker_lost", "track_started", "serializer")
+        for name in _MEANINGLESS_OPTIONS
         if celery_options.pop(name, getattr(DurableTask, name)) != getattr(DurableTask, name)
     )
     policy = RetryPolicy(**{name: value for name, value in options.items() if name in _RETRY_OPTIONS})
-    celery_options.setdefault("base", DurableTask)
-    if not issubclass(celery_options["base"], DurableTask):
-        raise TypeError(f"base must derive from conductor_app.DurableTask, got {celery_options['base'].__name__}.")
+    celery_options["base"] = base
+    around = celery_options.pop("around", None)
+    if around is not None:
+        if not callable(around):
+            raise TypeError(f"around must be a function that returns a context manager, got {type(around).__name__}.")
+        celery_options["around"] = staticmethod(around)
     celery_options["stores_ignored_errors"] = bool(celery_options.pop("store_errors_even_if_ignored", False))
     # Celery 6 will not know these as attributes of a task (it warns today), but they are options of the decorator.
     routing = {name: celery_options.pop(name) for name in _ROUTING_OPTIONS if name in celery_options}
@@ -437,7 +692,8 @@ def _register(options: Mapping[str, Any], fn: Callable[..., Any]) -> Any:
         retry_policy=policy,
         routing=routing,
         ignored_options=ignored,
-        __header__=head_from_fun(fn, bound=True),
+        has_validation=bool(options.get("pydantic")),
+        __header__=staticmethod(head_from_fun(fn, bound=True)),  # as in Celery: Python 3.14 binds a partial, too
         **celery_options,
     )
 
@@ -501,18 +757,6 @@ def _check_name(fn: Callable[..., Any], options: Mapping[str, Any]) -> None:
         )
 
 
-def _check_option_names(options: Mapping[str, Any]) -> None:
-    if "retry_kwargs" in options:
-        raise TypeError("retry_kwargs is not taken: pass max_retries=… and default_retry_delay=… themselves.")
-    for name in options:
-        if name in _RETRY_OPTIONS or hasattr(DurableTask, name):
-            continue
-        # Celery keeps any option as an attribute, so that a misspelt one would be lost without a word.
-        nearest = difflib.get_close_matches(name, _RETRY_OPTIONS, n=1, cutoff=0.8)
-        if nearest:
-            raise TypeError(f'durable_task() has no option "{name}". Did you mean "{nearest[0]}"?')
-
-
 # ------------------------------------------------------------------------------------------------------------ arguments
 
 
@@ -536,21 +780,6 @@ def _check_same(execution: Execution, new: transitions.NewExecution) -> None:
     raise IdempotencyConflict(
         f"The {what} belongs to execution {execution.pk} of {execution.task} with another payload. Use another key."
     )
-
-
-#: What Celery and brokers add to a message's headers. RabbitMQ drops a message that comes back with its x-death.
-_FOREIGN_HEADERS = frozenset({"argsrepr", "compression", "kwargsrepr", "lang", "task"})
-_FOREIGN_HEADER_PREFIXES = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count")
-
-
-def _own_headers(request: Context) -> dict[str, Any] | None:
-    """Return the headers that the publisher of a message has added."""
-    known = {*vars(Context), *_FOREIGN_HEADERS}
-    return {
-        name: value
-        for name, value in (request.headers or {}).items()
-        if name not in known and not name.startswith(_FOREIGN_HEADER_PREFIXES)
-    } or None
 
 
 def _consumed_queue(app: Any, exchange: str | None, routing_key: str | None) -> str | None:

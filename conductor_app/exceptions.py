@@ -9,14 +9,19 @@
     │   └── ChildCancelled
     ├── EventTimedOut                  an event did not come in time; also a builtin TimeoutError
     ├── StepFailed                     a remembered failure whose class is gone
+    ├── OutcomeLost                    a recorded outcome that is not there any more
+    ├── NewerFormat                    a stored value that a newer version wrote
     ├── ProgrammingError               the code has to change, so a retry would not help
     │   ├── InvalidArgument            also a builtin ValueError
     │   ├── InvalidArgumentType        also a builtin TypeError
     │   ├── StepNameReused, StepMismatch, NestedDurableCall, InvokeInsideTransaction
     │   ├── UnknownTask, NotSerializable, PayloadTooLarge, MaxDepthExceeded, TooManySteps,
     │   ├── TooManyChildren
-    │   ├── ContextClosed, WrongThread, BlockingCallInTask
+    │   ├── PayloadMismatch
+    │   ├── ContextClosed, WrongThread, BlockingCallInTask, WaitInsideTransaction
+    │   ├── NotATestDatabase
     │   └── IdempotencyConflict
+    ├── UncleanConnection              a body left a transaction open, or a session that cannot write
     ├── LeaseLost                      another run took over
     ├── ExecutionFailed, ExecutionCancelled, ExecutionFinished          raised outside of a body
     ├── ActionRefused                  an operator asked for what is impossible for this execution
@@ -113,6 +118,37 @@ class StepFailed(ConductorError):
     """A remembered failure of a step, on a replay where the original exception class cannot be found any more."""
 
 
+class OutcomeLost(ConductorError):
+    """What was recorded of a step, or as the result of an execution, is not there any more.
+
+    Somebody deleted or changed rows by hand, or restored a part of a backup. A replay that went on would take another
+    way than the run before, so a body cannot catch it: the execution fails at once.
+    """
+
+    retryable = False
+
+    def __init__(self, message: str, *, step: str = "") -> None:
+        super().__init__(message)
+        #: Name of the step; empty for an execution's result.
+        self.step = step
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild_outcome_lost, (type(self), str(self), self.step))
+
+
+def _rebuild_outcome_lost(cls: type[OutcomeLost], message: str, step: str) -> OutcomeLost:
+    return cls(message, step=step)
+
+
+class NewerFormat(ConductorError):
+    """A stored value is of a storage format, or has a type, that only a newer ``conductor_app`` or kombu reads.
+
+    A body cannot catch it: the execution is left to newer workers, and no attempt is used up.
+    """
+
+    retryable = False
+
+
 # ------------------------------------------------------------------------------------------------ programming errors
 
 
@@ -143,11 +179,18 @@ class NestedDurableCall(ProgrammingError):
 
 
 class InvokeInsideTransaction(ProgrammingError):
-    """A durable call was made inside ``transaction.atomic()``, which would undo the memory of it."""
+    """A durable call was made inside ``transaction.atomic()``, or another open transaction.
+
+    That would undo the memory of it.
+    """
 
 
 class UnknownTask(ProgrammingError):
     """No task of that name is registered, or the object is not a task."""
+
+
+class PayloadMismatch(ProgrammingError, TypeError):
+    """The stored arguments do not fit the task as this worker knows it: one of the two is older."""
 
 
 class NotSerializable(ProgrammingError, TypeError):
@@ -175,15 +218,23 @@ class ContextClosed(ProgrammingError):
 
 
 class WrongThread(ProgrammingError):
-    """A context was used in another thread than the one that runs the body."""
+    """A context was used in another thread, or in another process, than the one that runs the body."""
 
 
 class BlockingCallInTask(ProgrammingError):
     """A durable body waited for a result, and so would hold its worker."""
 
 
+class WaitInsideTransaction(ProgrammingError):
+    """A transaction waited for an execution whose end it can never see: it has created it, or reads a snapshot."""
+
+
+class NotATestDatabase(ProgrammingError):
+    """``testing.drain`` or ``advance`` was called on a database that no test runner has made; nothing was done."""
+
+
 class IdempotencyConflict(ProgrammingError):
-    """An idempotency key belongs to an execution, or to an event, with another payload."""
+    """An idempotency key belongs to an execution or event with another payload, or to no rerun of this execution."""
 
 
 # --------------------------------------------------------------------------------------------------- runtime errors
@@ -191,6 +242,14 @@ class IdempotencyConflict(ProgrammingError):
 
 class LeaseLost(ConductorError):
     """Another run of this execution has taken over; this one can no longer write."""
+
+
+class UncleanConnection(ConductorError):
+    """A body left a connection in a state in which what is written after it would be lost.
+
+    An ``atomic()`` block that it entered and never left, autocommit that is off, a ``BEGIN`` without its ``COMMIT``, a
+    failed transaction, a read-only session. It is rolled back, and the attempt has failed.
+    """
 
 
 class WorkerLost(ConductorError):
@@ -270,6 +329,18 @@ class AbandonRun(ControlFlow):
     """The database cannot be reached; the lease will lapse and another worker take over."""
 
 
+class EndAttempt(ControlFlow):
+    """A ``ctx`` call cannot be carried out, and what the body might do about it would not be what a replay does.
+
+    Args:
+        error: With what the attempt ends.
+    """
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class RetryExecution(Exception):
     """What ``ctx.retry`` returns for the body to raise.
 
@@ -284,6 +355,11 @@ class RetryExecution(Exception):
         self.countdown = countdown
 
 
+def class_path(cls: type[BaseException]) -> str:
+    """Return the name under which an exception's class is stored: its module and its qualified name."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 @dataclass(frozen=True)
 class Failure:
     """An exception as it is stored: text only, never a class to import."""
@@ -295,3 +371,5 @@ class Failure:
     attributes: dict[str, Any] | None = None
     #: Whether ``attributes`` lacks something that JSON cannot hold.
     is_partial: bool = False
+    #: What it lacks, as far as it can be told: see ``serialization``.
+    rest: dict[str, Any] | None = None

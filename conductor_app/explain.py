@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import datetime as dt
 import re
+import sys
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import ModuleType
 from typing import Any
 
+from celery import Celery, current_app
 from django.utils import timezone
 from django.utils.translation import gettext as _
 from django.utils.translation import ngettext
 
 from conductor_app.conf import conductor_settings
 from conductor_app.models import Execution, FailedExecution, Step
+from conductor_app.owners import node_name
 from conductor_app.serialization import load_failure
 from conductor_app.states import ExecutionStatus, OnTimeout, StepKind, StepStatus
 
@@ -27,7 +31,7 @@ from conductor_app.states import ExecutionStatus, OnTimeout, StepKind, StepStatu
 MARKS = {
     ExecutionStatus.QUEUED: "○",
     ExecutionStatus.RUNNING: "▶",
-    ExecutionStatus.WAITING: "⧗",
+    ExecutionStatus.WAITING: "◐",
     ExecutionStatus.SUCCEEDED: "✓",
     ExecutionStatus.FAILED: "✕",
     ExecutionStatus.CANCELLED: "⊘",
@@ -37,9 +41,11 @@ RETRYING_MARK = "↻"
 UNANSWERED_SECONDS = 60.0
 #: After so many messages without an answer, no worker seems to consume the queue.
 UNDELIVERABLE_DISPATCHES = 8
+#: Why a worker could not read a message.
+_REFUSALS = frozenset({"kombu.exceptions.ContentDisallowed", "kombu.exceptions.DecodeError"})
 
 STEP_MARKS = {
-    StepStatus.PENDING: "⧗",
+    StepStatus.PENDING: "◐",
     StepStatus.SUCCEEDED: "✓",
     StepStatus.FAILED: "✕",
     StepStatus.TIMED_OUT: "✕",
@@ -113,8 +119,10 @@ class Situation:
     tree: Mapping[uuid.UUID, Execution] = field(default_factory=dict)
     #: The failures of the execution and of the descendants behind it, by id.
     failures: Mapping[uuid.UUID, FailedExecution] = field(default_factory=dict)
-    #: What stands after ``celery -A`` in a hint.
-    app: str = "project"
+    #: What stands after ``celery -A`` in a hint; the current app's by default.
+    app: str = ""
+    #: How many executions workers are running in a queue that has not answered (``unanswered_queue``).
+    at_work: int = 0
     #: Its direct children, counted; ``None`` if all of them are in ``tree``.
     counted: Census | None = None
 
@@ -205,6 +213,18 @@ def duration(seconds: float) -> str:
     return f"{seconds // 86_400:.0f} d"
 
 
+def offset(seconds: float) -> str:
+    """Return how long after a beginning something was: ``+0.123 s``, ``+12.3 s``, ``+5 min 7 s``, ``+3 d 0 h``."""
+    sign, seconds = "-" if seconds < 0 else "+", abs(seconds)
+    if seconds < 59.95:
+        return f"{sign}{seconds:.3f} s" if seconds < 9.9995 else f"{sign}{seconds:.1f} s"
+    whole = round(seconds)
+    for limit, unit, size, smaller, small in ((3_600, "min", 60, "s", 1), (86_400, "h", 3_600, "min", 60)):
+        if whole < limit:
+            return f"{sign}{whole // size} {unit} {whole % size // small} {smaller}"
+    return f"{sign}{whole // 86_400:,} d {whole % 86_400 // 3_600} h"
+
+
 def instant(when: dt.datetime, now: dt.datetime) -> str:
     """Return an instant in the current time zone: the time of day, and the date if it is another day."""
     when, now = _local(when), _local(now)
@@ -238,11 +258,6 @@ def visible(text: str) -> str:
 
 def _spelled_out(found: re.Match[str]) -> str:
     return found[0].encode("unicode_escape").decode("ascii")
-
-
-def worker_name(lease_owner: str) -> str:
-    """Return the node name in a lease's owner."""
-    return lease_owner.rpartition("/")[0] or lease_owner
 
 
 def _local(when: dt.datetime) -> dt.datetime:
@@ -290,7 +305,53 @@ def headline(situation: Situation) -> Headline:
         ExecutionStatus.FAILED: _failed,
         ExecutionStatus.CANCELLED: _cancelled,
     }[ExecutionStatus(situation.execution.status)]
-    return write(situation)
+    said = write(situation)
+    astray = _astray(situation.execution)
+    return replace(said, text=f"{_sentence(said.text)} {astray}") if astray else said
+
+
+def _astray(execution: Execution) -> str:
+    """Return what is to be said of a run that has missed the step that had woken it, unless that has failed it."""
+    if execution.status in (ExecutionStatus.FAILED, ExecutionStatus.CANCELLED):
+        return ""
+    # Not where a list has left them out: that would be a query for each line.
+    if "options" in execution.get_deferred_fields():
+        return ""
+    try:
+        found = execution.astray
+    except (ValueError, RecursionError):  # damaged options
+        return ""
+    if not isinstance(found, dict):
+        return ""
+    values = {"woken": found.get("woken_by"), "instead": found.get("came_to")}
+    if values["instead"] is None:
+        return _('A run that step "%(woken)s" had woken returned without coming to it again.') % values
+    text = _('A run that step "%(woken)s" had woken came to step "%(instead)s" without coming to it again.')
+    return text % values
+
+
+def unanswered_queue(situation: Situation) -> str | None:
+    """Return the queue in which the execution, or the child that it waits for, has been due for too long.
+
+    Whether its workers are busy or there are none, ``Situation.at_work`` tells.
+    """
+    execution = situation.execution
+    if execution.status == ExecutionStatus.QUEUED:
+        return str(execution.queue) if _is_unanswered(execution, situation.now) else None
+    if execution.status != ExecutionStatus.WAITING:
+        return None
+    for step in situation.pending:
+        child = situation.tree.get(step.child_id) if step.child_id is not None else None
+        if child is not None and step.kind == StepKind.INVOKE and _is_unanswered(child, situation.now):
+            return str(child.queue)
+    return None
+
+
+def _is_unanswered(execution: Execution, now: dt.datetime) -> bool:
+    if execution.status != ExecutionStatus.QUEUED or execution.due_at is None or execution.due_at > now:
+        return False
+    waited = (now - execution.due_at).total_seconds()
+    return waited >= UNANSWERED_SECONDS or execution.dispatches >= UNDELIVERABLE_DISPATCHES
 
 
 def _queued(situation: Situation) -> Headline:
@@ -300,16 +361,39 @@ def _queued(situation: Situation) -> Headline:
         return Headline(mark, _("Queued, and cancelled at the next sweep."))
     if execution.due_at is None:
         return Headline(mark, _("Held back until another child of its map ends (max_parallel)."))
+    refused = execution.put_off_because
+    if execution.due_at > now and refused:
+        values = {"reason": _reason(refused), "when": _in(execution.due_at, now)}
+        return Headline(RETRYING_MARK, _("Put off, no attempt is used up: %(reason)s Next try %(when)s.") % values)
     if execution.due_at > now:
         if execution.attempt > 1:
             return Headline(RETRYING_MARK, _retrying(execution, execution.due_at, now))
         return Headline(mark, _("Scheduled for %(instant)s (%(when)s).") % _dated(execution.due_at, now))
     waited = (now - execution.due_at).total_seconds()
     values = {"time": duration(waited), "queue": execution.queue}
-    if waited >= UNANSWERED_SECONDS or execution.dispatches >= UNDELIVERABLE_DISPATCHES:
+    refusal = load_failure(execution.error) if execution.error else None
+    if refusal is not None and refusal.type in _REFUSALS:
+        text = _('Queued for %(time)s in queue "%(queue)s". %(error)s')
+        hint = _("Add json to CELERY_ACCEPT_CONTENT in the workers' settings (conductor.E032), and restart them.")
+        return Headline(mark, text % {**values, "error": _sentence(first_line(refusal.message))}, (hint,))
+    if _is_unanswered(execution, now):
+        if situation.at_work:
+            text = _('Queued for %(time)s in queue "%(queue)s", whose workers are busy (%(running)s running).')
+            text %= {**values, "running": f"{situation.at_work:,}"}
+            return Headline(mark, _with_refusal(text, refused), (_add_worker(situation, execution.queue),))
         text = _('Queued for %(time)s in queue "%(queue)s": no worker took it.') % values
-        return Headline(mark, text, (_start_worker(situation, execution.queue),))
-    return Headline(mark, _('Queued for %(time)s in queue "%(queue)s".') % values)
+        return Headline(mark, _with_refusal(text, refused), (_start_worker(situation, execution.queue),))
+    return Headline(mark, _with_refusal(_('Queued for %(time)s in queue "%(queue)s".') % values, refused))
+
+
+def _with_refusal(text: str, refused: str) -> str:
+    if not refused:
+        return text
+    return f"{text} {_('It was put off before: %(reason)s') % {'reason': _reason(refused)}}"
+
+
+def _reason(refused: str) -> str:
+    return _sentence(first_line(refused, 400))
 
 
 def _retrying(execution: Execution, due_at: dt.datetime, now: dt.datetime) -> str:
@@ -317,7 +401,7 @@ def _retrying(execution: Execution, due_at: dt.datetime, now: dt.datetime) -> st
     values = {
         "attempt": execution.attempt - 1,
         "allowed": execution.max_attempts,
-        "error": f"{short_name(failure.type)}: {first_line(failure.message)}",
+        "error": _error(failure.type, failure.message),
         "when": _in(due_at, now),
     }
     if execution.max_attempts is None:
@@ -325,11 +409,16 @@ def _retrying(execution: Execution, due_at: dt.datetime, now: dt.datetime) -> st
     return _("Attempt %(attempt)d of %(allowed)d failed (%(error)s). Next try %(when)s.") % values
 
 
+def _error(error_class: str, message: str) -> str:
+    """Return an error in one line; its class alone if its message may not be seen."""
+    return f"{short_name(error_class)}: {first_line(message)}" if message else short_name(error_class)
+
+
 def _running(situation: Situation) -> Headline:
     execution, now = situation.execution, situation.now
     mark = MARKS[ExecutionStatus.RUNNING]
     values = {
-        "worker": worker_name(execution.lease_owner),
+        "worker": node_name(execution.lease_owner),
         "attempt": _of(execution.attempt, execution.max_attempts),
     }
     if execution.lease_expires_at is not None:
@@ -354,7 +443,7 @@ def _when_cancelled(execution: Execution, since: str) -> str:
     if _is_plain(execution):
         text = _(
             "Its cancellation was requested %(time)s ago: a plain Celery task cannot be stopped while it runs, so it "
-            "runs to its end and keeps its result."
+            "runs to its end, and its result is kept."
         )
     else:
         text = _("Its cancellation was requested %(time)s ago: the body stops at its next ctx call.")
@@ -439,11 +528,12 @@ def _waiting_for_child(step: Step, situation: Situation) -> Headline:
     mark = MARKS[ExecutionStatus.WAITING]
     values = {"task": short_name(step.task), "step": step.name, "time": _since(step.created_at, now)}
     child = situation.tree.get(step.child_id) if step.child_id is not None else None
-    if child is not None and child.status == ExecutionStatus.QUEUED:
-        waited = (now - (child.due_at or now)).total_seconds()
-        if waited >= UNANSWERED_SECONDS or child.dispatches >= UNDELIVERABLE_DISPATCHES:
-            values |= {"time": duration(waited), "queue": child.queue}
-            return Headline(mark, _not_taken(step, values, now), (_start_worker(situation, child.queue),))
+    if child is not None and _is_unanswered(child, now):
+        values |= {"time": duration((now - (child.due_at or now)).total_seconds()), "queue": child.queue}
+        if situation.at_work:
+            values["running"] = f"{situation.at_work:,}"
+            return Headline(mark, _not_yet_taken(step, values, now), (_add_worker(situation, child.queue),))
+        return Headline(mark, _not_taken(step, values, now), (_start_worker(situation, child.queue),))
     sentences = [
         _('Waiting for %(task)s (step "%(step)s") since %(time)s ago. No worker is held.') % values,
         _resumes(_("when that execution finishes"), [step], now),
@@ -452,6 +542,8 @@ def _waiting_for_child(step: Step, situation: Situation) -> Headline:
         # ``admin.text`` marks the word for translators.
         values = {"status": _(label(child, now).word), "attempt": _of(child.attempt, child.max_attempts)}
         sentences.append(_("That execution is %(status)s, %(attempt)s.") % values)
+        if "error" not in child.get_deferred_fields() and child.put_off_because:
+            sentences.append(_("It was put off before: %(reason)s") % {"reason": _reason(child.put_off_because)})
     return Headline(mark, " ".join(sentences))
 
 
@@ -467,6 +559,14 @@ def _not_taken(step: Step, values: Mapping[str, str], now: dt.datetime) -> str:
         '"%(queue)s"; times out at %(instant)s (%(when)s).'
     )
     return text % {**values, **_dated(step.deadline_at, now)}
+
+
+def _not_yet_taken(step: Step, values: Mapping[str, str], now: dt.datetime) -> str:
+    text = _(
+        'Waiting for %(task)s (step "%(step)s"), which has been queued for %(time)s in queue "%(queue)s", whose '
+        "workers are busy (%(running)s running)."
+    )
+    return f"{text % values} {_resumes(_('when that execution finishes'), [step], now)}"
 
 
 def _resumes(condition: str, pending: Sequence[Step], now: dt.datetime) -> str:
@@ -550,7 +650,8 @@ def _failed(situation: Situation) -> Headline:
     message = first_line(own.message)
     if failure is None or not failure.step:
         made = execution.attempt if failure is None else failure.attempts
-        text = _("Failed: %(message)s (%(error)s, %(attempt)s).") % {
+        text = _("Failed: %(message)s (%(error)s, %(attempt)s).") if message else _("Failed (%(error)s, %(attempt)s).")
+        text %= {
             "message": message,
             "error": short_name(own.type),
             "attempt": _of(made, execution.max_attempts),
@@ -559,7 +660,8 @@ def _failed(situation: Situation) -> Headline:
     values = {"step": failure.step, "message": message}
     step = next((step for step in situation.steps if step.name == failure.step), None)
     if step is not None and step.status == StepStatus.TIMED_OUT:
-        text = _sentence(_('Timed out at step "%(step)s": %(message)s') % values)
+        text = _('Timed out at step "%(step)s": %(message)s') if message else _('Timed out at step "%(step)s"')
+        text = _sentence(text % values)
         child = situation.tree.get(step.child_id) if step.child_id is not None else None
         if child is not None and not child.is_final:
             still = _("The child is still %(status)s (%(id)s).")
@@ -567,7 +669,8 @@ def _failed(situation: Situation) -> Headline:
             cancel = _("Cancel the child: %(command)s") % {"command": f"manage.py conductor cancel {child.pk}"}
             return Headline(mark, text, (cancel, *_retry_hint(situation)))
         return Headline(mark, text, _retry_hint(situation))
-    text = _('Failed at step "%(step)s": %(message)s') % values
+    text = _('Failed at step "%(step)s": %(message)s') if message else _('Failed at step "%(step)s"')
+    text %= values
     if failure.root_cause_id is not None:
         text += f" → {_root_cause(situation, failure.root_cause_id)}"
     return Headline(mark, _sentence(text), _retry_hint(situation))
@@ -620,7 +723,12 @@ def _cancelled(situation: Situation) -> Headline:
             census.cancelled,
         )
         text += f"; {children % {'cancelled': f'{census.cancelled:,}', 'open': f'{census.open:,}'}}"
-    return Headline(MARKS[ExecutionStatus.CANCELLED], _sentence(text), _retry_hint(situation))
+    hints = _retry_hint(situation)
+    # Not where a list has left it out: that would be a query for each line.
+    if "result" not in execution.get_deferred_fields() and execution.has_kept_result:
+        text = f"{_sentence(text)} {_('Its body had returned a result by then, which a retry adopts.')}"
+        return Headline(MARKS[ExecutionStatus.CANCELLED], text, hints)
+    return Headline(MARKS[ExecutionStatus.CANCELLED], _sentence(text), hints)
 
 
 def _retry_hint(situation: Situation) -> tuple[str, ...]:
@@ -646,4 +754,68 @@ def _send_hint(step: Step) -> str:
 
 
 def _start_worker(situation: Situation, queue: str) -> str:
-    return _("Start a worker: %(command)s") % {"command": f"celery -A {situation.app} worker -Q {queue}"}
+    return _("Start a worker: %(command)s") % {"command": _worker_command(situation, queue)}
+
+
+def _add_worker(situation: Situation, queue: str) -> str:
+    text = _("If it has to run sooner, start one more worker: %(command)s")
+    return text % {"command": _worker_command(situation, queue)}
+
+
+def _worker_command(situation: Situation, queue: str) -> str:
+    return f"celery -A {situation.app or app_to_load()} worker -Q {queue}"
+
+
+def unclaimed(mailbox: Mapping[str, int]) -> str:
+    """Return what to say of events that were sent and not taken, counted by name; nothing if there are none."""
+    if not mailbox:
+        return ""
+    count = sum(mailbox.values())
+    text = ngettext(
+        "%(count)s event that nobody waits for: %(names)s",
+        "%(count)s events that nobody waits for: %(names)s",
+        count,
+    )
+    names = [
+        name if number == 1 or number == count else f"{name} ({number:,})" for name, number in sorted(mailbox.items())
+    ]
+    shown = ", ".join(names[:5])
+    if len(names) > 5:
+        shown = _("%(names)s and %(count)d more") % {"names": shown, "count": len(names) - 5}
+    return text % {"count": f"{count:,}", "names": shown}
+
+
+def app_to_load() -> str:
+    """Return what ``celery -A`` takes to load the current app: a module or package that has been imported.
+
+    An app's own name is a label that its author has chosen; ``celery -A`` wants the place.
+    """
+    app = current_app._get_current_object()  # type: ignore[attr-defined]
+    name = str(app.main or "")
+    if name and _loads(name, app):
+        return name
+    places = [place for place in list(sys.modules) if not place.startswith(_NOT_A_PROJECT) and _loads(place, app)]
+    # Of packages that import it from the module that makes it, the highest.
+    found = min(places, key=lambda place: place.count("."), default=name or "project")
+    package = found.removesuffix(".celery")
+    return package if _loads(package, app) else found
+
+
+#: Modules that hold an app for other reasons than to be its place.
+_NOT_A_PROJECT = ("__", "celery.", "conductor_app", "django_celery_")
+
+
+def _loads(place: str, app: object) -> bool:
+    """Tell whether ``celery -A place`` finds the app, as ``celery.app.utils.find_app`` would, of imported modules."""
+    module = sys.modules.get(place)
+    if module is None:
+        return False
+    names = vars(module)
+    for attribute in ("app", "celery"):
+        value = names.get(attribute)
+        if value is not None and not isinstance(value, ModuleType):
+            return value is app
+    if "__path__" in names and f"{place}.celery" in sys.modules:
+        return _loads(f"{place}.celery", app)
+    # By type(): to ask a lazy object for its class may evaluate it.
+    return next((value for value in list(names.values()) if issubclass(type(value), Celery)), None) is app

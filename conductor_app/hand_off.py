@@ -161,6 +161,7 @@ class Delivery:
             result=None,
             error=None,
             fence=parent.fence,
+            attempt=parent.attempt,
         )
         self._kept[parent.pk] = _Kept(parent, dict(memory), child)
 

@@ -44,6 +44,15 @@ def _first_of(milliseconds: int) -> uuid.UUID:
     return uuid.UUID(int=milliseconds << 80 | 0x7000 << 64 | 0x81 << 56)
 
 
+def range_of(prefix: str) -> tuple[uuid.UUID, uuid.UUID]:
+    """Return the first and the last id that begin with so many hexadecimal digits, at most 32.
+
+    Both have a version and a variant as ids have, without which MariaDB takes nothing for a UUID.
+    """
+    first, last = "0" * 12 + "7000" + "81" + "0" * 14, "f" * 12 + "8fff" + "bf" + "f" * 14
+    return uuid.UUID(prefix + first[len(prefix) :]), uuid.UUID(prefix + last[len(prefix) :])
+
+
 def derive_child_id(parent_id: uuid.UUID, step: str, generation: int = 0) -> uuid.UUID:
     """Return the id of the child that ``parent_id`` invokes as ``step``.
 
@@ -56,8 +65,28 @@ def derive_child_id(parent_id: uuid.UUID, step: str, generation: int = 0) -> uui
         step: Name of the step in the parent.
         generation: Counts up when one step needs a second child.
     """
-    digest = hashlib.sha256(parent_id.bytes + generation.to_bytes(4, "big") + step.encode()).digest()
-    raw = bytearray(parent_id.bytes[:6] + digest[:10])
+    return _derive(parent_id, generation.to_bytes(4, "big") + step.encode())
+
+
+def derive_namesake_id(task_id: uuid.UUID, call: str) -> uuid.UUID:
+    """Return the id of an execution that was called with the id of another one.
+
+    Args:
+        task_id: The id that it was called with.
+        call: Which call that was. The same one gives the same id.
+    """
+    return _derive(task_id, b"namesake " + call.encode())
+
+
+def namesakes_range(task_id: uuid.UUID) -> tuple[uuid.UUID, uuid.UUID]:
+    """Return the smallest and the largest id that ``derive_namesake_id`` makes of an id; others may lie between."""
+    first = task_id.int >> 80 << 80 | 0x8000 << 64 | 0x81 << 56
+    return uuid.UUID(int=first), uuid.UUID(int=first | 0x0FFF << 64 | 0xBF << 56 | (1 << 56) - 1)
+
+
+def _derive(origin: uuid.UUID, name: bytes) -> uuid.UUID:
+    digest = hashlib.sha256(origin.bytes + name).digest()
+    raw = bytearray(origin.bytes[:6] + digest[:10])
     raw[6] = (raw[6] & 0x0F) | 0x80  # version 8: the layout is our own
     # RFC 9562 variant; and never 0x80 itself, which MariaDB 10.11 refuses in a UUID of this version (measured).
     raw[8] = (raw[8] & 0x3F) | 0x81

@@ -7,13 +7,13 @@ import logging
 import time
 import uuid
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from celery import states
 from celery.app.trace import build_tracer
 from celery.result import EagerResult
 
-from conductor_app import clock, dispatch, plain_runs
+from conductor_app import announcements, clock, dispatch, durable_runs, eager, plain_runs
 from conductor_app.exceptions import ExecutionCancelled, UnknownTask
 from conductor_app.maintenance import sweeper
 from conductor_app.models import Execution, FailedExecution, Step, database
@@ -51,11 +51,20 @@ def run_once(execution: Execution, app: Celery) -> None:
         "retries": execution.attempt - 1,
     }
     tracer = build_tracer(task.name, task, app=app, eager=True, propagate=False)
-    if not is_invocable(task):
+    if is_invocable(task):
+        tracer = durable_runs.guard(task, tracer)
+    else:
         options = execution.get_options()
         request.update(callbacks=options.get("link"), errbacks=options.get("link_error"))
         tracer = plain_runs.guard(task, tracer)
-    tracer(str(execution.pk), [], {}, request)
+    ended = tracer(str(execution.pk), [], {}, request)
+    row = Execution.objects.using(database()).claimable().filter(pk=execution.pk, fence=execution.fence)
+    if row.exists():
+        why = ended.info.retval if ended.info else "it says that it has ended"
+        raise RuntimeError(
+            f"The run of {execution.task} {execution.pk} has left the execution queued and due as it was, and would be "
+            f"repeated for ever. Celery's tracer says: {why!r}"
+        )
 
 
 def run_until_idle(app: Celery, root_id: uuid.UUID | None = None, max_runs: int = MAX_RUNS) -> int:
@@ -63,7 +72,7 @@ def run_until_idle(app: Celery, root_id: uuid.UUID | None = None, max_runs: int 
 
     Args:
         app: The Celery app whose tasks are run.
-        root_id: Only this tree.
+        root_id: Only this tree; nothing of another one is claimed, decided or told.
         max_runs: More runs than this are taken for a loop.
 
     Returns:
@@ -75,7 +84,7 @@ def run_until_idle(app: Celery, root_id: uuid.UUID | None = None, max_runs: int 
     """
     runs: Counter[str] = Counter()
     while True:
-        sweeper.sweep(reclaim=False, publish=False)
+        sweeper.sweep(reclaim=False, publish=False, root_id=root_id)
         rows = Execution.objects.using(database()).claimable().order_by("due_at", "position", "id")
         if root_id is not None:
             rows = rows.filter(root_id=root_id)
@@ -100,30 +109,31 @@ def run_eagerly(execution: Execution, app: Celery, throw: bool | None = None) ->
         app: The Celery app whose tasks are run.
         throw: Whether to raise what fails it; ``CELERY_TASK_EAGER_PROPAGATES`` by default.
     """
-    skipped = dt.timedelta()
-    try:
-        while True:
-            with dispatch.inline():
-                run_until_idle(app, execution.root_id)
-            row = Execution.objects.using(database()).get(pk=execution.pk)
-            if row.is_final:
-                result = _eager_result(row)
-                if app.conf.task_eager_propagates if throw is None else throw:
-                    result.get()
-                return result
-            instant = next_instant(execution.root_id)
-            if instant is None and _is_running_elsewhere(execution.root_id):
-                time.sleep(0.05)
-                continue
-            if instant is None:
-                raise RuntimeError(
-                    f"Execution {execution.pk} is {row.status} and nothing in its tree is due. Does it wait for an "
-                    "event? Then start it with .delay(), and send the event between two calls of "
-                    "conductor_app.testing.drain()."
-                )
-            skipped += move_clock_to(instant)
-    finally:
-        clock.shift(-skipped)
+    with eager.running(execution.root_id) as tree:
+        row = _run_to_the_end(execution, app, tree)
+    result = _eager_result(row)
+    if app.conf.task_eager_propagates if throw is None else throw:
+        result.get(disable_sync_subtasks=False)
+    return result
+
+
+def _run_to_the_end(execution: Execution, app: Celery, tree: eager.Tree) -> Execution:
+    while True:
+        run_until_idle(app, tree.root_id)
+        row = Execution.objects.using(database()).get(pk=execution.pk)
+        if row.is_final:
+            return row
+        instant = next_instant(tree.root_id)
+        if instant is not None:
+            tree.skipped += time_until(instant)
+        elif _is_running_elsewhere(tree.root_id):
+            time.sleep(0.05)
+        else:
+            raise RuntimeError(
+                f"Execution {execution.pk} is {row.status} and nothing in its tree is due. Does it wait for an "
+                "event? Then start it with .delay(), and send the event between two calls of "
+                "conductor_app.testing.drain()."
+            )
 
 
 def _is_running_elsewhere(root_id: uuid.UUID) -> bool:
@@ -151,16 +161,20 @@ def next_instant(root_id: uuid.UUID | None = None, after: dt.datetime | None = N
     return min(instants, default=None)
 
 
-def move_clock_to(instant: dt.datetime) -> dt.timedelta:
-    """Move ``conductor_app``'s clock to just after ``instant``, and return by how much; never back."""
+def time_until(instant: dt.datetime) -> dt.timedelta:
+    """Return how far to move the clock to be just after ``instant``; never back."""
     # SQLite's clock counts milliseconds.
-    step = max(instant - clock.read(database()) + dt.timedelta(milliseconds=1), dt.timedelta())
-    clock.shift(step)
-    return step
+    return max(instant - clock.read(database()) + dt.timedelta(milliseconds=1), dt.timedelta())
 
 
 def _eager_result(execution: Execution) -> EagerResult[Any]:
-    task_id = str(execution.pk)
+    result = _result_of(execution)
+    cast(Any, result).execution_id = execution.pk
+    return result
+
+
+def _result_of(execution: Execution) -> EagerResult[Any]:
+    task_id = announcements.celery_id(execution)
     if execution.status == ExecutionStatus.SUCCEEDED:
         return EagerResult(task_id, execution.get_result(), states.SUCCESS)
     if execution.status == ExecutionStatus.CANCELLED:

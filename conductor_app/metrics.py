@@ -25,7 +25,7 @@ from django.utils import timezone
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_safe
 
-from conductor_app import clock, observing, signals, steps
+from conductor_app import clock, observing, owners, signals, steps
 from conductor_app.conf import conductor_settings, host_and_port
 from conductor_app.models import Execution, database
 from conductor_app.states import ExecutionStatus
@@ -234,12 +234,11 @@ class DatabaseCollector(Collector):
             "Timeouts and sleeps that have ended and that no sweeper has noticed yet.",
             value=_count(steps.overdue_rows()),
         )
-        # A lease is owned by "<node name>/<process id>".
-        owners = running.order_by().values_list("lease_owner", flat=True).distinct()[:MAX_ROWS]
+        holders = running.order_by().values_list("lease_owner", flat=True).distinct()[:MAX_ROWS]
         yield GaugeMetricFamily(
             "conductor_busy_workers",
             "Workers that hold a lease of a running execution.",
-            value=len({owner.rpartition("/")[0] for owner in owners}),
+            value=len({owners.worker_of(holder) for holder in holders}),
         )
 
 

@@ -13,7 +13,7 @@ from django.db.migrations.operations.base import Operation
 from django.db.migrations.state import ProjectState
 from django.db.models import Exists, OuterRef, Q, QuerySet
 
-from conductor_app import clock
+from conductor_app import clock, owners
 from conductor_app.context import check_name, gather_name
 from conductor_app.exceptions import InvalidArgument, InvalidArgumentType, RenameRefused
 from conductor_app.serialization import dumps, loads
@@ -132,9 +132,10 @@ class RenameStep(Operation):
         )
         found = list(running.order_by("pk").values_list("pk", "lease_owner")[:_SHOWN])
         if found:
+            where = ", ".join(f"{pk} on {owners.shown(owner)}" for pk, owner in found)
             raise RenameRefused(
                 f'Step "{old}" of {self.task} cannot be renamed while a worker runs it: '
-                f"{', '.join(f'{pk} on {owner}' for pk, owner in found)}. Stop the workers, migrate, and start them "
+                f"{where}. Stop the workers, migrate, and start them "
                 "with the new code."
             )
 

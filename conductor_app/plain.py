@@ -23,7 +23,7 @@ from conductor_app.arguments import (
     due_time,
     expiry,
     message_options,
-    queue_name,
+    routed,
 )
 from conductor_app.conf import conductor_settings
 from conductor_app.exceptions import InvalidArgumentType
@@ -94,17 +94,19 @@ class PlainTask:
 
         Raises:
             NotSerializable, PayloadTooLarge, InvalidArgument, InvalidArgumentType: Nothing is stored.
+            QueueNotFound: ``task_create_missing_queues`` is off, and there is no such queue.
         """
         task = self._task
         self._check_signature(args, kwargs, what)
         own = {name: value for name, value in task._get_exec_options().items() if value is not None}
         given = {**own, **{name: value for name, value in options.items() if value is not None}}
+        given = routed(task, given, args, kwargs)
         given["shadow"] = given.get("shadow") or task.shadow_name(args, kwargs, dict(given))
         countdown, eta = due_time(given)
         return transitions.NewExecution(
             id=execution_id or new_root_id(),
             task=self.name,
-            queue=queue_name(task, given, args, kwargs),
+            queue=given["queue"],
             payload=self.stored_payload(args, kwargs),
             max_attempts=task.max_retries + 1 if isinstance(task.max_retries, int) else None,
             priority=check_priority(given.get("priority")),
@@ -125,15 +127,22 @@ class PlainTask:
         return dump_call(list(sent_args), sent_kwargs, conductor_settings().MAX_PAYLOAD_BYTES)
 
     def _check_signature(self, args: list[Any], kwargs: Mapping[str, Any], what: str) -> None:
-        """Check the arguments as ``apply_async`` does: none of ``typing=False``, none of a class-based task."""
+        if misfit := self.misfit(args, kwargs):
+            raise InvalidArgumentType(f"{what} does not fit {misfit}")
+
+    def misfit(self, args: list[Any], kwargs: Mapping[str, Any]) -> str:
+        """Return how arguments do not fit the task as this process knows it; an empty text if they do.
+
+        As ``apply_async`` checks them: none of ``typing=False``, none of a class-based task.
+        """
         check = getattr(self._task, "__header__", None) if self._task.typing else None
         if check is None:
-            return
+            return ""
         try:
             check(*args, **kwargs)
         except TypeError as error:
-            signature = inspect.signature(self._task.run)
-            raise InvalidArgumentType(f"{what} does not fit {self.name}{signature}: {error}") from None
+            return f"{self.name}{inspect.signature(self._task.run)}: {error}"
+        return ""
 
 
 class DjangoTask:

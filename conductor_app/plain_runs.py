@@ -21,17 +21,19 @@ from typing import Any, cast
 
 from billiard.einfo import ExceptionInfo
 from celery import Celery, current_app, states
+from celery.app.task import Context
 from celery.app.trace import TraceInfo, trace_ok_t
 from celery.exceptions import Ignore, Reject, Retry
-from django.db import DatabaseError, close_old_connections
+from django.db import DatabaseError, InterfaceError
 from django.utils import timezone
 
-from conductor_app import executor, observing, transitions
+from conductor_app import announcements, apart, executor, hand_off, headers, left_open, observing, owners, transitions
 from conductor_app.conf import conductor_settings
 from conductor_app.exceptions import (
     AbandonRun,
     CancelExecution,
     LeaseLost,
+    NewerFormat,
     NotSerializable,
     PayloadTooLarge,
     TaskEndedWithoutOutcome,
@@ -40,7 +42,7 @@ from conductor_app.executor import RunEnded
 from conductor_app.ids import as_child_id
 from conductor_app.leases import keeper
 from conductor_app.models import Execution, database
-from conductor_app.plain import is_invocable
+from conductor_app.plain import PlainTask, is_invocable
 from conductor_app.serialization import describe, dump_call, dumps, loads
 from conductor_app.soft_limits import soft_limit
 
@@ -50,8 +52,6 @@ Tracer = Callable[..., Any]
 
 #: The run whose tracer is at work in this thread.
 _current: ContextVar[_Run | None] = ContextVar("conductor_app_plain_run", default=None)
-#: Whether this is a process of a prefork pool: when it dies, the worker's main process notices.
-_is_pool_process = False
 
 
 def guard_tasks(app: Celery) -> None:
@@ -65,8 +65,7 @@ def guard_tasks(app: Celery) -> None:
 
 def guard_pool_process(**_kwargs: Any) -> None:
     """Guard the tasks in a new process of a prefork pool; receiver of ``celery.signals.worker_process_init``."""
-    global _is_pool_process  # noqa: PLW0603
-    _is_pool_process = True
+    owners.join_worker()
     guard_tasks(current_app._get_current_object())  # type: ignore[attr-defined]
 
 
@@ -75,13 +74,16 @@ def guard(task: Any, tracer: Tracer) -> Tracer:
 
     def guarded(task_id: Any, args: Any, kwargs: Any, request: dict[str, Any] | None = None) -> Any:
         execution_id = as_child_id(task_id)
+        # From now on one that strikes a statement takes its connection along, whosever task it ends.
+        limit = soft_limit()
         if execution_id is None:
             return tracer(task_id, args, kwargs, request)
         request = request or {}
         # A soft limit that comes now would be raised outside of the body.
-        limit = soft_limit()
         limit.hold_back()
         try:
+            if not request.get("is_eager"):
+                left_open.clear(f"{task.name}[{task_id}]")
             execution = _claim(task, execution_id, request)
         except RunEnded as ended:
             return _drop(task, task_id, ended, request)
@@ -89,13 +91,27 @@ def guard(task: Any, tracer: Tracer) -> Tracer:
             limit.forget()
         if execution is None:
             return tracer(task_id, args, kwargs, request)
-        # The row's arguments, not the message's: a forged message has no authority.
-        args, kwargs = loads(execution.payload)
+        postponed = _put_off_misfit(task, execution, request)
+        if postponed is not None:
+            return _drop(task, task_id, postponed, request)
+        # Nor is the result the message's to keep or to ignore: Celery 5.6 publishes a retry without the caller's word.
+        request = {
+            **_with_headers(request, headers.kept_by(execution)),
+            "ignore_result": bool(execution.get_options().get("ignore_result", task.ignore_result)),
+        }
         with keeper.hold(execution), observing.running(execution):
-            return _Run(task, execution).trace(tracer, args, kwargs, request)
+            return _Run(task, execution).trace(tracer, request)
 
     guarded.is_conductor = True  # type: ignore[attr-defined]
     return guarded
+
+
+def _with_headers(request: dict[str, Any], kept: dict[str, Any]) -> dict[str, Any]:
+    """Return a request with the headers that its execution keeps; those of a later message are another place's."""
+    if not kept:
+        return request
+    shown = {} if request.get("headers") is None else {"headers": {**request["headers"], **kept}}
+    return {**request, **kept, **shown}
 
 
 def is_running(task_id: object) -> bool:
@@ -123,25 +139,45 @@ def _claim(task: Any, execution_id: uuid.UUID, request: dict[str, Any]) -> Execu
     """
     retries = request.get("retries")
     attempt = (retries if isinstance(retries, int) else 0) + 1
-    owner = executor.lease_owner(request.get("hostname"))
+    owner = owners.lease_owner(request.get("hostname"))
     try:
         execution = executor.claim(execution_id, owner, task.name, attempt)
         if execution is None:
             rows = Execution.objects.using(database()).filter(pk=execution_id, task=task.name)
             if rows.exists():
                 raise RunEnded("dropped", "not queued, about another attempt, or another run has it")
-    except DatabaseError as error:
-        # Nothing was claimed, the row is queued: the sweeper publishes it again.
-        logger.warning("Execution %s was not claimed, the database is away: %s", execution_id, error)
-        raise RunEnded("abandoned", "the database is away") from None
+    except (DatabaseError, InterfaceError) as error:
+        raise executor.not_claimed(execution_id, error) from None
     return execution
+
+
+def _put_off_misfit(task: Any, execution: Execution, request: dict[str, Any]) -> RunEnded | None:
+    """Leave a claimed execution whose payload does not fit the task here to other workers, as ``executor`` does.
+
+    When that was tried enough, the task says itself what it misses.
+    """
+    if request.get("is_eager"):
+        return None
+    try:
+        misfit = PlainTask(task).misfit(*loads(execution.payload))
+    except NewerFormat as error:
+        misfit = f"{task.name} here ({error})"
+    if not misfit:
+        return None
+    try:
+        return executor.put_off(execution, misfit, request.get("hostname"))
+    except CancelExecution:
+        transitions.cancel_running(execution)
+        return RunEnded("cancelled", execution.cancel_reason, 0.0)
+    except (LeaseLost, AbandonRun, DatabaseError) as error:
+        return RunEnded("abandoned", str(error))
 
 
 def _drop(task: Any, task_id: str, ended: RunEnded, request: dict[str, Any]) -> Any:
     """Return what the tracer returns for a task that raises ``Ignore``: the message is acknowledged, nobody is told."""
     logger.info("Task %s[%s] %s", task.name, task_id, ended)
     if not request.get("is_eager"):
-        close_old_connections()
+        left_open.close_old()
     try:
         raise ended
     except RunEnded:
@@ -157,23 +193,55 @@ class _Run:
         self.task_id = str(execution.pk)
         #: Whether the outcome was handed to the database.
         self.ended = False
+        self._watch = left_open.Watch()
 
-    def trace(self, tracer: Tracer, args: list[Any], kwargs: dict[str, Any], request: dict[str, Any]) -> Any:
+    def trace(self, tracer: Tracer, request: dict[str, Any]) -> Any:
         """Run Celery's tracer, and see to it that the execution gets an outcome."""
         token = _current.set(self)
-        error: BaseException | None = None
+        self._watch.begin()
         try:
-            return tracer(self.task_id, args, kwargs, request)
-        except BaseException as raised:
-            error = raised
+            # The row's arguments, not the message's: a forged message has no authority.
+            args, kwargs = loads(self._execution.payload)
+            outcome = apart.run(tracer, self.task_id, args, kwargs, request)
+        except Exception as error:
+            if not self.ended:
+                self.end(None, error)
             raise
+        except BaseException as error:  # noqa: BLE001 - stored, and raised again if it is to end the process
+            return self._escaped(error, request)
         finally:
             _current.reset(token)
-            if not self.ended and (error is None or isinstance(error, Exception)):
-                self.end(None, error)
-            elif not self.ended and not _is_pool_process:
-                # The body ends its process, or its thread. Of a pool process the worker's main process hears.
-                self._write(lambda: transitions.lose(self._execution.pk, owner=self._execution.lease_owner))
+        if not self.ended:
+            self.end(None, None)
+        return outcome
+
+    def _escaped(self, error: BaseException, request: dict[str, Any]) -> Any:
+        """Store what has come out of the tracer and is no ``Exception``, and return or raise what Celery is to get."""
+        is_exit = isinstance(error, (SystemExit, KeyboardInterrupt))
+        if not self.ended and is_exit and executor.is_ending(error):
+            # As at any end of a worker: what Celery would not run again is not run again here, either.
+            if self._execution.runs_again:
+                self._write(lambda: transitions.release(self._execution))
+            else:
+                self._lose(error)
+        elif not self.ended and is_exit and not executor.is_told_to_end():
+            self._lose(error)
+        elif not self.ended and not is_exit:
+            self._write(lambda: self._fail(error))
+        if is_exit and (hand_off.gate.is_own_process or executor.is_ending(error)):
+            raise error
+        # Of what is no Exception Celery would make an unreadable message, or a slot that is never free.
+        told = announcements.portable(error, describe(error, conductor_settings().MAX_ERROR_BYTES).message)
+        try:
+            raise told
+        except Exception:  # noqa: BLE001 - what has just been raised
+            info = TraceInfo(states.FAILURE, told)
+            context = Context(request, called_directly=False)
+            return trace_ok_t(info.handle_error_state(self._task, context), info, 0.0, None)
+
+    def _lose(self, error: BaseException) -> None:
+        ended_by = describe(error, conductor_settings().MAX_ERROR_BYTES)
+        self._write(lambda: transitions.lose(self._execution.pk, owner=self._execution.lease_owner, ended_by=ended_by))
 
     def end(self, state: str | None, value: Any) -> None:
         """Write the outcome.
@@ -186,7 +254,7 @@ class _Run:
         if state is None:
             error = _raised_by_body(error)
             if error is not None and not isinstance(error, Exception):
-                return  # the process ends
+                return  # the tracer lets it out
         if state == states.SUCCESS:
             self._write(lambda: self._succeed(value))
         elif isinstance(error, Retry):
@@ -210,17 +278,41 @@ class _Run:
         limit = soft_limit()
         limit.hold_back()
         try:
-            executor.close_broken_connections()
+            if found := self._watch.end():
+                # Celery has its outcome by now, so it stays what it is.
+                logger.error(
+                    "%s left %s at its end. What it had written there and not committed is rolled back.",
+                    self._task.name,
+                    " and ".join(found),
+                    extra={"execution_id": self.task_id},
+                )
+            try:
+                self._try(act)
+            except (DatabaseError, InterfaceError) as error:
+                # Whatever this outcome is refused for, the execution has to get one while its process lives.
+                executor.report(self._execution, "could not end as it was to", error)
+                refused = error
+                self._try(lambda: self._fail(refused))
+        except LeaseLost as error:
+            logger.warning("%s", error, extra={"execution_id": self.task_id})
+        except (AbandonRun, DatabaseError, InterfaceError) as error:
+            logger.error("The outcome of execution %s is not written, its lease will lapse: %s", self.task_id, error)
+        finally:
+            limit.forget()
+
+    def _try(self, act: Callable[[], object]) -> None:
+        def ended() -> None:
             try:
                 act()
             except CancelExecution:
                 transitions.cancel_running(self._execution)
-        except LeaseLost as error:
-            logger.warning("%s", error, extra={"execution_id": self.task_id})
-        except (AbandonRun, DatabaseError) as error:
-            logger.error("The outcome of execution %s is not written, its lease will lapse: %s", self.task_id, error)
-        finally:
-            limit.forget()
+
+        try:
+            ended()
+        except (DatabaseError, InterfaceError):
+            if not left_open.discard(database()):
+                raise
+            ended()
 
     def _succeed(self, value: Any) -> None:
         try:
@@ -228,7 +320,10 @@ class _Run:
         except (NotSerializable, PayloadTooLarge) as error:
             self._fail(error)
         else:
-            transitions.succeed(self._execution, text)
+            try:
+                transitions.succeed(self._execution, text)
+            except CancelExecution:
+                transitions.cancel_running(self._execution, result=text)
 
     def _fail(self, error: BaseException) -> None:
         transitions.fail(self._execution, describe(error, conductor_settings().MAX_ERROR_BYTES))

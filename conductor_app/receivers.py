@@ -6,10 +6,12 @@ import logging
 from typing import Any
 
 from celery import signals as celery_signals
+from celery.utils.log import ColorFormatter
 from django.core.exceptions import ImproperlyConfigured
 
 from conductor_app import durable_runs, plain_runs, signals, tasks  # noqa: F401 - registers our own Celery tasks
 from conductor_app.conf import conductor_settings
+from conductor_app.context import body_logger
 from conductor_app.exceptions import Failure
 from conductor_app.executor import RunEnded
 from conductor_app.explain import first_line
@@ -26,6 +28,13 @@ def prepare_worker(**kwargs: Any) -> None:
 
     worker.install(**kwargs)
     report_to_worker(**kwargs)
+
+
+def prepare_embedded_worker(sender: Any = None, **_kwargs: Any) -> None:
+    """Install the sweeper in a worker that another program starts: Celery's ``start_worker`` does so, for tests."""
+    from conductor_app import worker  # noqa: PLC0415
+
+    worker.install(instance=sender)
 
 
 def log_finished(execution: Execution, status: str, **_kwargs: Any) -> None:
@@ -80,6 +89,24 @@ def observe() -> None:
         tracing.install()
 
 
+def show_ids(logger: logging.Logger, **_kwargs: Any) -> None:
+    """Let a worker show task and id on each line of ``ctx.logger``, as on those of ``get_task_logger``.
+
+    Receiver of ``celery.signals.after_setup_task_logger``. Where somebody else has said how lines are to look, by a
+    handler on one of our loggers or on the root, they go there and nowhere else.
+
+    Args:
+        logger: Celery's, with the handler that shows them.
+    """
+    ours = [body_logger, *(logging.getLogger(name) for name in ("conductor_app.execution", "conductor_app"))]
+    is_celerys = all(type(handler.formatter) is ColorFormatter for handler in logging.getLogger().handlers)
+    if not is_celerys or any(one.handlers or not one.propagate for one in ours):
+        return
+    # This forgets what it knew of its parents' levels, too.
+    body_logger.setLevel(next((one.level for one in ours if one.level), logging.NOTSET))
+    body_logger.parent = logger
+
+
 class SuspensionWording(logging.Filter):
     """Rewords Celery's line for an ended run: it says "ignored" where the execution is suspended."""
 
@@ -94,12 +121,14 @@ class SuspensionWording(logging.Filter):
 
 
 celery_signals.celeryd_init.connect(prepare_worker, dispatch_uid="conductor_app.worker", weak=False)
+celery_signals.worker_init.connect(prepare_embedded_worker, dispatch_uid="conductor_app.worker", weak=False)
 celery_signals.worker_process_init.connect(
     plain_runs.guard_pool_process, dispatch_uid="conductor_app.plain_runs", weak=False
 )
 celery_signals.worker_process_init.connect(
     durable_runs.guard_pool_process, dispatch_uid="conductor_app.durable_runs", weak=False
 )
+celery_signals.after_setup_task_logger.connect(show_ids, dispatch_uid="conductor_app.logging", weak=False)
 celery_signals.task_postrun.connect(plain_runs.on_postrun, dispatch_uid="conductor_app.plain_runs", weak=False)
 signals.execution_finished.connect(log_finished, dispatch_uid="conductor_app.log_finished", weak=False)
 signals.execution_retrying.connect(log_retrying, dispatch_uid="conductor_app.log_retrying", weak=False)

@@ -13,11 +13,12 @@ import functools
 from collections.abc import Callable
 from typing import Any, cast
 
+from celery import current_app
 from celery._state import get_current_task
 from celery.fixups import django as fixups
-from django.db import close_old_connections, connections
+from django.db import connections
 
-from conductor_app import hand_off
+from conductor_app import durable_runs, executor, hand_off, left_open
 from conductor_app.durable import DurableTask
 
 
@@ -26,20 +27,37 @@ def install() -> None:
     fixup: Any = cast(Any, fixups).DjangoWorkerFixup  # its stubs do not know it
     if not hasattr(fixup.close_database, "is_conductor"):
         fixup.close_database = _taught(fixup.close_database)
+    durable_runs.renew_connections = _renew
+
+
+def _renew() -> None:
+    # As Celery's own setting: the bare name in its configuration.
+    if not current_app.conf.get("CELERY_DB_REUSE_MAX", None):
+        left_open.close_old()
 
 
 def _taught(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def close_database(fixup: Any, **kwargs: Any) -> None:
         # The task whose run begins or has just ended in this thread; none in a worker that starts.
-        is_durable = isinstance(get_current_task(), DurableTask)
-        if not is_durable or fixup.db_reuse_max or _is_any_pooled():
+        task = get_current_task()
+        is_durable = isinstance(task, DurableTask)
+        if is_durable and _is_claimed_already(task):
+            # The claim has used the connection, so its age has been looked at, and the run goes on with it.
+            fixup._db_recycles += bool(fixup.db_reuse_max)
+        elif not is_durable or fixup.db_reuse_max or _is_any_pooled():
             original(fixup, **kwargs)
         elif not hand_off.is_between_runs():
-            close_old_connections()
+            left_open.close_old()
 
     close_database.is_conductor = True  # type: ignore[attr-defined]
     return close_database
+
+
+def _is_claimed_already(task: Any) -> bool:
+    """Tell whether a run of the task is about to begin in this thread, whose execution is claimed."""
+    started = executor.current_run.get()
+    return started is not None and started.task.name == task.name and not (started.has_begun or started.is_over)
 
 
 def _is_any_pooled() -> bool:

@@ -1,8 +1,12 @@
 """Payloads, results and failures to stored text and back.
 
 The format is the one Celery itself uses for messages (JSON with kombu's types: datetime, date, time, Decimal, UUID,
-bytes), with one rule more: what would not come back as it went in is refused, with the path to it. Two things are
-allowed to change, as in all of JSON: a tuple comes back as a list, and an integer key as a string.
+bytes, and those that a project has registered there), with one rule more: what would not come back as it went in is
+refused, with the path to it. Two things are allowed to change, as in all of JSON: a tuple comes back as a list, and an
+integer key as a string.
+
+That is format 1 of what is stored, and has no mark. A later format begins each value with ``MARK`` and its number, as
+no JSON does: so older versions tell it from damage, and leave it to newer ones.
 """
 
 from __future__ import annotations
@@ -22,14 +26,23 @@ import sys
 import traceback as traceback_module
 import types
 import uuid
-from collections.abc import Awaitable, Collection, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 from django.db.models import Model, QuerySet
 from django.utils.functional import Promise
 from kombu.utils.json import JSONEncoder, object_hook
 
-from conductor_app.exceptions import Failure, NotSerializable, PayloadTooLarge, StepFailed
+from conductor_app.exceptions import (
+    ControlFlow,
+    Failure,
+    NewerFormat,
+    NotSerializable,
+    PayloadTooLarge,
+    StepFailed,
+    class_path,
+)
+from conductor_app.validated import is_model
 
 MAX_NESTING = 100
 #: Python refuses to parse longer integers (``sys.int_info.default_max_str_digits``).
@@ -38,10 +51,39 @@ MAX_INT_BITS = 14_000
 _UNLIMITED = 16 * 1_048_576
 #: Longest argument or attribute of an exception that is remembered, encoded.
 _MAX_PART_BYTES = 4_096
+#: Of the exceptions and lists inside of an exception's attributes so many are remembered, and so many levels.
+_MAX_PARTS = 100
+_MAX_PART_LEVELS = 6
 _ENVELOPE = {"__type__", "__value__"}
-_encode_json = JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+#: The first character of a value in another format than the first one.
+MARK = "#"
+_encoder = JSONEncoder(allow_nan=False, separators=(",", ":"))
+_encode_json = _encoder.encode
+
+
+def _object_hook(found: dict[str, Any]) -> Any:
+    """As kombu's, which says the same of a type that it does not know and of a value that is damaged."""
+    if found.keys() != _ENVELOPE:
+        return found
+    try:
+        return object_hook(found)
+    except ValueError as error:
+        if error.args[:1] == ("Unsupported type",):
+            raise NewerFormat(f"a stored value has the type {shown(found['__type__'], 40)}, unknown here") from None
+        raise
+
+
 #: As kombu's ``loads``, which makes a decoder for each text.
-_decode_json = json.JSONDecoder(object_hook=object_hook).decode
+_decode_first_format = json.JSONDecoder(object_hook=_object_hook).decode
+
+
+def _decode_json(text: str) -> Any:
+    try:
+        return _decode_first_format(text)
+    except ValueError:
+        if text.startswith(MARK):
+            raise NewerFormat(f"a stored value has the format {shown(text[:8])}, unknown here") from None
+        raise
 
 
 def dumps(value: Any, what: str, limit: int | None = None) -> str:
@@ -116,8 +158,30 @@ def _too_large(what: str, size: str, limit: int) -> str:
 
 
 def loads(text: str | None) -> Any:
-    """Return the value that ``dumps`` stored; ``None`` or an empty text is ``None``."""
+    """Return the value that ``dumps`` stored; ``None`` or an empty text is ``None``.
+
+    Raises:
+        NewerFormat: A newer version stored it.
+    """
     return _decode_json(text) if text else None
+
+
+def read_result(text: str | None, lost: Callable[[], Exception]) -> Any:
+    """Return the value of a stored result; a stored ``None`` is the text ``null``.
+
+    Args:
+        text: What is stored.
+        lost: Makes the error to raise if nothing is, or something that ``dumps`` never stores.
+
+    Raises:
+        NewerFormat: A newer version stored it.
+    """
+    if not text:
+        raise lost()
+    try:
+        return _decode_json(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise lost() from error
 
 
 def round_trip(value: Any, what: str, limit: int | None = None) -> tuple[str, Any]:
@@ -203,9 +267,32 @@ def _check(value: Any, depth: int, left: int) -> int:
     elif isinstance(value, bytes):
         left -= len(value)
     elif not isinstance(value, (dt.datetime, dt.date, dt.time, uuid.UUID)):
-        raise _Refused("", f" is {_article(value)}. {_advice(value)}")
+        return _check_registered(value, depth, left)
     if left < 0:
         raise _OverBudget
+    return left
+
+
+def _check_registered(value: Any, depth: int, left: int) -> int:
+    """Refuse a value, unless its type is registered with kombu and it comes back from there as it went in."""
+    try:
+        envelope = _encoder.default(value)
+    except Exception:  # noqa: BLE001 - kombu does not know it; or what the project has registered for it fails
+        envelope = None
+    if not isinstance(envelope, dict) or envelope.keys() != _ENVELOPE:
+        raise _Refused("", f" is {_article(value)}. {_advice(value)}")
+    left = _check(envelope["__value__"], depth + 1, _enter(depth, left))
+    try:
+        back = _decode_json(_encode_json(envelope))
+        is_same = bool(type(back) is type(value) and back == value)
+    except Exception as error:  # noqa: BLE001 - the project's functions may raise anything
+        raise _Refused("", f" is {_article(value)}, which cannot be decoded again: {shown(error)}.") from None
+    if not is_same:
+        raise _Refused(
+            "",
+            f" is {_article(value)}, which comes back from what is registered for it as {shown(back, 60)}. "
+            "Its class needs an __eq__, and the two functions have to fit each other.",
+        )
     return left
 
 
@@ -332,6 +419,8 @@ def _advice(value: Any) -> str:
             return advice
     if isinstance(value, type):
         return "Pass its name."
+    if is_model(value):
+        return 'Annotate the parameter with its class, or pass .model_dump(mode="json").'
     if dataclasses.is_dataclass(value):
         return "Pass dataclasses.asdict(…)."
     if isinstance(value, Iterable):
@@ -359,21 +448,32 @@ _ADVICE: tuple[tuple[Any, str], ...] = (
 
 
 def describe(exc: BaseException, limit: int) -> Failure:
-    """Return ``exc`` as storable text: class, message, traceback without the values of local variables."""
+    """Return ``exc`` as storable text: class, message, traceback without the values of local variables.
+
+    Whatever its class, its arguments or its own methods do: the failure must be stored all the same.
+    """
     cls = type(exc)
     try:
         message = str(exc) or cls.__name__
-    except Exception:  # noqa: BLE001 - the class is the user's, and the failure must be stored all the same
+    except BaseException:  # noqa: BLE001 - the class is the user's
         message = f"{cls.__name__} (its own text cannot be shown: str() of it fails)"
-    trace = "".join(traceback_module.format_exception(cls, exc, _user_traceback(exc)))
-    args, attributes, is_partial = _storable_parts(exc)
+    try:
+        trace = "".join(traceback_module.format_exception(cls, exc, _user_traceback(exc)))
+    except BaseException:  # noqa: BLE001 - its notes, or its cause, may fail, too
+        frames = "".join(traceback_module.format_tb(_user_traceback(exc)))
+        trace = f"Traceback (most recent call last):\n{frames}{class_path(cls)}: {message}\n"
+    try:
+        args, attributes, rest = _storable_parts(exc)
+    except BaseException:  # noqa: BLE001 - as above
+        args, attributes, rest = None, {}, {}
     return Failure(
-        type=f"{cls.__module__}.{cls.__qualname__}",
+        type=class_path(cls),
         message=clean_text(message, limit),
         traceback=clean_text(trace, limit),
         args=args,
         attributes=attributes,
-        is_partial=is_partial,
+        is_partial=bool(rest),
+        rest=rest or None,
     )
 
 
@@ -388,14 +488,18 @@ def _user_traceback(exc: BaseException) -> Any:
     return trace
 
 
-def _storable_parts(exc: BaseException) -> tuple[tuple[Any, ...] | None, dict[str, Any], bool]:
-    def storable(value: Any) -> bool:
-        try:
-            dumps(value, "value", _MAX_PART_BYTES)
-        except (NotSerializable, PayloadTooLarge):
-            return False
-        return True
+def _is_storable(value: Any) -> bool:
+    try:
+        dumps(value, "value", _MAX_PART_BYTES)
+    except (NotSerializable, PayloadTooLarge):
+        return False
+    return True
 
+
+def _storable_parts(
+    exc: BaseException, level: int = 0, left: Iterator[int] | None = None
+) -> tuple[tuple[Any, ...] | None, dict[str, Any], dict[str, Any]]:
+    """Return arguments and attributes that can be stored, and what can be told of the other attributes."""
     # Beside the ordinary attributes those that live in slots: OSError.errno, UnicodeDecodeError.reason, __slots__.
     slots = {
         name: getattr(exc, name)
@@ -408,12 +512,61 @@ def _storable_parts(exc: BaseException) -> tuple[tuple[Any, ...] | None, dict[st
         and not (cls.__module__ == "builtins" and getattr(exc, name) is None)
     }
     found = {**slots, **vars(exc)}
-    attributes = {name: value for name, value in found.items() if storable(value)}
-    return (tuple(exc.args) if storable(list(exc.args)) else None), attributes, len(attributes) < len(found)
+    attributes = {name: value for name, value in found.items() if _is_storable(value)}
+    left = iter(range(_MAX_PARTS)) if left is None else left
+    rest = {name: _packed(value, exc, level + 1, left) for name, value in found.items() if name not in attributes}
+    rest = {name: packed if _is_storable(packed) else None for name, packed in rest.items()}
+    return (tuple(exc.args) if _is_storable(list(exc.args)) else None), attributes, rest
+
+
+def _packed(value: Any, owner: BaseException, level: int, left: Iterator[int]) -> dict[str, Any] | None:
+    """Return a value that holds exceptions, such as the list of itself in a ValidationError, so that it can be stored.
+
+    ``None`` stands for what cannot be: a replay finds ``None`` in its place.
+    """
+    if value is owner:
+        return {"self": True}
+    if isinstance(value, Promise):
+        return {"value": str(value)}
+    if level >= _MAX_PART_LEVELS or next(left, None) is None:
+        return None
+    if isinstance(value, Exception):
+        cls = type(value)
+        args, attributes, rest = _storable_parts(value, level, left)
+        message = cls.__name__
+        with contextlib.suppress(Exception):  # the class is the user's
+            message = str(value) or message
+        nested = Failure(class_path(cls), message, "", args, attributes, bool(rest), rest)
+        return {"failure": _as_stored(nested)}
+    if isinstance(value, (list, tuple)) and len(value) <= _MAX_PARTS:
+        return {"list": [_packed(item, owner, level + 1, left) for item in value]}
+    if isinstance(value, dict) and len(value) <= _MAX_PARTS and all(isinstance(name, str) for name in value):
+        return {"dict": {name: _packed(item, owner, level + 1, left) for name, item in value.items()}}
+    return {"value": value} if _is_storable(value) else None
+
+
+def _unpacked(packed: Any, owner: BaseException) -> Any:
+    """Return what ``_packed`` has packed."""
+    match packed:
+        case {"self": True}:
+            return owner
+        case {"failure": dict(stored)}:
+            return revive(_from_stored(stored))
+        case {"list": list(items)}:
+            return [_unpacked(item, owner) for item in items]
+        case {"dict": dict(items)}:
+            return {name: _unpacked(item, owner) for name, item in items.items()}
+        case {"value": value}:
+            return value
+    return None
 
 
 def dump_failure(failure: Failure) -> str:
     """Return a failure as stored text, without its traceback."""
+    return _encode_json(_as_stored(failure))
+
+
+def _as_stored(failure: Failure) -> dict[str, Any]:
     stored: dict[str, Any] = {"type": failure.type, "message": failure.message}
     if failure.args is not None:
         stored["args"] = list(failure.args)
@@ -421,65 +574,102 @@ def dump_failure(failure: Failure) -> str:
         stored["attributes"] = failure.attributes
     if failure.is_partial:
         stored["is_partial"] = True
-    return _encode_json(stored)
+    if failure.rest:
+        stored["rest"] = failure.rest
+    return stored
 
 
 def load_failure(text: str | None) -> Failure:
     """Return a stored failure; text that is not one gives an ``Unknown`` failure rather than an error."""
     try:
-        stored = loads(text)
-        args = stored.get("args")
-        return Failure(
-            type=str(stored["type"]),
-            message=str(stored["message"]),
-            args=None if args is None else tuple(args),
-            attributes=dict(stored.get("attributes") or {}),
-            is_partial=bool(stored.get("is_partial")),
-        )
+        return read_failure(text)
+    except NewerFormat as error:
+        return Failure(type="Unknown", message=f"The error cannot be read: {error}.")
+
+
+def read_failure(text: str | None) -> Failure:
+    """Return a stored failure as ``load_failure`` does, for whoever acts on it.
+
+    Raises:
+        NewerFormat: A newer version stored it.
+    """
+    try:
+        return _from_stored(loads(text))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return Failure(type="Unknown", message=text or "unknown error")
 
 
-def revive(failure: Failure) -> Exception:
-    """Return the exception that a remembered step failure raises on replay.
+def _from_stored(stored: Any) -> Failure:
+    args = stored.get("args")
+    return Failure(
+        type=str(stored["type"]),
+        message=str(stored["message"]),
+        args=None if args is None else tuple(args),
+        attributes=dict(stored.get("attributes") or {}),
+        is_partial=bool(stored.get("is_partial")),
+        rest=dict(stored.get("rest") or {}),
+    )
 
-    It has the class of the first run if that class is already imported and is an ordinary exception, so the body's
-    ``except`` clauses choose the same branch. Nothing is imported, and nothing is called but such a class (cf.
-    CVE-2021-23727).
+
+def revive(failure: Failure) -> Exception:
+    """Return the exception that a stored failure is, for whoever asks how an execution has ended.
+
+    It has the class of the first run if that class is already imported and is an ordinary exception, so the caller's
+    ``except`` clauses choose the same branch. Nothing is imported, and no constructor of such a class is called: its
+    arguments and attributes are put into a bare instance (cf. CVE-2021-23727).
     """
+    return cast(Exception, _revived(failure, lambda cls: issubclass(cls, Exception)))
+
+
+def revive_in_body(failure: Failure) -> BaseException:
+    """Return the exception that a remembered step failure raises on replay: as ``revive``, and of any such class.
+
+    ``asyncio.CancelledError`` is no ``Exception``, and a body can catch it.
+    """
+    return _revived(failure, is_caught_by_bodies)
+
+
+def is_caught_by_bodies(cls: type[BaseException]) -> bool:
+    """Tell whether a body may catch such an exception of a step's function and go on: it asks nobody to end."""
+    return not issubclass(cls, (SystemExit, KeyboardInterrupt, GeneratorExit, ControlFlow)) and cls is not BaseException
+
+
+def _revived(failure: Failure, is_taken: Callable[[type[BaseException]], bool]) -> BaseException:
     cls = _find_exception_class(failure.type)
-    exc = None if cls is None else _bare(cls, failure)
+    exc = None if cls is None or not is_taken(cls) else _bare(cls)
     if exc is None:
         return StepFailed(failure.message)
-    exc.args = failure.args if failure.args is not None else (failure.message,)
+    try:
+        exc.args = failure.args if failure.args is not None else (failure.message,)
+    except Exception:  # noqa: BLE001 - a property of the user's
+        return StepFailed(failure.message)
     for name, value in (failure.attributes or {}).items():
         with contextlib.suppress(Exception):  # a property of the user's, or one without a setter
             setattr(exc, name, value)
+    for name, packed in (failure.rest or {}).items():
+        with contextlib.suppress(Exception):
+            setattr(exc, name, _unpacked(packed, exc))
     return exc
 
 
-def _bare(cls: type[Exception], failure: Failure) -> Exception | None:
-    """Return an instance that its stored parts are still to be put into."""
-    if failure.is_partial and failure.args is not None:
-        # What could not be stored, such as the list of itself in a ValidationError, is for the constructor to make.
-        with contextlib.suppress(Exception):
-            return cls(*failure.args)
+def _bare(cls: type[BaseException]) -> BaseException | None:
+    """Return an instance that its stored parts are still to be put into, without a call of anything of its class."""
     # Not cls.__new__, which may be the user's and may want arguments.
     builtin: Any = next(base for base in cls.__mro__ if base.__module__ == "builtins")
     try:
-        return cast(Exception, builtin.__new__(cls))
+        return cast(BaseException, builtin.__new__(cls))
     except TypeError:  # ExceptionGroup alone insists on them
         return None
 
 
-def _find_exception_class(name: str) -> type[Exception] | None:
+def _find_exception_class(name: str) -> type[BaseException] | None:
     module_name, found = name, None
     while found is None and "." in module_name:  # a class may stand in another one: Order.DoesNotExist
         module_name = module_name.rpartition(".")[0]
         found = sys.modules.get(module_name)
     for part in name[len(module_name) + 1 :].split("."):
         found = getattr(found, "__dict__", {}).get(part)  # not getattr(), which a module may answer with an import
-    if isinstance(found, type) and issubclass(found, Exception) and found.__module__ == module_name:
+    if isinstance(found, type) and issubclass(found, BaseException) and found.__module__ == module_name:
         return found
     return None
 

@@ -1,5 +1,6 @@
 """Celery's soft time limit (SIGUSR1), held back where it would do harm: raised inside a ``COMMIT`` it would leave the
-outcome unknown, and raised after the body it would fail what is none of the body's.
+outcome unknown, and raised after the body it would fail what is none of the body's. Raised while a body waits for its
+database, it takes the connection with it.
 
 Masking the signal would not do: the kernel hands it to another thread, such as the heartbeat's, and Python runs the
 handler in the main thread all the same. So a handler of ours stands in front of Celery's, from the first run in a
@@ -9,11 +10,28 @@ run's time.
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import threading
+import time
+import traceback
 from types import FrameType, TracebackType
 from typing import Any
+
+from conductor_app import sessions
+
+#: After how many seconds a limit that came in the middle of a finalizer comes again.
+_AGAIN_SECONDS = 0.01
+
+
+def _is_in_finalizer(frame: FrameType | None) -> bool:
+    return frame is not None and any(inner.f_code.co_name == "__del__" for inner, _line in traceback.walk_stack(frame))
+
+
+def _send_again(pid: int, number: int) -> None:
+    time.sleep(_AGAIN_SECONDS)
+    os.kill(pid, number)
 
 
 class SoftLimit:
@@ -28,8 +46,18 @@ class SoftLimit:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.is_held:
             self._held_back.append((number, frame))
-        else:
+            return
+        if _is_in_finalizer(frame):
+            # Python drops what is raised there, and the body would go on without a limit.
+            _thread.start_new_thread(_send_again, (os.getpid(), number))
+            return
+        try:
             self._handler(number, frame)
+        except BaseException:
+            # A body may catch it, and go on with a session that is out of step.
+            if frame is not None:
+                sessions.close_interrupted(frame)
+            raise
 
     def is_there(self) -> bool:
         """Tell whether something handles the limit; from now on it is asked by way of this."""

@@ -60,6 +60,10 @@ class OnTimeout(StrEnum):
     ABANDON = "abandon"
 
 
+#: What the reason of a cancellation begins with that nobody has asked for: a child is late for its parent's timeout.
+#: Such a child keeps a result that it returns all the same.
+LATE_REASON = "its parent's timeout of "
+
 #: Kinds of steps that stand for one child each.
 CHILD_KINDS = frozenset({StepKind.INVOKE, StepKind.START})
 
@@ -89,7 +93,10 @@ ALLOWED_MOVES: MappingProxyType[ExecutionStatus, frozenset[ExecutionStatus]] = M
         ExecutionStatus.SUCCEEDED: frozenset(),
         # An operator's retry reopens these two, and nothing else does.
         ExecutionStatus.FAILED: frozenset({ExecutionStatus.QUEUED, ExecutionStatus.WAITING}),
-        ExecutionStatus.CANCELLED: frozenset({ExecutionStatus.QUEUED, ExecutionStatus.WAITING}),
+        # To succeeded with the result that its body returned after its cancellation had been asked for.
+        ExecutionStatus.CANCELLED: frozenset(
+            {ExecutionStatus.QUEUED, ExecutionStatus.WAITING, ExecutionStatus.SUCCEEDED},
+        ),
     }
 )
 

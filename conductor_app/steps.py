@@ -5,6 +5,7 @@ The only writer of the table ``Step``, except for ``transitions.statements``, wh
 
 from __future__ import annotations
 
+import functools
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -25,10 +26,10 @@ from django.db.models import (
 )
 
 from conductor_app import clock
-from conductor_app.exceptions import Failure
+from conductor_app.exceptions import Failure, OutcomeLost
 from conductor_app.models import Execution, Step, database
 from conductor_app.models.querysets import ExecutionQuerySet
-from conductor_app.serialization import dump_failure, dumps, load_failure, loads
+from conductor_app.serialization import dump_failure, dumps, read_failure, read_result
 from conductor_app.sql import Literal, update_returning
 from conductor_app.states import (
     CHILD_KINDS,
@@ -57,6 +58,8 @@ class Memory(NamedTuple):
     fence: int
     #: Of a map or gather: how many children it has.
     total: int | None = None
+    #: In which attempt it was opened; 0 if this process has stored it itself.
+    attempt: int = 0
 
     @property
     def is_pending(self) -> bool:
@@ -64,12 +67,36 @@ class Memory(NamedTuple):
         return self.status == StepStatus.PENDING
 
     def get_result(self) -> Any:
-        """Return the decoded result, a fresh object at each call."""
-        return loads(self.result)
+        """Return the decoded result, a fresh object at each call.
+
+        Raises:
+            OutcomeLost: There is none.
+        """
+        return read_result(self.result, functools.partial(self.lost, "result"))
 
     def get_failure(self) -> Failure:
-        """Return the stored failure."""
-        return load_failure(self.error)
+        """Return the stored failure, or why it was cancelled.
+
+        Raises:
+            OutcomeLost: There is none.
+        """
+        if self.error is None and self.status == StepStatus.FAILED:
+            raise self.lost("error")
+        return read_failure(self.error)
+
+    def lost(self, what: str) -> OutcomeLost:
+        """Return the error to raise when something is gone that was recorded."""
+        held_by = "has been deleted or changed"
+        if self.kind in CHILD_KINDS:
+            child = "the child that held it" if self.child_id is None else f"the child {self.child_id}, which held it,"
+            held_by = f"{child} has been deleted or changed"
+        elif self.kind in (StepKind.MAP, StepKind.GATHER):
+            held_by = "a child that held a part of it has been deleted or changed"
+        return OutcomeLost(
+            f"Step '{self.name}' was recorded as {self.status}, and its {what} is gone: {held_by}. A replay cannot go "
+            "on without it. Restore what is missing and retry the execution, or start a new one.",
+            step=self.name,
+        )
 
 
 def recall(execution_id: uuid.UUID, name: str | None = None) -> dict[str, Memory]:
@@ -95,6 +122,7 @@ MEMORY_FIELDS = (
     "child__error",
     "fence",
     "total",
+    "attempt",
 )
 
 
@@ -114,9 +142,27 @@ def memory_of(rows: Iterable[Sequence[Any]]) -> dict[str, Memory]:
             error=row[10] if row[5] is not None and row[2] == StepStatus.FAILED else row[8],
             fence=row[11],
             total=row[12],
+            attempt=row[13],
         )
         for row in rows
     }
+
+
+#: Kinds of steps for which a run ends.
+_SUSPENDING_KINDS = frozenset({StepKind.INVOKE, StepKind.MAP, StepKind.GATHER, StepKind.SLEEP, StepKind.EVENT})
+
+
+def woken_by(execution: Execution, memory: dict[str, Memory]) -> str | None:
+    """Return the step that the run before this one has opened and waited for, if its outcome has woken this one.
+
+    Whatever the code does then, it comes to that step again, unless it has changed or is not deterministic. Where
+    anything else lies between the two runs (another attempt, a shutdown, a lost worker, an operator), nothing is said.
+    """
+    last = next(reversed(memory.values()), None) if memory else None
+    if last is None or last.kind not in _SUSPENDING_KINDS or last.is_pending:
+        return None
+    follows = last.fence == execution.fence - 1 and last.attempt == execution.attempt
+    return last.name if follows else None
 
 
 _KINDS = {kind.value: kind for kind in StepKind}
@@ -323,6 +369,14 @@ def settle(
     return decided[0] if decided else None
 
 
+def settle_overdue(keys: Sequence[int]) -> None:
+    """Decide pending steps past their deadline whose rows the current transaction has locked: sleeps end well."""
+    slept = When(kind=StepKind.SLEEP, then=Value(StepStatus.SUCCEEDED.value))
+    Step.objects.using(database()).filter(pk__in=keys).update(
+        status=Case(slept, default=Value(StepStatus.TIMED_OUT.value)), error=None, finished_at=clock.now()
+    )
+
+
 def count_down(
     counted: QuerySet[Step], status: StepStatus, *, child_id: uuid.UUID | None = None, error: str | None = None
 ) -> Step | None:
@@ -413,6 +467,22 @@ def reopen(step: Step, *, remaining: int | None = None) -> None:
     )
 
 
+def end_waits(execution_id: uuid.UUID, error: str) -> None:
+    """Decide the sleep or event for which an execution waited that is cancelled: nobody else will.
+
+    Its children decide their steps when they end, which a child that is late may do with a result.
+    """
+    waits = Step.objects.using(database()).filter(
+        execution_id=execution_id, kind__in=[StepKind.SLEEP, StepKind.EVENT], status=StepStatus.PENDING
+    )
+    waits.update(status=StepStatus.CANCELLED, error=error, finished_at=clock.now())
+
+
+def resume_sleep(step: Step) -> None:
+    """Make a sleep that a cancel has ended pending again, until the same instant: for an operator's retry."""
+    Step.objects.using(database()).filter(pk=step.pk).update(status=StepStatus.PENDING, error=None, finished_at=None)
+
+
 def forget(step: Step) -> None:
     """Delete a gather: the next run waits for its members again."""
     Step.objects.using(database()).filter(pk=step.pk).delete()
@@ -437,15 +507,21 @@ def overlooked(execution_id: uuid.UUID) -> list[tuple[str, str | None, StepStatu
     found = []
     for name, status, error in pending.values_list("name", "child__status", "child__error"):
         if status is None:
-            gone = Failure(type="Cancelled", message="Cancelled: its row was deleted")
-            found.append((name, dump_failure(gone), StepStatus.CANCELLED))
+            found.append((name, deleted_error(), StepStatus.CANCELLED))
         elif status in FINAL_STATUSES:
             outcome = StepStatus(status)
             found.append((name, error if outcome == StepStatus.CANCELLED else None, outcome))
     return found
 
 
-def in_vain(limit: int | None = None, *, execution_id: uuid.UUID | None = None) -> list[Step]:
+def deleted_error() -> str:
+    """Return the error with which a step is decided whose child was deleted before it had ended, as stored text."""
+    return dump_failure(Failure(type="Cancelled", message="Cancelled: its row was deleted"))
+
+
+def in_vain(
+    limit: int | None = None, *, execution_id: uuid.UUID | None = None, root_id: uuid.UUID | None = None
+) -> list[Step]:
     """Return undecided maps and gathers that are waited for while no child of theirs is in flight.
 
     No transition leaves one behind; an UPDATE or DELETE by hand does. A child that a map holds back is not in flight:
@@ -456,6 +532,8 @@ def in_vain(limit: int | None = None, *, execution_id: uuid.UUID | None = None) 
     )
     if execution_id is not None:
         waited_for = waited_for.filter(execution_id=execution_id)
+    if root_id is not None:
+        waited_for = waited_for.filter(execution__root_id=root_id)
     is_open = Q(status__in=sorted(OPEN_STATUSES))
     children = Execution.objects.using(database()).filter(
         is_open,
@@ -484,15 +562,32 @@ def set_remaining(step: Step, remaining: int) -> None:
     Step.objects.using(database()).filter(pk=step.pk, status=StepStatus.PENDING).update(remaining=remaining)
 
 
-def overdue(limit: int) -> list[Step]:
-    """Return pending steps past their deadline, the oldest first."""
+def overdue(limit: int, known: Sequence[int] = (), root_id: uuid.UUID | None = None) -> list[Step]:
+    """Return pending steps past their deadline, the oldest first, except those whose keys are ``known``.
+
+    Args:
+        root_id: Only those of this tree.
+    """
     fields = ("id", "execution_id", "name", "kind", "child_id", "on_timeout", "timeout_seconds")
-    return list(overdue_rows().order_by("deadline_at").only(*fields)[:limit])
+    rows = overdue_rows().exclude(pk__in=known) if known else overdue_rows()
+    rows = rows if root_id is None else rows.filter(execution__root_id=root_id)
+    return list(rows.order_by("deadline_at").only(*fields)[:limit])
 
 
 def overdue_rows() -> QuerySet[Step]:
     """Pending steps past their deadline."""
     return Step.objects.using(database()).filter(status=Literal(StepStatus.PENDING.value), deadline_at__lte=clock.now())
+
+
+def next_deadline_in(seconds: float, since: float) -> float | None:
+    """Return in how many seconds the next deadline of a pending step passes, if it does within so many.
+
+    Args:
+        since: One that passed up to so many seconds ago is the next one, too.
+    """
+    pending = Step.objects.using(database()).filter(status=Literal(StepStatus.PENDING.value))
+    soon = pending.filter(deadline_at__gt=clock.after(-since), deadline_at__lte=clock.after(seconds))
+    return clock.seconds_to_first(soon, "deadline_at")
 
 
 def pending_maps(execution_id: uuid.UUID) -> list[Step]:

@@ -10,8 +10,8 @@ import json
 import re
 import uuid
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from django.db import connections
@@ -21,9 +21,9 @@ from django.utils.translation import gettext as _
 
 from conductor_app import clock
 from conductor_app.exceptions import Failure
-from conductor_app.explain import Census, Situation, duration, short_name
-from conductor_app.models import Execution, FailedExecution, Step, database
-from conductor_app.serialization import dump_failure
+from conductor_app.explain import Census, Situation, duration, short_name, unanswered_queue
+from conductor_app.models import Event, Execution, FailedExecution, Step, database
+from conductor_app.serialization import dump_failure, load_failure
 from conductor_app.states import OPEN_STATUSES, ExecutionStatus, StepKind, StepStatus
 
 #: What is read of each execution of a tree; payloads and results stay in the database.
@@ -124,6 +124,8 @@ class Story:
     node_count: int
     #: How many children each parent has.
     child_counts: Mapping[uuid.UUID | None, int]
+    #: How many events of each name were sent to it that no step has taken.
+    mailbox: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def now(self) -> dt.datetime:
@@ -177,22 +179,38 @@ def ancestry(execution: Execution, tree: Mapping[uuid.UUID, Execution]) -> list[
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def read(execution_id: uuid.UUID, *, preview: int | None, whole: bool = False, app: str = "project") -> Story | None:
+def read(execution_id: uuid.UUID, *, preview: int | None, whole: bool = False) -> Story | None:
     """Read everything about one execution; ``None`` if there is none.
 
     Args:
         execution_id: Which one.
         preview: Characters of each step's result to read; ``None`` reads all of it.
         whole: Whether to read all of its tree and steps, however many there are.
-        app: What stands after ``celery -A`` in a hint.
     """
     rows = Execution.objects.using(database()).select_related("failure")
     execution = rows.filter(pk=execution_id).first()
-    return None if execution is None else tell(execution, preview=preview, whole=whole, app=app)
+    return None if execution is None else tell(execution, preview=preview, whole=whole, with_mailbox=True)
 
 
-def tell(execution: Execution, *, preview: int | None, whole: bool = False, app: str = "project") -> Story:
-    """Read everything about an execution that was read with ``select_related("failure")``; see ``read``."""
+def tell(
+    execution: Execution,
+    *,
+    preview: int | None,
+    whole: bool = False,
+    seen: QuerySet[Execution] | None = None,
+    with_messages: bool = True,
+    with_mailbox: bool = False,
+) -> Story:
+    """Read everything about an execution that was read with ``select_related("failure")``; see ``read``.
+
+    Args:
+        execution: Which one.
+        preview: As for ``read``.
+        whole: As for ``read``.
+        seen: The executions that may be told of beside it; ``None`` are all. It is told as if the others did not exist.
+        with_mailbox: Whether to look for events that no step has taken.
+        with_messages: Whether the messages and tracebacks of errors may be told, and not their classes alone.
+    """
     own: FailedExecution | None = getattr(execution, "failure", None)
     now = clock.read(database())
     if whole:
@@ -200,22 +218,26 @@ def tell(execution: Execution, *, preview: int | None, whole: bool = False, app:
         tree = {row.pk: row for row in rows.only(*TREE_FIELDS, "error")}
         picked = _Picked(keys=list(tree), lanes=[], nodes=len(tree), children={})
     else:
-        picked = _pick(execution)
+        picked = _pick(execution, seen)
         cause = own.root_cause_id if own is not None else None
         keys = {execution.pk, *picked.keys, *([] if cause is None else [cause])}
         tree = {row.pk: row for row in _read_with_ancestors(sorted(keys))}
     tree[execution.pk] = execution
     steps, waits = _read_steps(execution, picked.lanes, preview, whole=whole)
+    if seen is not None:
+        tree = _as_seen(seen, execution, own, steps, tree)
     failures = _read_failures(execution, own, tree, whole=whole)
+    if not with_messages:
+        withhold(tree.values(), steps, failures.values())
     situation = Situation(
         execution=execution,
         now=now,
         steps=steps,
         tree=tree,
         failures=failures,
-        app=app,
         counted=picked.children.get(execution.pk),
     )
+    situation = with_queue(situation, seen)
     return Story(
         execution=execution,
         situation=situation,
@@ -225,7 +247,17 @@ def tell(execution: Execution, *, preview: int | None, whole: bool = False, app:
         causes=list(_causes(execution, own, failures, tree)),
         node_count=max(picked.nodes, len(tree)),
         child_counts={key: census.total for key, census in picked.children.items()},
+        mailbox=mailbox_of(execution.pk) if with_mailbox else {},
     )
+
+
+def with_queue(situation: Situation, seen: QuerySet[Execution] | None = None) -> Situation:
+    """Return the situation with what workers do in the queue that has not answered; one query if there is one."""
+    queue = unanswered_queue(situation)
+    if queue is None:
+        return situation
+    rows: Any = Execution.objects.using(database()) if seen is None else seen
+    return replace(situation, at_work=rows.order_by().at_work().filter(queue=queue).count())
 
 
 @dataclass(frozen=True)
@@ -241,7 +273,49 @@ class _Picked:
     children: dict[uuid.UUID | None, Census]
 
 
-def _pick(execution: Execution) -> _Picked:
+def withhold(
+    executions: Iterable[Execution], steps: Iterable[Step] = (), failures: Iterable[FailedExecution] = ()
+) -> None:
+    """Leave of the errors in rows that were read their classes alone."""
+    rows: list[Execution | Step] = [*executions, *steps]
+    for row in rows:
+        if row.error:
+            row.error = dump_failure(Failure(type=load_failure(row.error).type, message=""))
+    for failure in failures:
+        failure.message = failure.traceback = ""
+
+
+def mailbox_of(execution_id: uuid.UUID) -> dict[str, int]:
+    """Return how many events of each name were sent to an execution that no step has taken."""
+    waiting = Event.objects.using(database()).filter(execution_id=execution_id, taken_at__isnull=True)
+    return dict(waiting.order_by("name").values_list("name").annotate(number=Count("pk")))
+
+
+def _as_seen(
+    seen: QuerySet[Execution],
+    execution: Execution,
+    own: FailedExecution | None,
+    steps: Collection[Step],
+    tree: Mapping[uuid.UUID, Execution],
+) -> dict[uuid.UUID, Execution]:
+    """Return the executions that may be told of, and take the ids of the others from the rows; one query."""
+    cause = own.root_cause_id if own is not None else None
+    named = (execution.parent_id, execution.root_id, cause, *(step.child_id for step in steps))
+    keys = {*tree, *(key for key in named if key is not None)}
+    found = set(seen.filter(pk__in=keys).values_list("pk", flat=True)) | {execution.pk}
+    if own is not None and cause not in found:
+        own.root_cause_id = None
+    for step in steps:
+        if step.child_id not in found:
+            step.child_id = None
+    if execution.parent_id not in found:
+        execution.parent_id = None
+    if execution.root_id not in found:
+        execution.root_id = execution.pk
+    return {key: row for key, row in tree.items() if key in found}
+
+
+def _pick(execution: Execution, seen: QuerySet[Execution] | None) -> _Picked:
     """Choose what is read of a tree: of narrow columns alone, since the database has to look at all of its rows."""
     # Of thousands of children those that somebody looks for: what failed, then what is under way.
     weight = Case(
@@ -252,7 +326,8 @@ def _pick(execution: Execution) -> _Picked:
         output_field=IntegerField(),
     )
     siblings: dict[str, Any] = {"partition_by": [F("parent_id")]}
-    rows = Execution.objects.using(database()).filter(root_id=execution.root_id)
+    rows: QuerySet[Execution] = Execution.objects.using(database()) if seen is None else seen
+    rows = rows.filter(root_id=execution.root_id)
     drawn = rows.annotate(
         place=Window(RowNumber(), order_by=[weight, F("created_at").asc(), F("id").asc()], **siblings),
         siblings=Window(Count("id"), **siblings),
@@ -492,7 +567,7 @@ def _step_moments(step: Step, story: Story) -> Iterator[Moment]:
     if step.finished_at is not None:
         values["time"] = duration((step.finished_at - step.created_at).total_seconds())
         yield Moment(step.finished_at, _('step "%(step)s" %(status)s after %(time)s') % values)
-    elif step.deadline_at is not None:
+    elif step.deadline_at is not None and not story.execution.is_final:
         ends = _('step "%(step)s" ends') if step.kind == StepKind.SLEEP else _('step "%(step)s" times out')
         yield Moment(step.deadline_at, ends % values)
 

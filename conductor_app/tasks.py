@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
 from typing import Any
 
 from celery import shared_task
+from django.apps import apps
 from django.utils import timezone
-from django.utils.module_loading import import_string
 
 from conductor_app.exceptions import UnknownTask
 from conductor_app.ids import as_child_id
 from conductor_app.models import Execution, database
 from conductor_app.plain import RUN_DJANGO_TASK, django_tasks
+
+
+def find(path: str) -> Any:
+    """Return what stands at the top level of a module of this project, by the path that a payload has.
+
+    Of modules that this process has not imported yet, those of installed apps alone are: a stored name is not to choose
+    what runs here.
+
+    Args:
+        path: The module and the name.
+
+    Raises:
+        UnknownTask: There is no such module here, or nothing of that name in it.
+    """
+    module_name, _separator, name = path.rpartition(".")
+    module = sys.modules.get(module_name)
+    if module is None and any(f"{module_name}.".startswith(f"{config.name}.") for config in apps.get_app_configs()):
+        try:
+            module = import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+                raise  # it is there, and what it imports is not
+    # Not getattr(), which a module may answer with an import.
+    if module is None or name not in vars(module):
+        raise UnknownTask(
+            f"{path} is not known here. It has to stand in a module of an installed app, or in one that the worker "
+            "imports when it starts (CELERY_IMPORTS)."
+        )
+    return vars(module)[name]
+
 
 if django_tasks is not None:
 
@@ -26,13 +58,13 @@ if django_tasks is not None:
 
         Raises:
             UnknownTask: There is no such task, or nobody has invoked it: whoever can publish messages is not to choose
-                what is imported here.
+                what runs here.
         """
         child_id = as_child_id(self.request.id)
         rows = Execution.objects.using(database()).filter(task=self.name)
         if child_id is None or not rows.filter(pk=child_id).exists():
             raise UnknownTask(f"{self.name} runs the children of executions; {self.request.id} is none.")
-        task = import_string(path)
+        task = find(path)
         if not isinstance(task, django_tasks.Task):
             raise UnknownTask(f"{path} is {type(task).__name__}, no task of django.tasks. Is @task missing above it?")
         if task.takes_context:

@@ -99,9 +99,21 @@ DATABASE_OPTIONS: dict[str, dict[str, Any]] = {
         # the last ones may be lost.
         "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL",
     },
+    # Without these, a client waits for a server that has silently gone as long as the kernel does, up to two hours.
+    "django.db.backends.postgresql": {
+        "connect_timeout": 5,
+        "tcp_user_timeout": 15_000,
+        "keepalives_idle": 15,
+        "keepalives_interval": 5,
+        "keepalives_count": 3,
+    },
     "django.db.backends.mysql": {
         "charset": "utf8mb4",
         "isolation_level": "read committed",
+        # Longer than the longest query.
+        "connect_timeout": 5,
+        "read_timeout": 60,
+        "write_timeout": 60,
     },
 }
 

@@ -1,13 +1,16 @@
 """Fixtures for every test: real workers, and what they leave behind."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from celery import _state
+from celery import _state, current_app, signals
 from django.db import connection
 
+from conductor_app import announcements, dispatch, executor
+from conductor_app.context import body_logger
 from tests.support.broker import purge
 from tests.support.databases import end_other_sessions
 from tests.support.worker import Worker
@@ -17,8 +20,10 @@ ACCEPTANCE = Path(__file__).parent / "acceptance"
 MESSAGING = {
     f"test_{name}" for name in ("adoption", "broker_outage", "canvas", "messages", "origin", "results", "revoke")
 }
+CONTRACT = Path(__file__).parent / "celery_contract"
 BROWSER = Path(__file__).parent / "browser"
 WORKERS = pytest.StashKey[list[Worker]]()
+AROUND_TASKS = (signals.task_prerun, signals.task_postrun)
 #: Queues that workers of this session have consumed, besides the default one.
 QUEUES: set[str] = set()
 
@@ -51,6 +56,37 @@ def _not_in_a_worker() -> None:
     _state._set_task_join_will_block(False)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no test find what another one has left: a broker or a result backend that rests, a shutdown."""
+    dispatch.reset_breaker()
+    monkeypatch.setattr(announcements, "_rests_until", 0.0)
+    monkeypatch.setattr(executor, "is_draining", lambda: False)
+    # A worker that is set up in this process hangs Celery's task logger over it.
+    monkeypatch.setattr(body_logger, "parent", body_logger.parent)
+    # Celery publishes with the list of receivers that there was at the first publish. When one of them has died, the
+    # next ``connect`` makes a new list, of which it never hears.
+    vars(current_app.amqp).pop("send_task_message", None)
+
+
+@pytest.fixture(autouse=True)
+def _no_receiver_stays() -> Iterator[None]:
+    """Let no test make this process a worker's for the tests after it, as Celery's fixup for Django would."""
+    before = _receivers()
+    yield
+    assert _receivers() <= before, "A receiver of Celery's signals stays"
+
+
+def _receivers() -> set[tuple[object, object]]:
+    # Those of modules, which may be imported in the middle of a test, are not weak.
+    return {
+        (signal.name, key)
+        for signal in AROUND_TASKS
+        for key, receiver in signal.receivers
+        if isinstance(receiver, weakref.ReferenceType)
+    }
+
+
 @pytest.fixture(scope="session")
 def django_db_setup(django_db_setup: None, django_db_blocker: Any) -> Iterator[None]:
     """As pytest-django's; but no session of a killed worker keeps the database from being dropped."""
@@ -72,6 +108,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.worker)
         if item.get_closest_marker("worker") or item.path.is_relative_to(ACCEPTANCE):
             item.add_marker(pytest.mark.combination)
+        if item.path.is_relative_to(CONTRACT):
+            item.add_marker(pytest.mark.contract)
         if item.path.parent == ACCEPTANCE and item.path.stem in MESSAGING:
             item.add_marker(pytest.mark.messaging)
         if item.get_closest_marker("races") and connection.vendor != "postgresql":

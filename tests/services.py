@@ -20,29 +20,31 @@ import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ET
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import kombu
 import psycopg
 import pymysql
 import redis
-from rich.console import Console
-from rich.table import Table
+
+from tests.support.outcomes import (
+    EXIT_FAILED,
+    EXIT_SKIPPED,
+    FAILED,
+    SKIPPED,
+    Outcome,
+    console,
+    run_chosen,
+    run_pytest,
+    unavailable,
+)
 
 ANSWER_SECONDS = 5
 START_SECONDS = 60
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
-EXIT_FAILED = 1
-EXIT_SKIPPED = 3
-#: What pytest returns when no test is left to run.
-NOTHING_CHOSEN = 5
-
-console = Console(soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -210,83 +212,22 @@ COMBINATIONS = [
 ]
 
 
-@dataclass
-class Outcome:
-    """What one combination came to."""
-
-    combination: Combination
-    verdict: str
-    reason: str = ""
-    counts: dict[str, int] = field(default_factory=dict)
-    seconds: float = 0
-
-
 def run(combination: Combination, pytest_args: list[str]) -> Outcome:
-    """Run the suite, or what depends on the combination, with pytest's output passed through."""
+    """Run the suite, or what depends on the combination."""
     console.rule(f"{combination.name}: what depends on the combination" if combination.selection else combination.name)
     reasons = [reason for server in combination.servers if (reason := unreachable(server))]
     if reasons:
-        verdict = "failed" if os.environ.get("CI", "").lower() == "true" else "skipped"
-        console.print(f"{combination.name} {verdict}: {'; '.join(reasons)}", markup=False)
-        return Outcome(combination, verdict, "; ".join(reasons))
-    with tempfile.TemporaryDirectory(prefix="conductor-test-") as directory:
-        report = Path(directory, "report.xml")
-        start = time.monotonic()
-        exit_code = subprocess.run(
-            [sys.executable, "-m", "pytest", f"--junit-xml={report}", *combination.selection, *pytest_args],
-            env={**os.environ, **combination.environment},
-            check=False,
-        ).returncode
-        seconds = time.monotonic() - start
-        if exit_code == NOTHING_CHOSEN and combination.selection:
-            # The caller's arguments name tests that do not depend on it.
-            exit_code = 0
-        reason = f"pytest ended with {exit_code}" if exit_code else ""
-        return Outcome(combination, "failed" if exit_code else "passed", reason, _counts(report), seconds)
-
-
-def _counts(report: Path) -> dict[str, int]:
-    try:
-        suites = list(ET.parse(report).getroot().iter("testsuite"))
-    except (OSError, ET.ParseError):  # pytest did not get as far as writing it
-        return {}
-    total = {key: sum(int(suite.get(key, 0)) for suite in suites) for key in ("tests", "failures", "errors", "skipped")}
-    failed = total["failures"] + total["errors"]
-    return {"passed": total["tests"] - failed - total["skipped"], "failed": failed, "skipped": total["skipped"]}
-
-
-def summary(outcomes: list[Outcome]) -> Table:
-    table = Table(title="Services", title_justify="left")
-    table.add_column("combination", no_wrap=True)
-    table.add_column("tests", no_wrap=True)
-    for column in ("passed", "failed", "skipped", "seconds"):
-        table.add_column(column, justify="right")
-    table.add_column("verdict")
-    colours = {"passed": "green", "failed": "red", "skipped": "yellow"}
-    for outcome in outcomes:
-        counts = [str(outcome.counts.get(key, "–")) for key in ("passed", "failed", "skipped")]
-        colour = colours[outcome.verdict]
-        verdict = f"[{colour}]{outcome.verdict}[/{colour}]"
-        tests = "part" if outcome.combination.selection else "all"
-        table.add_row(outcome.combination.name, tests, *counts, f"{outcome.seconds:.1f}", verdict)
-    return table
+        return unavailable(combination.name, "; ".join(reasons))
+    arguments = [*combination.selection, *pytest_args]
+    return run_pytest(
+        combination.name, sys.executable, arguments, combination.environment, is_part=bool(combination.selection)
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.services", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", action="append", choices=[c.name for c in COMBINATIONS], help="may be repeated")
-    parser.add_argument("pytest_args", nargs="*", metavar="pytest arguments", help="after --")
-    options = parser.parse_args()
-
-    chosen = [c for c in COMBINATIONS if not options.only or c.name in options.only]
-    outcomes = [run(combination, options.pytest_args) for combination in chosen]
-    console.print()
-    console.print(summary(outcomes))
-    for outcome in outcomes:
-        if outcome.reason:
-            console.print(f"{outcome.combination.name} {outcome.verdict}: {outcome.reason}", markup=False)
-    verdicts = {outcome.verdict for outcome in outcomes}
-    return EXIT_FAILED if "failed" in verdicts else EXIT_SKIPPED if "skipped" in verdicts else 0
+    verdicts = run_chosen(parser, "Services", "combination", COMBINATIONS, run)
+    return EXIT_FAILED if FAILED in verdicts else EXIT_SKIPPED if SKIPPED in verdicts else 0
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from django.utils.text import capfirst
 from django.utils.translation import gettext
 from django.views.decorators.cache import never_cache
 
+from conductor_app.admin import access
 from conductor_app.admin.operations import (
     ACTIONS,
     CANCEL,
@@ -86,9 +87,12 @@ class Acting(admin.ModelAdmin):  # type: ignore[type-arg]
         permission = f"{Execution._meta.app_label}.{action.permission}"
         return self.has_view_permission(request) and request.user.has_perm(permission)
 
-    def get_actions(self, request: HttpRequest) -> dict[str, Any]:
-        """Return what may be done to selected rows; Django's own actions would change or delete them."""
-        if IS_POPUP_VAR in request.GET:
+    def get_actions(self, request: HttpRequest, action_location: Any = None) -> dict[str, Any]:
+        """Return what may be done to selected rows; Django's own actions would change or delete them.
+
+        Django 6.1 also asks for a row's own page, which has its buttons.
+        """
+        if IS_POPUP_VAR in request.GET or getattr(action_location, "value", "CHANGE_LIST") != "CHANGE_LIST":
             return {}
         return {
             f"{name}_selected": (_confirm_selected(ACTIONS[name]), f"{name}_selected", ACTIONS[name].label)
@@ -171,6 +175,8 @@ class Acting(admin.ModelAdmin):  # type: ignore[type-arg]
     ) -> HttpResponse:
         fitting = sum(_executions(chunk).filter(action.fits()).count() for chunk in chunks(ids))
         only = _executions(ids).select_related("parent").first() if len(ids) == 1 else None
+        seen = access.executions(self, request)
+        access.conceal(seen, [] if only is None else [only], ["parent_id", "root_id"])
         context = {
             **self.admin_site.each_context(request),
             "title": f"{capfirst(str(action.label))}?",
@@ -193,7 +199,7 @@ class Acting(admin.ModelAdmin):  # type: ignore[type-arg]
             "back_url": self._page_of(ids[0]) if is_single else self._list_again(request.GET.urlencode()),
             **(_family(ids, only) if action is CANCEL else {}),
         }
-        if action is RETRY and only is not None and only.parent_id is not None:
+        if action is RETRY and only is not None and only.parent_id is not None and only.root_id is not None:
             context["root_url"] = self._page_of(only.root_id)
         request.current_app = self.admin_site.name
         return TemplateResponse(request, self.action_confirmation_template, context)
@@ -244,7 +250,9 @@ class Acting(admin.ModelAdmin):  # type: ignore[type-arg]
                     outcomes.why = f"{gettext('Nothing was done')}: {found}."
                 except ActionRefused as error:
                     (outcomes.skipped if error.is_elsewhere else outcomes.refused)[error.reason] += 1
-                    outcomes.why = str(error)
+                    # In full it names the root, which a narrowed site may not show.
+                    is_narrowed = access.executions(self, request) is not None
+                    outcomes.why = f"{capfirst(error.reason)}." if is_narrowed else str(error)
                 else:
                     outcomes.done.append(execution)
                     self._log(request, execution, action.audit(data))
@@ -319,6 +327,8 @@ class ExecutionActions(Acting):
             if row[f"offers_{action.name}"]
         ]
         is_behind = execution.parent_id is not None and row["root_status"] in RETRIED_STATUSES
+        seen = access.executions(self, request) if is_behind else None
+        is_behind = is_behind and (seen is None or bool(access.ids(seen, [execution.root_id])))
         if is_behind and RETRY in allowed and execution.status in RETRIED_STATUSES:
             url = self._address_of("act", execution.root_id, RETRY.name)
             buttons.insert(0, Button("retry-root", gettext("Retry the root"), url))

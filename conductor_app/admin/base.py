@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from django.contrib import admin
+from django.contrib.admin import widgets
 from django.contrib.admin.views.main import ChangeList
-from django.db.models import Model, Q, QuerySet
+from django.db.models import Field, ForeignKey, Model, Q, QuerySet
+from django.db.models.constants import LOOKUP_SEP
 from django.forms.widgets import Script
 from django.http import HttpRequest, HttpResponse
 from django.urls import NoReverseMatch, URLPattern, path, reverse
@@ -16,18 +18,17 @@ from django.utils.html import format_html
 from django.utils.translation import gettext_lazy as _
 
 from conductor_app import clock
-from conductor_app.admin import refresh, twins
+from conductor_app.admin import access, refresh, twins
+from conductor_app.admin.access import VIEW_PAYLOAD, may_see_payloads
 from conductor_app.admin.changelist import BoundedChangeList
 from conductor_app.admin.paginator import BoundedPaginator
 from conductor_app.admin.text import ago
+from conductor_app.models import Execution, database
 
-#: Who has it may see what tasks were given and what they returned.
-VIEW_PAYLOAD = "conductor_app.view_payload"
-
-
-def may_see_payloads(request: HttpRequest) -> bool:
-    """Tell whether the user may see payloads and results."""
-    return bool(request.user.has_perm(VIEW_PAYLOAD))
+#: Stands where something is left out.
+NEEDS_PERMISSION: Any = _("Hidden: seeing it takes the permission “%(permission)s”.")
+#: What follows a date hierarchy's column in an address.
+_HIERARCHY = ("year", "month", "day", "gte", "lt")
 
 
 class ReadOnlyAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
@@ -42,6 +43,11 @@ class ReadOnlyAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
     written_column: ClassVar[str] = "created_at"
     #: Lookups in an address that an index serves.
     indexed_lookups: ClassVar[frozenset[str]] = frozenset()
+    #: Lookups that an address may have besides exact values of columns that everybody sees, and what ``list_filter``
+    #: and ``date_hierarchy`` declare. For subclasses: ``frozenset({"order__number__exact"})``.
+    named_lookups: ClassVar[frozenset[str]] = frozenset()
+    #: Columns with the id of another execution.
+    references: ClassVar[tuple[str, ...]] = ()
     #: Fields that hold payloads and results; a page shows them as ``readable_<name>``.
     payload_fields: ClassVar[tuple[str, ...]] = ()
 
@@ -74,11 +80,80 @@ class ReadOnlyAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
         return False
 
     def get_fields(self, request: HttpRequest, obj: Model | None = None) -> Any:
-        """Leave payloads and results out for who may not see them."""
+        """Say for who may not see payloads, results and errors that they are left out."""
         fields: Any = super().get_fields(request, obj)
-        if not self.payload_fields or may_see_payloads(request):
+        if may_see_payloads(request):
             return fields
-        return [name for name in fields if name.removeprefix("readable_") not in self.payload_fields]
+        kept = [name for name in fields if not access.is_private(self.model, name.removeprefix("readable_"))]
+        return kept if len(kept) == len(fields) else [*kept, "withheld"]
+
+    def get_object(self, request: HttpRequest, object_id: str, from_field: str | None = None) -> Any:
+        """Return a row without the ids of executions that this site does not show to this person."""
+        row = super().get_object(request, object_id, from_field)
+        if row is not None:
+            access.conceal(self.seen(request), [row], self.references)
+        return row
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[Any]:
+        """Return the rows of those executions that this site shows to this person, where the engine writes them."""
+        rows: QuerySet[Any] = super().get_queryset(request).using(database())
+        if self.model is Execution:
+            return rows
+        seen = access.executions(self, request)
+        return rows if seen is None else rows.filter(execution__in=seen.values("pk"))
+
+    def lookup_allowed(self, lookup: str, value: Any, request: HttpRequest | None = None) -> bool:
+        """Tell whether an address may have a parameter: what is declared, and nothing else.
+
+        Of a filter in ``list_filter`` all parameters are allowed here that begin with its column; ``BoundedChangeList``
+        refuses those that it does not take.
+        """
+        if access.is_private(self.model, lookup) and (request is None or not may_see_payloads(request)):
+            return False
+        if self.is_named(lookup, value):
+            return True
+        declared: Iterable[Any] = self.list_filter if request is None else self.get_list_filter(request)
+        for item in declared:
+            if isinstance(item, type) and issubclass(item, admin.ListFilter):
+                # Which ones a filter with several parameters takes, only an instance of it knows.
+                takes_several = item.expected_parameters is not admin.SimpleListFilter.expected_parameters
+                if takes_several or lookup == getattr(item, "parameter_name", None):
+                    return True
+                continue
+            column = item[0] if isinstance(item, (list, tuple)) else item
+            name = column.name if isinstance(column, Field) else str(column)
+            if lookup == name or lookup.startswith(f"{name}{LOOKUP_SEP}"):
+                return True
+        return False
+
+    def is_named(self, lookup: str, value: Any) -> bool:
+        """Tell whether an address may have a parameter although no filter takes it."""
+        if lookup in self.named_lookups or lookup in self.indexed_lookups:
+            return True
+        if self.date_hierarchy and lookup in {f"{self.date_hierarchy}{LOOKUP_SEP}{part}" for part in _HIERARCHY}:
+            return True
+        # What ``limit_choices_to`` of somebody's foreign key puts into the address of its popup.
+        for limit in self.opts.related_fkey_lookups:
+            chosen: Any = limit() if callable(limit) else limit
+            if (lookup, value) in widgets.url_params_from_lookup_dict(chosen).items():
+                return True
+        return lookup in self._exact_lookups()
+
+    def _exact_lookups(self) -> set[str]:
+        """Return the exact lookups of the columns that whoever sees the rows sees, too."""
+        found: set[str] = set()
+        for column in self.opts.concrete_fields:
+            if access.is_private(self.model, column.name):
+                continue
+            found |= {column.name, column.attname, f"{column.name}__exact"}
+            if isinstance(column, ForeignKey):
+                found |= {f"{column.name}__{column.target_field.name}__exact", f"{column.name}__pk__exact"}
+        return found
+
+    @admin.display(description=_("more"))
+    def withheld(self, row: Any) -> str:
+        """Say why something is missing."""
+        return str(NEEDS_PERMISSION % {"permission": VIEW_PAYLOAD})
 
     # -------------------------------------------------------------------------------------------------------- lists
 
@@ -115,7 +190,8 @@ class ReadOnlyAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
         self, request: HttpRequest, queryset: QuerySet[Any], search_term: str
     ) -> tuple[QuerySet[Any], bool]:
         """Find by what an index serves; anything else finds nothing."""
-        condition = self.searched(search_term)
+        # PostgreSQL refuses a NUL, with which no name begins.
+        condition = self.searched(search_term) if "\x00" not in search_term else Q(pk__in=[])
         return (queryset if condition is None else queryset.filter(condition)), False
 
     @admin.display(description=_("created"), empty_value="-")
@@ -147,12 +223,16 @@ class ReadOnlyAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
         """Return a row of the list as plain data."""
         raise NotImplementedError
 
-    def in_full(self, row: Any, *, with_payloads: bool) -> dict[str, Any]:
-        """Return what a row's own page shows as plain data."""
+    def in_full(self, row: Any, request: HttpRequest) -> dict[str, Any]:
+        """Return what a row's own page shows to a person as plain data."""
         document = self.as_json(row)
-        for name in self.payload_fields if with_payloads else ():
+        for name in self.payload_fields if may_see_payloads(request) else ():
             document[name] = twins.masked(getattr(row, name))
         return document
+
+    def seen(self, request: HttpRequest) -> QuerySet[Execution] | None:
+        """Return the executions that this site shows to this person; ``None`` if it shows all of them."""
+        return access.executions(self, request)
 
     def address(self, page: str, *args: Any, model: str | None = None) -> str | None:
         """Return the address of a page of this model, or of another one, if this site has it."""

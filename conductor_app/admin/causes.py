@@ -15,7 +15,7 @@ from django.db.models.functions import Substr
 from conductor_app import clock
 from conductor_app.admin.grouping import as_stored, grouped
 from conductor_app.explain import first_line
-from conductor_app.models import FailedExecution
+from conductor_app.models import FailedExecution, database
 
 #: Failures that are grouped: the latest so many of so many days.
 LATEST = 10_000
@@ -42,6 +42,8 @@ class Failure:
     """One failure of a cause."""
 
     execution_id: uuid.UUID
+    error_class: str
+    #: The message, if it may be seen.
     sample: str
 
 
@@ -51,7 +53,7 @@ class Group:
 
     cause: str
     error_class: str
-    #: The latest message, its first line.
+    #: The latest message, its first line; empty if it may not be seen.
     sample: str = ""
     count: int = 0
     first_at: dt.datetime | None = None
@@ -79,35 +81,44 @@ def cause_of(error_class: str, message: str) -> str:
     return hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()[:12]
 
 
-def groups() -> list[Group]:
-    """Return the causes of the latest failures, the most frequent first; one query."""
+def groups(seen: QuerySet[FailedExecution] | None = None, *, with_messages: bool = True) -> list[Group]:
+    """Return the causes of the latest failures, the most frequent first; one query.
+
+    Args:
+        seen: The failures that may be seen; ``None`` are all.
+        with_messages: Whether messages may be seen, too. If not, none is read, and the error's class alone is a cause.
+    """
     # Own failures alone are causes; a condition on the root cause would lead a planner to its index, and so to all.
-    rows = grouped(
-        _latest().values("error_class", "task", "beginning", "is_own", "failed_at")[:LATEST],
-        ["error_class", "task", "beginning", "is_own"],
-        "MIN(failed_at)",
-        "MAX(failed_at)",
-    )
+    columns = ["error_class", "task", "is_own", *(["beginning"] if with_messages else [])]
+    rows = grouped(_latest(seen).values(*columns, "failed_at")[:LATEST], columns, "MIN(failed_at)", "MAX(failed_at)")
     found: dict[str, Group] = {}
-    for error_class, task, beginning, is_own, count, first_at, last_at in rows:
+    for error_class, task, is_own, *beginnings, count, first_at, last_at in rows:
         if not is_own:
             continue
+        beginning = beginnings[0] if with_messages else ""
         cause = cause_of(error_class, beginning)
         group = found.setdefault(cause, Group(cause, error_class))
         group.add(task, beginning, count, as_stored(first_at), as_stored(last_at))
     return sorted(found.values(), key=lambda group: (-group.count, group.cause))[:MOST_GROUPS]
 
 
-def failures_of(cause: str) -> list[Failure]:
-    """Return the latest failures of one cause, ``MOST_FAILURES`` at most; one query."""
-    rows = _latest().values_list("pk", "error_class", "beginning", "is_own")[:LATEST]
-    found = [Failure(pk, text) for pk, name, text, is_own in rows if is_own and cause_of(name, text) == cause]
+def failures_of(
+    cause: str, seen: QuerySet[FailedExecution] | None = None, *, with_messages: bool = True
+) -> list[Failure]:
+    """Return the latest failures of one cause, ``MOST_FAILURES`` at most; one query. As for ``groups``."""
+    columns = ["pk", "is_own", "error_class", *(["beginning"] if with_messages else [])]
+    found: list[Failure] = []
+    for key, is_own, error_class, *beginnings in _latest(seen).values_list(*columns)[:LATEST]:
+        beginning = beginnings[0] if with_messages else ""
+        if is_own and cause_of(error_class, beginning) == cause:
+            found.append(Failure(key, error_class, beginning))
     return found[:MOST_FAILURES]
 
 
-def _latest() -> QuerySet[Any]:
+def _latest(seen: QuerySet[FailedExecution] | None) -> QuerySet[Any]:
     """Return the latest failures, as far back as they are looked at."""
-    rows = FailedExecution.objects.filter(failed_at__gte=clock.after(-dt.timedelta(days=DAYS)))
+    rows: QuerySet[Any] = FailedExecution.objects.using(database()) if seen is None else seen
+    rows = rows.filter(failed_at__gte=clock.after(-dt.timedelta(days=DAYS)))
     own = Case(When(root_cause__isnull=True, then=Value(1)), default=Value(0))
     latest: QuerySet[Any] = rows.annotate(is_own=own, beginning=Substr(F("message"), 1, MESSAGE_LENGTH + 1))
     return latest.order_by("-failed_at")

@@ -8,19 +8,23 @@ the latest ``WINDOW`` rows are looked through, and the page says so and leads fu
 from __future__ import annotations
 
 import datetime as dt
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from django.contrib.admin.exceptions import DisallowedModelAdminLookup
 from django.contrib.admin.options import IncorrectLookupParameters
-from django.contrib.admin.views.main import ORDER_VAR, ChangeList
-from django.core.exceptions import ValidationError
-from django.db import connections
+from django.contrib.admin.views.main import ERROR_FLAG, ORDER_VAR, ChangeList
+from django.core.exceptions import FieldDoesNotExist, ValidationError
+from django.db import DataError, connections
 from django.db.models import QuerySet
+from django.db.models.constants import LOOKUP_SEP
 from django.http import HttpRequest
 from django.utils.formats import number_format
 from django.utils.translation import gettext as _
 from django.utils.translation import ngettext
 
+from conductor_app.admin import access
 from conductor_app.admin.filters import AgeFilter, IndexedFilter
 from conductor_app.admin.paginator import COUNTED, estimated_count
 
@@ -50,6 +54,58 @@ class BoundedChangeList(ChangeList):
     model_admin: ReadOnlyAdmin
     #: Set if filters have looked through a part of the table only.
     window: Window | None = None
+
+    def __init__(self, request: HttpRequest, *args: Any, **kwargs: Any) -> None:
+        given = request.GET
+        if any("\x00" in text for name, values in given.lists() for text in (name, *values)):
+            raise IncorrectLookupParameters("There is no NUL in any text here.")  # PostgreSQL would refuse it
+        try:
+            super().__init__(request, *args, **kwargs)
+        except (ArithmeticError, DataError, TypeError, ValueError) as error:
+            if not set(given) - {ERROR_FLAG, REFRESH_VAR}:
+                raise
+            # Somebody's filter, a date hierarchy or a driver did not bear a value of the address.
+            raise IncorrectLookupParameters(error) from error
+
+    def _read(self, column: str, text: str) -> Any:
+        """Return a column's value as an address has it."""
+        field: Any = self.lookup_opts.get_field(column)
+        try:
+            value = field.to_python(text)
+            if isinstance(value, dt.datetime) and value.tzinfo is not None:
+                # PostgreSQL, too, gives up at the ends of the calendar, and then takes no other statement.
+                value.astimezone(dt.UTC)
+        except (OverflowError, ValidationError) as error:
+            raise IncorrectLookupParameters(error) from error
+        if isinstance(value, float) and not math.isfinite(value):
+            raise IncorrectLookupParameters("Not every database knows a number like this.")
+        return value
+
+    def get_filters(self, request: HttpRequest) -> Any:
+        """Return the filters of the address.
+
+        Raises:
+            DisallowedModelAdminLookup: A parameter is not one of those that are declared.
+            IncorrectLookupParameters: A parameter has no meaning.
+        """
+        for name in self.get_filters_params():
+            column = name.split(LOOKUP_SEP, 1)[0]
+            if not any(self.model_admin.lookup_allowed(name, value, request) for value in self.filter_params[name]):
+                try:
+                    self.lookup_opts.get_field(self.lookup_opts.pk.name if column == "pk" else column)
+                except FieldDoesNotExist as error:
+                    raise IncorrectLookupParameters(error) from error
+        for name, values in self.get_filters_params().items():
+            column, _separator, lookup = name.partition(LOOKUP_SEP)
+            if lookup in ("", "exact") and column in {field.name for field in self.lookup_opts.concrete_fields}:
+                for value in values:
+                    self._read(column, value)
+        found: Any = super().get_filters(request)
+        # What no filter has taken: of a filter's own column, other lookups than those it knows.
+        for name in found[2]:
+            if not all(self.model_admin.is_named(name, value) for value in self.filter_params.get(name, [None])):
+                raise DisallowedModelAdminLookup(f"Filtering by {name} not allowed")
+        return found
 
     def get_filters_params(self, params: Any = None) -> Any:
         """Return the parameters that are filters."""
@@ -84,6 +140,7 @@ class BoundedChangeList(ChangeList):
         self.full_result_count = self.result_count
         self.result_list: Any = list(self.result_list)
         self.model_admin.complete(self.result_list)
+        access.conceal(self.model_admin.seen(request), self.result_list, self.model_admin.references)
         self.is_capped = bool(self.paginator.is_capped)
         self.count_text = self._count_text(request)
         self.older = None
@@ -96,11 +153,7 @@ class BoundedChangeList(ChangeList):
     def _before(self) -> Any:
         if BEFORE_VAR not in self.params:
             return None
-        column: Any = self.lookup_opts.get_field(self.model_admin.order_column)
-        try:
-            return column.to_python(self.params[BEFORE_VAR])
-        except ValidationError as error:
-            raise IncorrectLookupParameters(error) from error
+        return self._read(self.model_admin.order_column, self.params[BEFORE_VAR])
 
     def _sets(self, request: HttpRequest, rows: QuerySet[Any]) -> tuple[bool, list[QuerySet[Any]]]:
         """Tell whether the order's index is all that the filters need, and what other indexes find."""
@@ -120,13 +173,15 @@ class BoundedChangeList(ChangeList):
             is_bounded = False
             if name in self.model_admin.indexed_lookups:
                 sets.append(self.root_queryset.filter(**{name: self.params[name]}))
+        if access.is_narrowed(self.root_queryset):
+            sets = [self.root_queryset.filter(pk__in=found.order_by().values("pk")) for found in sets]
         return is_bounded, sets
 
     def _within(self, rows: QuerySet[Any], before: Any, sets: list[QuerySet[Any]]) -> QuerySet[Any]:
         """Bound what is read: by the few rows that an index finds, or else by the latest ones."""
         column, written = self.model_admin.order_column, self.model_admin.written_column
         order: Any = self.model_admin.ordering
-        latest = self.model._default_manager.using(rows.db).order_by(*order)
+        latest = self.root_queryset.order_by(*order)
         if before is not None:
             latest = latest.filter(**{f"{column}__lt": before})
         if sets and self._are_few(sets[0]):
@@ -163,7 +218,8 @@ class BoundedChangeList(ChangeList):
         number = number_format(self.result_count, force_grouping=True)
         if not self.is_capped:
             return f"{number} {name}"
-        if not self.get_filters_params() and not self.query and BEFORE_VAR not in self.params:
+        is_whole = not self.get_filters_params() and not self.query and BEFORE_VAR not in self.params
+        if is_whole and not access.is_narrowed(self.root_queryset):
             estimate = estimated_count(self.root_queryset)
             if estimate is not None and estimate > COUNTED:
                 number = number_format(estimate, force_grouping=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from django.contrib import admin
 from django.db.models import Count, F, Max, Q, QuerySet
+from django.http import HttpRequest
 from django.urls import URLPattern
 from django.utils.html import format_html
 from django.utils.translation import gettext as _now
@@ -15,13 +16,16 @@ from django.utils.translation import gettext_lazy as _
 from django.utils.translation import ngettext
 
 from conductor_app import clock
-from conductor_app.admin import filters, names, overview, twins
+from conductor_app.admin import access, filters, names, overview, twins
 from conductor_app.admin.actions import ExecutionActions
 from conductor_app.admin.page import ExecutionPage
 from conductor_app.admin.text import pill, shown, task_name
-from conductor_app.explain import Situation, attempts, document, duration, headline, label, worker_name
+from conductor_app.explain import Situation, attempts, document, duration, headline, label
 from conductor_app.models import Execution, FailedExecution, Step, database
+from conductor_app.owners import node_name
+from conductor_app.serialization import load_failure
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
+from conductor_app.story import with_queue, withhold
 
 KEY_PREFIX = "key:"
 #: Children that an execution's JSON document has.
@@ -59,6 +63,7 @@ class ExecutionAdmin(ExecutionActions, ExecutionPage):
         "and the beginning of a task's name, or of its last part, the task."
     )
     indexed_lookups = frozenset({"root", "root__id__exact", "root_id", "parent", "parent__id__exact", "parent_id"})
+    references = ("parent_id", "root_id")
     deferred_in_lists = ("payload", "result", "error", "options", "cancel_reason")
     payload_fields = ("payload", "result")
     fields = readonly_fields = (
@@ -104,7 +109,11 @@ class ExecutionAdmin(ExecutionActions, ExecutionPage):
         finished: Counter[uuid.UUID] = Counter()
         pending: dict[uuid.UUID, list[Step]] = defaultdict(list)
         # An execution waits for one step at a time, so one name of each kind is enough.
-        grouped = Step.objects.filter(execution__in=[row.pk for row in rows]).values("execution_id", "status", "kind")
+        grouped = (
+            Step.objects.using(database())
+            .filter(execution__in=[row.pk for row in rows])
+            .values("execution_id", "status", "kind")
+        )
         for group in grouped.annotate(count=Count("pk"), name=Max("name")).order_by("execution_id", "kind"):
             if group["status"] == StepStatus.PENDING:
                 step = Step(name=group["name"], kind=group["kind"], status=group["status"])
@@ -113,7 +122,8 @@ class ExecutionAdmin(ExecutionActions, ExecutionPage):
                 finished[group["execution_id"]] += group["count"]
         for row in rows:
             row.finished_steps = finished[row.pk]
-            row.pending_steps = pending[row.pk]
+            # What is undecided of one that was cancelled, its children's ends decide: it waits for nothing.
+            row.pending_steps = pending[row.pk] if row.status == ExecutionStatus.WAITING else []
 
     def searched(self, term: str) -> Q | None:
         """Find by id, root, idempotency key, or the beginning of a task's name."""
@@ -161,7 +171,7 @@ class ExecutionAdmin(ExecutionActions, ExecutionPage):
     @admin.display(description=_("worker"), empty_value="-")
     def worker(self, execution: Execution) -> str | None:
         """Return the worker that runs it."""
-        return shown(worker_name(execution.lease_owner), title=execution.lease_owner) if execution.lease_owner else None
+        return shown(node_name(execution.lease_owner), title=execution.lease_owner) if execution.lease_owner else None
 
     # -------------------------------------------------------------------------------------------------------- common
 
@@ -191,25 +201,34 @@ class ExecutionAdmin(ExecutionActions, ExecutionPage):
             "failed_at_step": row.failed_at_step or None,
         }
 
-    def in_full(self, row: Execution, *, with_payloads: bool) -> dict[str, Any]:
+    def in_full(self, row: Execution, request: HttpRequest) -> dict[str, Any]:
         """Return an execution with its headline, steps, children and failure as plain data."""
         using = database()
+        seen, is_open = self.seen(request), access.may_see_payloads(request)
         now = clock.read(using)
         own = list(Step.objects.using(using).filter(execution=row).defer("result").order_by("id"))
         # The list's order is that of the index.
         children = list(
-            Execution.objects.using(using)
+            (Execution.objects.using(using) if seen is None else seen)
             .filter(parent=row)
             .defer(*self.deferred_in_lists)
             .order_by("step", "position")[: MOST_CHILDREN + 1]
         )
         failures = {found.pk: found for found in FailedExecution.objects.using(using).filter(pk=row.pk)}
         family = {child.pk: child for child in children[:MOST_CHILDREN]}
-        situation = Situation(row, now, steps=own, tree=family, failures=failures)
+        access.conceal(seen, failures.values(), ["root_cause_id"])
+        access.conceal(seen, own, ["child_id"])
+        access.conceal(seen, [row], self.references)
+        root_id: uuid.UUID | None = row.root_id
+        row.root_id = root_id or row.pk  # for the headline
+        if not is_open:
+            withhold([row], failures=failures.values())
+        situation = with_queue(Situation(row, now, steps=own, tree=family, failures=failures), seen)
         said = headline(situation)
         failure = failures.get(row.pk)
         return {
             **document(row, now, situation.pending),
+            "root": root_id,
             "headline": str(said),
             "hints": list(said.hints),
             "priority": row.priority,
@@ -219,12 +238,13 @@ class ExecutionAdmin(ExecutionActions, ExecutionPage):
             "cancel_requested_at": row.cancel_requested_at,
             "cancel_reason": row.cancel_reason or None,
             "error": row.error_message or None,
+            "error_class": load_failure(row.error).type if row.error else None,
             "failure": None
             if failure is None
             else {
                 "error_class": failure.error_class,
-                "message": failure.message,
-                "traceback": failure.traceback,
+                "message": failure.message if is_open else None,
+                "traceback": failure.traceback if is_open else None,
                 "step": failure.step or None,
                 "root_cause": failure.root_cause_id,
                 "failed_at": failure.failed_at,
@@ -246,5 +266,5 @@ class ExecutionAdmin(ExecutionActions, ExecutionPage):
             ],
             "children": [document(child, now, []) for child in family.values()],
             "children_are_complete": len(children) <= MOST_CHILDREN,
-            **({name: twins.masked(getattr(row, name)) for name in self.payload_fields} if with_payloads else {}),
+            **({name: twins.masked(getattr(row, name)) for name in self.payload_fields} if is_open else {}),
         }

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from django.contrib import admin
-from django.db.models import F, QuerySet
+from django.db.models import F, QuerySet, TextField, Value
 from django.db.models.functions import Substr
-from django.http import HttpRequest
+from django.http import HttpRequest, HttpResponse
 from django.utils.translation import gettext_lazy as _
 
 from conductor_app.admin import filters
+from conductor_app.admin.access import VIEW_PAYLOAD, may_see_payloads
 from conductor_app.admin.actions import FailureActions
 from conductor_app.admin.base import ReadOnlyAdmin
 from conductor_app.admin.text import shown, task_name
@@ -49,6 +50,7 @@ class FailedExecutionAdmin(FailureActions, ReadOnlyAdmin):
     search_fields = ("execution_id",)
     searched_id = "execution_id"
     indexed_lookups = frozenset({"execution", "execution__id__exact", "execution_id", "root_cause__id__exact"})
+    references = ("root_cause_id",)
     deferred_in_lists = ("message", "traceback")
     fields = readonly_fields = (
         "execution_link",
@@ -63,10 +65,22 @@ class FailedExecutionAdmin(FailureActions, ReadOnlyAdmin):
     )
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Any]:
-        """Return the rows with the beginning of each message."""
+        """Return the rows, each with the beginning of its message for who may see that."""
         rows: QuerySet[Any] = super().get_queryset(request)
-        beginnings: QuerySet[Any] = rows.annotate(beginning=Substr(F("message"), 1, MESSAGE_LENGTH + 1))
+        nothing = Value(None, output_field=TextField())
+        shown = Substr(F("message"), 1, MESSAGE_LENGTH + 1) if may_see_payloads(request) else nothing
+        beginnings: QuerySet[Any] = rows.annotate(beginning=shown)
         return beginnings
+
+    def get_list_display(self, request: HttpRequest) -> Any:
+        """Leave the messages out for who may not see them."""
+        columns: Any = super().get_list_display(request)
+        return columns if may_see_payloads(request) else [name for name in columns if name != "summary"]
+
+    def changelist_view(self, request: HttpRequest, extra_context: dict[str, Any] | None = None) -> HttpResponse:
+        """Show the list, and say which permission shows more."""
+        context = {"needs_permission": None if may_see_payloads(request) else VIEW_PAYLOAD}
+        return super().changelist_view(request, {**context, **(extra_context or {})})
 
     @admin.display(description=_("failed"))
     def failed(self, failure: FailedExecution) -> str | None:
@@ -88,11 +102,11 @@ class FailedExecutionAdmin(FailureActions, ReadOnlyAdmin):
         """Return the last part of the class's name."""
         return shown(short_name(failure.error_class), title=failure.error_class)
 
-    @admin.display(description=_("message"))
-    def summary(self, failure: FailedExecution) -> str:
+    @admin.display(description=_("message"), empty_value="-")
+    def summary(self, failure: FailedExecution) -> str | None:
         """Return the first line of the message."""
-        beginning: str = failure.beginning  # type: ignore[attr-defined]  # annotated in get_queryset
-        return shown(first_line(beginning, MESSAGE_LENGTH))
+        beginning: str | None = failure.beginning  # type: ignore[attr-defined]  # annotated in get_queryset
+        return None if beginning is None else shown(first_line(beginning, MESSAGE_LENGTH))
 
     @admin.display(description=_("execution"))
     def execution_link(self, failure: FailedExecution) -> str | None:
@@ -113,11 +127,16 @@ class FailedExecutionAdmin(FailureActions, ReadOnlyAdmin):
             "attempts": row.attempts,
             "step": row.step or None,
             "error_class": row.error_class,
-            "message": first_line(row.beginning, MESSAGE_LENGTH),
+            "message": None if row.beginning is None else first_line(row.beginning, MESSAGE_LENGTH),
             "root_cause": row.root_cause_id,
         }
 
-    def in_full(self, row: FailedExecution, *, with_payloads: bool) -> dict[str, Any]:
-        """Return a failure with all of its message and traceback."""
-        document = super().in_full(row, with_payloads=with_payloads)
-        return {**document, "message": row.message, "traceback": row.traceback}
+    def in_full(self, row: FailedExecution, request: HttpRequest) -> dict[str, Any]:
+        """Return a failure with all of its message and traceback, for who may see them."""
+        is_open = may_see_payloads(request)
+        document = super().in_full(row, request)
+        return {
+            **document,
+            "message": row.message if is_open else None,
+            "traceback": row.traceback if is_open else None,
+        }

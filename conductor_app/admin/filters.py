@@ -8,21 +8,26 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from django.contrib import admin
-from django.db.models import Q, QuerySet
+from django.contrib.admin.options import IncorrectLookupParameters
+from django.db.models import Model, Q, QuerySet
 from django.http import HttpRequest
 from django.utils import timezone
 from django.utils.translation import gettext_lazy as _
 
 from conductor_app import clock, ids
-from conductor_app.admin import causes, names
+from conductor_app.admin import access, causes, names
 from conductor_app.explain import clean, first_line, short_name
-from conductor_app.models import Execution, FailedExecution, Step
+from conductor_app.models import Execution, FailedExecution, Step, database
 from conductor_app.sql import Literal
 from conductor_app.states import OPEN_STATUSES, ExecutionStatus, StepStatus
 
 #: The latest so many failures tell which error classes there are to choose from.
 LATEST_FAILURES = 1_000
+#: In a narrowed list, the latest so many rows tell which tasks and queues there are to choose from.
+LATEST_ROWS = 1_000
 MOST_CHOICES = 30
+#: A value of each filter that has no others than its choices.
+ANY = "any"
 #: A machine that makes ids may have a clock that is off by so much.
 CLOCK_SKEW = dt.timedelta(minutes=10)
 
@@ -32,6 +37,14 @@ class IndexedFilter(admin.SimpleListFilter):
 
     #: Whether the index that orders the list finds the rows without reading others.
     is_ordered: bool = False
+    #: Whether it knows no other values than its choices.
+    is_closed: ClassVar[bool] = True
+
+    def __init__(self, request: HttpRequest, params: dict[str, Any], model: type[Model], model_admin: Any) -> None:
+        self.request, self.model_admin = request, model_admin
+        super().__init__(request, params, model, model_admin)
+        if self.is_closed and self.value() not in (None, ANY, *dict(self.lookup_choices)):
+            raise IncorrectLookupParameters(f"{self.parameter_name} is none of its choices")
 
     def value(self) -> str | None:
         """Return what was chosen; an empty text is a text."""
@@ -52,6 +65,7 @@ class WordFilter(IndexedFilter):
     """A filter on one column, with choices that are known beforehand."""
 
     column: ClassVar[str]
+    is_closed = False
 
     def words(self) -> Iterable[tuple[str, Any]]:
         """Return the choices."""
@@ -59,10 +73,14 @@ class WordFilter(IndexedFilter):
 
     def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, Any]]:
         """Return the choices, and the chosen one if it is none of them."""
-        choices = list(self.words())
+        choices = self.seen(list(self.words()))
         chosen = self.value()
         if chosen is not None and chosen not in dict(choices):
             choices.append((chosen, clean(chosen)))
+        return choices
+
+    def seen(self, choices: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+        """Return those choices that may be shown to this person."""
         return choices
 
     def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:
@@ -100,7 +118,11 @@ class StatusFilter(WordFilter):
     def found_by_index(self) -> QuerySet[Any] | None:
         """Return what a partial index finds."""
         chosen = self.value()
-        return Execution.objects.with_status(ExecutionStatus(str(chosen))) if chosen in OPEN_STATUSES else None
+        return (
+            Execution.objects.using(database()).with_status(ExecutionStatus(str(chosen)))
+            if chosen in OPEN_STATUSES
+            else None
+        )
 
 
 class StepStatusFilter(WordFilter):
@@ -124,7 +146,7 @@ class StepStatusFilter(WordFilter):
         """Return what the partial index of the sweeper finds."""
         if self.value() != StepStatus.PENDING:
             return None
-        return Step.objects.filter(status=Literal(StepStatus.PENDING.value))
+        return Step.objects.using(database()).filter(status=Literal(StepStatus.PENDING.value))
 
 
 class StepKindFilter(WordFilter):
@@ -139,7 +161,20 @@ class StepKindFilter(WordFilter):
         return list(Step._meta.get_field("kind").flatchoices)
 
 
-class TaskFilter(WordFilter):
+class NameFilter(WordFilter):
+    """A filter whose choices are names: in a narrowed list, those that its latest rows have."""
+
+    def seen(self, choices: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+        """Return the names that are no news to whoever sees the rows."""
+        rows: QuerySet[Any] = self.model_admin.get_queryset(self.request)
+        if not access.is_narrowed(rows):
+            return choices
+        latest = rows.order_by(*self.model_admin.ordering).values_list(self.column, flat=True)[:LATEST_ROWS]
+        found = set(latest)
+        return [choice for choice in choices if choice[0] in found]
+
+
+class TaskFilter(NameFilter):
     """By task, as Celery's registry names them."""
 
     title = _("task")
@@ -158,10 +193,10 @@ class ExecutionTaskFilter(TaskFilter):
 
     def found_by_index(self) -> QuerySet[Any] | None:
         """Return the task's executions."""
-        return Execution.objects.filter(task=self.value())
+        return Execution.objects.using(database()).filter(task=self.value())
 
 
-class QueueFilter(WordFilter):
+class QueueFilter(NameFilter):
     """By queue, as settings and tasks name them."""
 
     title = _("queue")
@@ -208,9 +243,12 @@ class FailedChildFilter(IndexedFilter):
         """Return the parents of failed children; a child's id begins as its parent's does."""
         if self.value() is None:
             return rows
-        failed = Execution.objects.filter(failure__isnull=False, parent__isnull=False)
+        failed = Execution.objects.using(database()).filter(failure__isnull=False, parent__isnull=False)
         if bound is not None:
             failed = failed.filter(pk__gte=ids.first_of_tree(bound))
+        seen = self.model_admin.seen(self.request)
+        if seen is not None:
+            failed = failed.filter(pk__in=seen.values("pk"))
         return rows.filter(pk__in=failed.values("parent"))
 
 
@@ -283,7 +321,9 @@ class ErrorClassFilter(WordFilter):
 
     def words(self) -> Iterable[tuple[str, Any]]:
         """Return the most frequent classes of the latest failures."""
-        latest = FailedExecution.objects.order_by("-failed_at").values_list("error_class", flat=True)
+        seen = access.failures(self.model_admin, self.request)
+        rows = FailedExecution.objects.using(database()) if seen is None else seen
+        latest = rows.order_by("-failed_at").values_list("error_class", flat=True)
         found = Counter(latest[:LATEST_FAILURES]).most_common(MOST_CHOICES)
         return [(name, clean(short_name(name) or name)) for name in sorted(name for name, _count in found)]
 
@@ -310,14 +350,19 @@ class CauseFilter(IndexedFilter):
 
     title = _("cause")
     parameter_name = "cause"
+    is_closed = False
 
     def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, Any]]:
         """Return the chosen cause; the overview links to each."""
         chosen = self.value()
         if chosen is None:
             return []
-        self._failures = causes.failures_of(chosen)
-        sample = self._failures[0].sample if self._failures else _("none of the latest failures")
+        seen = access.failures(self.model_admin, self.request)
+        is_open = access.may_see_payloads(self.request)
+        self._failures = causes.failures_of(chosen, seen, with_messages=is_open)
+        sample: Any = _("none of the latest failures")
+        if self._failures:
+            sample = self._failures[0].sample or short_name(self._failures[0].error_class)
         return [(chosen, clean(first_line(str(sample), 80)))]
 
     def _condition(self) -> Q:
@@ -330,7 +375,7 @@ class CauseFilter(IndexedFilter):
 
     def found_by_index(self) -> QuerySet[Any]:
         """Return the same, found by the primary key and the index of root causes."""
-        return FailedExecution.objects.filter(self._condition())
+        return FailedExecution.objects.using(database()).filter(self._condition())
 
 
 class TakenFilter(IndexedFilter):

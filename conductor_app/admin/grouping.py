@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from django.conf import settings
+from django.core.exceptions import EmptyResultSet
 from django.db import connections
 from django.db.models import QuerySet
 
@@ -25,7 +26,10 @@ def grouped(rows: QuerySet[Any, Any], by: Sequence[str], *aggregates: str) -> li
         For each group its values, how many rows it has, and its aggregates, as the driver returns them.
     """
     connection = connections[rows.db]
-    sql, params = rows.query.get_compiler(rows.db).as_sql()
+    try:
+        sql, params = rows.query.get_compiler(rows.db).as_sql()
+    except EmptyResultSet:  # somebody may see nothing
+        return []
     columns = ", ".join(connection.ops.quote_name(name) for name in by)
     chosen = ", ".join([columns, "COUNT(*)", *aggregates])
     with connection.cursor() as cursor:

@@ -19,7 +19,7 @@ from conductor_app import api, clock
 from conductor_app.conf import conductor_settings
 from conductor_app.context import check_name
 from conductor_app.exceptions import ActionRefused, ConductorError, ExecutionFinished
-from conductor_app.models import Execution, Step
+from conductor_app.models import Execution, Step, database
 from conductor_app.serialization import dumps
 from conductor_app.states import FINAL_STATUSES, OPEN_STATUSES, ExecutionStatus, StepKind, StepStatus
 
@@ -154,7 +154,9 @@ def _publish(execution: Execution, _data: dict[str, Any]) -> None:
 
 
 def _waits_for_an_instant() -> Q:
-    sleeps = Step.objects.filter(execution=OuterRef("pk"), kind=StepKind.SLEEP, status=StepStatus.PENDING)
+    sleeps = Step.objects.using(database()).filter(
+        execution=OuterRef("pk"), kind=StepKind.SLEEP, status=StepStatus.PENDING
+    )
     is_later = Q(status=ExecutionStatus.QUEUED, due_at__gt=clock.now(), cancel_requested_at__isnull=True)
     return is_later | (Q(status=ExecutionStatus.WAITING) & Q(Exists(sleeps)))
 

@@ -6,15 +6,17 @@ Everything is read in a handful of bounded queries, at most once in ``CACHE_SECO
 from __future__ import annotations
 
 import datetime as dt
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from django.conf import settings
 from django.core.cache import cache
-from django.core.exceptions import PermissionDenied
-from django.db.models import Case, Count, DateTimeField, F, Max, Min, Q, Subquery, TextField, Value, When
+from django.core.exceptions import EmptyResultSet, PermissionDenied
+from django.db.models import Case, Count, DateTimeField, F, Max, Min, Q, QuerySet, Subquery, TextField, Value, When
 from django.db.models.functions import Coalesce, TruncMinute
 from django.http import HttpRequest, HttpResponse
 from django.template.response import TemplateResponse
@@ -22,7 +24,7 @@ from django.urls import URLPattern, path
 from django.utils.translation import gettext as _
 
 from conductor_app import clock
-from conductor_app.admin import causes, refresh, twins
+from conductor_app.admin import access, causes, refresh, twins
 from conductor_app.admin.grouping import as_stored, grouped
 from conductor_app.admin.sparkline import sparkline
 from conductor_app.admin.text import pill, shown, task_name
@@ -34,9 +36,9 @@ from conductor_app.explain import (
     duration,
     first_line,
     short_name,
-    worker_name,
 )
-from conductor_app.models import Execution, Step, database
+from conductor_app.models import Execution, FailedExecution, Step, database
+from conductor_app.owners import node_name
 from conductor_app.sql import Literal
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
 
@@ -55,6 +57,29 @@ MINUTES = 60
 LONG_WAIT = dt.timedelta(hours=1)
 MOST_WORKERS = 50
 MOST_QUEUES = 50
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What somebody may see."""
+
+    #: The executions, and the failures; ``None`` are all.
+    executions: QuerySet[Execution] | None = None
+    failures: QuerySet[FailedExecution] | None = None
+    with_messages: bool = True
+
+    @property
+    def key(self) -> str:
+        """The name of what is seen in the cache: people share it who see the same."""
+        seen = repr([self.with_messages, _as_text(self.executions), _as_text(self.failures)])
+        return f"{CACHE_KEY}:{database()}:{hashlib.sha256(seen.encode()).hexdigest()}"
+
+
+def _as_text(rows: QuerySet[Any] | None) -> Any:
+    try:
+        return None if rows is None else rows.query.sql_with_params()
+    except EmptyResultSet:
+        return "nothing"
 
 
 def urls(owner: ReadOnlyAdmin) -> list[URLPattern]:
@@ -98,21 +123,22 @@ def show(owner: ReadOnlyAdmin, request: HttpRequest) -> HttpResponse:
 def _permitted(owner: ReadOnlyAdmin, request: HttpRequest) -> dict[str, Any]:
     if not owner.has_view_permission(request):
         raise PermissionDenied
-    document = dict(_cached())
+    sight = Sight(access.executions(owner, request), access.failures(owner, request), access.may_see_payloads(request))
+    document = dict(_cached(sight))
     if not request.user.has_perm("conductor_app.view_failedexecution"):
         document["failures"] = None
     return document
 
 
-def _cached() -> dict[str, Any]:
-    key = f"{CACHE_KEY}:{database()}"
+def _cached(sight: Sight) -> dict[str, Any]:
+    key = sight.key
     try:
         known = cache.get(key)
     except Exception:  # the cache is the project's, and this page is for when things are broken
         logger.warning("The cache does not answer; the overview is read from the database.", exc_info=True)
-        return read()
+        return read(sight)
     if known is None:
-        known = read()
+        known = read(sight)
         cache.set(key, known, CACHE_SECONDS)
     return dict(known)
 
@@ -120,12 +146,12 @@ def _cached() -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def read() -> dict[str, Any]:
-    """Read everything that the page shows, as plain data, in four queries."""
-    waiting = _waiting()
+def read(sight: Sight) -> dict[str, Any]:
+    """Read everything that the page shows to somebody, as plain data, in four queries."""
+    waiting = _waiting(sight)
     now = waiting["now"]
-    queues, workers = _open()
-    ended, by_minute, is_all = _ended(now)
+    queues, workers = _open(sight)
+    ended, by_minute, is_all = _ended(sight, now)
     queued = sum(queue["queued"] for queue in queues)
     due = [queue["oldest_due_at"] for queue in queues if queue["oldest_due_at"] is not None]
     overdue = {
@@ -151,13 +177,13 @@ def read() -> dict[str, Any]:
             {
                 "cause": group.cause,
                 "error_class": group.error_class,
-                "message": group.sample,
+                "message": group.sample if sight.with_messages else None,
                 "count": group.count,
                 "tasks": sorted(group.tasks),
                 "first_at": group.first_at,
                 "last_at": group.last_at,
             }
-            for group in causes.groups()
+            for group in causes.groups(sight.failures, with_messages=sight.with_messages)
         ],
         "workers": workers[:MOST_WORKERS],
         "queues": queues[:MOST_QUEUES],
@@ -165,9 +191,17 @@ def read() -> dict[str, Any]:
     }
 
 
-def _waiting() -> dict[str, Any]:
+def _executions(sight: Sight) -> Any:
+    return Execution.objects.using(database()) if sight.executions is None else sight.executions
+
+
+def _waiting(sight: Sight) -> dict[str, Any]:
     """Look at the awaited steps with the earliest deadlines: an execution waits for one at a time."""
     awaited = Step.objects.using(database()).filter(status=Literal(StepStatus.PENDING.value))
+    # A step of a cancelled execution is undecided until its child has ended, and nobody waits for it.
+    awaited = awaited.filter(execution__status=ExecutionStatus.WAITING)
+    if sight.executions is not None:
+        awaited = awaited.filter(execution__in=sight.executions.values("pk"))
     awaited = awaited.exclude(kind=StepKind.START).order_by(F("deadline_at").asc(nulls_last=True))
     nothing = Max(Case(When(pk__isnull=True, then=F("created_at"))))
     found: dict[str, Any] = awaited[: MOST_OPEN + 1].aggregate(
@@ -178,12 +212,14 @@ def _waiting() -> dict[str, Any]:
         # The database's clock, whether or not anything waits.
         now=Coalesce(nothing, clock.now(), output_field=DateTimeField()),
     )
+    if found["now"] is None:  # somebody may see nothing, so the database was not asked
+        found["now"] = clock.read(database())
     return found
 
 
-def _open() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _open(sight: Sight) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Look at queued executions by queue and at running ones by process: one query, two partial indexes."""
-    rows = Execution.objects.using(database()).order_by()
+    rows = _executions(sight).order_by()
     queued = rows.with_status(ExecutionStatus.QUEUED)
     nth = queued.order_by("dispatch_at").values("dispatch_at")[MOST_OPEN : MOST_OPEN + 1]
     queued = queued.filter(
@@ -191,14 +227,16 @@ def _open() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         | Q(dispatch_at__lte=Coalesce(Subquery(nth), clock.after(dt.timedelta(days=36_500))))
     )
     unanswered = Q(due_at__lte=clock.after(-UNANSWERED_SECONDS))
-    by_queue = queued.values(group=Value("queued", output_field=TextField()), name=F("queue")).annotate(
+    by_queue = queued.values(group=Value("queued", output_field=TextField()), name=F("queue"), of=F("queue")).annotate(
         count=Count("pk"),
         late=Count("pk", filter=unanswered),
         first=Min("due_at", filter=Q(due_at__lte=clock.now())),
         next=Min("dispatch_at"),
     )
     running = rows.with_status(ExecutionStatus.RUNNING)
-    by_process = running.values(group=Value("running", output_field=TextField()), name=F("lease_owner")).annotate(
+    by_process = running.values(
+        group=Value("running", output_field=TextField()), name=F("lease_owner"), of=F("queue")
+    ).annotate(
         count=Count("pk"),
         late=Count("pk", filter=Q(lease_expires_at__lt=clock.now())),
         first=Min("lease_expires_at"),
@@ -206,8 +244,11 @@ def _open() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     )
     queues: list[dict[str, Any]] = []
     processes: list[dict[str, Any]] = []
-    for row in by_queue.union(by_process, all=True):
+    for row in by_queue.union(by_process, all=True).order_by():
         (queues if row["group"] == "queued" else processes).append(dict(row))
+    at_work: Counter[str] = Counter()
+    for row in processes:
+        at_work[row["of"]] += row["count"] - row["late"]
     return (
         sorted(
             (
@@ -215,6 +256,7 @@ def _open() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
                     "queue": row["name"],
                     "queued": row["count"],
                     "unanswered": row["late"],
+                    "running": at_work[row["name"]],
                     "oldest_due_at": as_stored(row["first"]),
                     "next_message_at": as_stored(row["next"]),
                 }
@@ -233,9 +275,9 @@ def _by_worker(processes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in processes:
         first, last = as_stored(row["first"]), as_stored(row["next"])
         worker = found.setdefault(
-            worker_name(row["name"]),
+            node_name(row["name"]),
             {
-                "worker": worker_name(row["name"]),
+                "worker": node_name(row["name"]),
                 "running": 0,
                 "lapsed": 0,
                 "last_heartbeat_at": last - lease,
@@ -249,13 +291,13 @@ def _by_worker(processes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(found.values(), key=lambda worker: worker["worker"])
 
 
-def _ended(now: dt.datetime) -> tuple[dict[str, int], list[dict[str, Any]], bool]:
+def _ended(sight: Sight, now: dt.datetime) -> tuple[dict[str, int], list[dict[str, Any]], bool]:
     """Count what has ended in the last hour by status and minute, among the latest executions."""
     since = now.replace(second=0, microsecond=0) - dt.timedelta(minutes=MINUTES - 1)
     minute_of = TruncMinute("finished_at", tzinfo=dt.UTC if settings.USE_TZ else None)
-    latest = Execution.objects.using(database()).order_by("-id")
+    latest = _executions(sight).order_by("-id")
     latest = latest.annotate(minute=Case(When(finished_at__gte=since, then=minute_of)))
-    counted = grouped(latest.values("status", "minute")[:LATEST], ["status", "minute"])  # type: ignore[misc]
+    counted = grouped(latest.values("status", "minute")[:LATEST], ["status", "minute"])
     ended: Counter[str] = Counter({"succeeded": 0, "failed": 0, "cancelled": 0})
     minutes = [since + dt.timedelta(minutes=number) for number in range(MINUTES)]
     by_minute: dict[dt.datetime, Counter[str]] = {minute: Counter() for minute in minutes}
@@ -282,6 +324,11 @@ def _for_page(owner: ReadOnlyAdmin, document: dict[str, Any]) -> dict[str, Any]:
     now = document["read_at"]
     lists, failures = owner.address("changelist"), owner.address("changelist", model="failedexecution")
     by_minute = document["ended_by_minute"]
+    late = [
+        {"name": shown(queue["queue"]), "oldest": _since(queue["oldest_due_at"], now), **queue}
+        for queue in document["queues"]
+        if queue["unanswered"]
+    ]
     totals = [sum(row[status] for status in ("succeeded", "failed", "cancelled")) for row in by_minute]
     cards = [
         {
@@ -326,10 +373,15 @@ def _for_page(owner: ReadOnlyAdmin, document: dict[str, Any]) -> dict[str, Any]:
         "latest": f"{LATEST:,}",
         "days": causes.DAYS,
         "may_see_failures": document["failures"] is not None,
+        "may_see_messages": all(group["message"] is not None for group in document["failures"] or ()),
         "groups": [
             {
                 "error": shown(short_name(group["error_class"]), title=group["error_class"]),
-                "message": shown(first_line(group["message"], causes.MESSAGE_LENGTH)),
+                "message": shown(
+                    short_name(group["error_class"])
+                    if group["message"] is None
+                    else first_line(group["message"], causes.MESSAGE_LENGTH)
+                ),
                 "count": f"{group['count']:,}",
                 "tasks": [task_name(task) for task in group["tasks"][:3]],
                 "first": _since(group["first_at"], now),
@@ -349,11 +401,8 @@ def _for_page(owner: ReadOnlyAdmin, document: dict[str, Any]) -> dict[str, Any]:
             }
             for worker in document["workers"]
         ],
-        "unserved": [
-            {"name": shown(queue["queue"]), "oldest": _since(queue["oldest_due_at"], now), **queue}
-            for queue in document["queues"]
-            if queue["unanswered"]
-        ],
+        "unserved": [queue for queue in late if not queue["running"]],
+        "busy": [queue for queue in late if queue["running"]],
         "overdue": [
             {"what": _OVERDUE[name](), "since": _since(instant, now)} for name, instant in document["overdue"].items()
         ],

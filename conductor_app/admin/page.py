@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from celery import current_app
 from django.apps import apps
 from django.core.exceptions import PermissionDenied
 from django.db.models import Model
@@ -25,9 +24,10 @@ from django.utils.http import urlencode
 from django.utils.safestring import SafeString
 from django.utils.translation import gettext as _
 
-from conductor_app import explain
+from conductor_app import explain, owners
 from conductor_app.admin import refresh, timeline, tree
-from conductor_app.admin.base import ReadOnlyAdmin, may_see_payloads
+from conductor_app.admin.access import VIEW_PAYLOAD, may_see_payloads
+from conductor_app.admin.base import NEEDS_PERMISSION, ReadOnlyAdmin
 from conductor_app.models import Event, Execution, Step, database
 from conductor_app.redaction import decode, readable, redact
 from conductor_app.serialization import load_failure
@@ -158,7 +158,12 @@ class ExecutionPage(ReadOnlyAdmin):
     def page_context(self, request: HttpRequest, execution: Execution) -> dict[str, Any]:
         """Return what the template shows of an execution."""
         is_open = may_see_payloads(request)
-        story = tell(execution, preview=PREVIEW if is_open else 0, app=str(current_app.main or "project"))
+        story = tell(
+            execution,
+            preview=PREVIEW if is_open else 0,
+            seen=self.seen(request),
+            with_messages=is_open,
+        )
         drawn = timeline.timeline(story)
         now = story.now
         label = explain.label(execution, now, story.situation.pending)
@@ -206,6 +211,7 @@ class ExecutionPage(ReadOnlyAdmin):
             "events": self._events(execution, is_open),
             "most_events": MOST_EVENTS,
             "may_view_payload": is_open,
+            "needs_permission": NEEDS_PERMISSION % {"permission": VIEW_PAYLOAD},
             "values": list(self._values(execution)) if is_open else [],
             "history": [
                 {
@@ -232,7 +238,7 @@ class ExecutionPage(ReadOnlyAdmin):
         if execution.priority is not None:
             yield _("priority"), execution.priority
         if execution.lease_owner:
-            yield _("worker"), _text(execution.lease_owner)
+            yield _("worker"), _text(owners.shown(execution.lease_owner))
         if execution.parent_id is not None:
             step = _('step "%(name)s"') % {"name": execution.step}
             yield _("parent"), format_html("{} · {}", self._linked(execution.parent_id), _text(step))
@@ -270,7 +276,7 @@ class ExecutionPage(ReadOnlyAdmin):
         place = "" if row.position is None else f"[{row.position}]"
         error = ""
         if row.error and row.status != ExecutionStatus.SUCCEEDED:
-            error = explain.visible(explain.first_line(load_failure(row.error).message, 120))
+            error = _in_short(row.error, 120)
         return {
             "url": None if branch.is_current else self._url("change", row.pk),
             "name": explain.visible(explain.short_name(row.task)),
@@ -347,7 +353,7 @@ class ExecutionPage(ReadOnlyAdmin):
             "attempt": step.attempt,
             "took": "" if is_instant else explain.duration((step.finished_at - step.created_at).total_seconds()),  # type: ignore[operator]
             "child": None if step.child_id is None else self._linked(step.child_id),
-            "error": explain.visible(explain.first_line(load_failure(error).message, PREVIEW)) if error else "",
+            "error": _in_short(error, PREVIEW) if error else "",
             "preview": "",
             "note": "",
         }
@@ -446,6 +452,12 @@ class ExecutionPage(ReadOnlyAdmin):
             return None if key is None else reverse(name, args=[key], current_app=self.admin_site.name)
         except NoReverseMatch:
             return None
+
+
+def _in_short(error: str, limit: int) -> str:
+    """Return the first line of an error's message, or its class if the message may not be seen."""
+    failure = load_failure(error)
+    return explain.visible(explain.first_line(failure.message or explain.short_name(failure.type), limit))
 
 
 def _with_command(hint: str) -> SafeString:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from django.contrib import admin
+from django.http import HttpRequest
 from django.utils.translation import gettext_lazy as _
 
 from conductor_app.admin import filters, twins
+from conductor_app.admin.access import may_see_payloads
 from conductor_app.admin.base import ReadOnlyAdmin
 from conductor_app.admin.text import readable_value, shown, step_pill, task_name
 from conductor_app.explain import duration
 from conductor_app.models import Step
+from conductor_app.serialization import load_failure
 
 
 @admin.register(Step)
@@ -36,6 +39,7 @@ class StepAdmin(ReadOnlyAdmin):
     searched_id = "execution_id"
     indexed_lookups = frozenset({"execution", "execution__id__exact", "execution_id"})
     deferred_in_lists = ("result", "error")
+    references = ("child_id",)
     payload_fields = ("result",)
     fields = readonly_fields = (
         "id",
@@ -46,7 +50,8 @@ class StepAdmin(ReadOnlyAdmin):
         "task",
         "child_link",
         "readable_result",
-        "error",
+        "error_type",
+        "readable_error",
         "timeout_seconds",
         "on_timeout",
         "deadline_at",
@@ -59,6 +64,16 @@ class StepAdmin(ReadOnlyAdmin):
     def readable_result(self, step: Step) -> str | None:
         """Return the result, masked, for who may see it."""
         return readable_value(step.result)
+
+    @admin.display(description=_("error class"), empty_value="-")
+    def error_type(self, step: Step) -> str | None:
+        """Return the class of the error."""
+        return shown(load_failure(step.error).type) if step.error else None
+
+    @admin.display(description=_("error"), empty_value="-")
+    def readable_error(self, step: Step) -> str | None:
+        """Return the error with its message, arguments and attributes, masked, for who may see it."""
+        return readable_value(step.error)
 
     @admin.display(description=_("status"))
     def status_pill(self, step: Step) -> str:
@@ -107,6 +122,9 @@ class StepAdmin(ReadOnlyAdmin):
             "finished_at": row.finished_at,
         }
 
-    def in_full(self, row: Step, *, with_payloads: bool) -> dict[str, Any]:
-        """Return a step with its error, and its result for who may see it."""
-        return {**super().in_full(row, with_payloads=with_payloads), "error": twins.stored(row.error)}
+    def in_full(self, row: Step, request: HttpRequest) -> dict[str, Any]:
+        """Return a step with its error, of which only the class is for everybody, and its result."""
+        error = twins.masked(row.error)
+        if row.error and not may_see_payloads(request):
+            error = {"type": load_failure(row.error).type}
+        return {**super().in_full(row, request), "error": error}

@@ -172,7 +172,7 @@ def _other_lanes(story: Story) -> Iterator[Lane]:
             ticks = tuple(at for _, at in attempts_begun(waits))
             yield _execution_lane(child, step.name, step.get_kind_display(), waits, story.now, ticks)
             continue
-        yield _step_lane(step, story.now)
+        yield _step_lane(step, story.execution.finished_at or story.now)
         if step.kind == StepKind.MAP:
             for row in sorted(of_maps[step.name], key=lambda row: row.position or 0):
                 waits = story.waits.get(row.pk, ())

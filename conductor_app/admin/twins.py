@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from django.contrib.admin.options import IncorrectLookupParameters
 from django.contrib.admin.utils import unquote
-from django.core.exceptions import PermissionDenied
+from django.core.exceptions import PermissionDenied, SuspiciousOperation
 from django.http import HttpRequest, HttpResponse, JsonResponse
 
 from conductor_app import redaction
@@ -26,7 +26,7 @@ def list_response(owner: ReadOnlyAdmin, request: HttpRequest) -> HttpResponse:
         raise PermissionDenied
     try:
         found: Any = owner.get_changelist_instance(request)
-    except IncorrectLookupParameters:
+    except (IncorrectLookupParameters, SuspiciousOperation):
         return refused(400, "A parameter of this address has no meaning here.")
     # What it has looked through ends, but the table does not.
     older = found.older or (found.window.older if found.window else None)
@@ -50,8 +50,6 @@ def row_response(owner: ReadOnlyAdmin, request: HttpRequest, object_id: str) -> 
     Raises:
         PermissionDenied: The user may not see it.
     """
-    from conductor_app.admin.base import may_see_payloads  # noqa: PLC0415 - it imports this module
-
     if not owner.has_view_permission(request):
         raise PermissionDenied
     row = owner.get_object(request, unquote(object_id))
@@ -59,7 +57,7 @@ def row_response(owner: ReadOnlyAdmin, request: HttpRequest, object_id: str) -> 
         return refused(404, "There is no such row.")
     if not owner.has_view_permission(request, row):
         raise PermissionDenied
-    return answer(owner.in_full(row, with_payloads=may_see_payloads(request)))
+    return answer(owner.in_full(row, request))
 
 
 def answer(document: Any, status: int = 200) -> JsonResponse:

@@ -45,13 +45,22 @@ class Output:
 
     Args:
         stdout: The command's stream.
+        stderr: Its stream for what is no part of the answer; without one, ``note`` writes nothing.
         as_json: Whether ``document`` is what is written, instead of what ``print`` gets.
         colour: ``True`` or ``False`` as the user asked; ``None`` means on a terminal, unless ``NO_COLOR`` is set.
     """
 
-    def __init__(self, stdout: OutputWrapper, *, as_json: bool = False, colour: bool | None = None) -> None:
+    def __init__(
+        self,
+        stdout: OutputWrapper,
+        *,
+        stderr: OutputWrapper | None = None,
+        as_json: bool = False,
+        colour: bool | None = None,
+    ) -> None:
         self.as_json = as_json
         self._stdout = stdout
+        self._stderr = stderr
         self._is_terminal = stdout.isatty()
         if colour is None:
             colour = self._is_terminal and not os.environ.get("NO_COLOR")
@@ -81,16 +90,25 @@ class Output:
         lines = buffer.getvalue().splitlines()
         self._write("\n".join(lines if self._colour else [line.rstrip() for line in lines]))
 
+    def note(self, text: str) -> None:
+        """Write a line about the answer, which whatever reads the answer's lines must not take for one of them."""
+        if not self.as_json and self._stderr is not None:
+            _write(self._stderr, text)
+
     def document(self, value: Any) -> None:
         """Write one JSON document, if JSON was asked for."""
         if self.as_json:
             self._write(json.dumps(value, indent=2, cls=DjangoJSONEncoder))
 
     def _write(self, text: str) -> None:
-        encoding = getattr(self._stdout, "encoding", None) or "utf-8"
-        # The line's end is ours: OutputWrapper adds none after a text that ends with an empty line.
-        self._stdout.write(text.encode(encoding, "replace").decode(encoding) + "\n")
-        self._stdout.flush()
+        _write(self._stdout, text)
+
+
+def _write(stream: OutputWrapper, text: str) -> None:
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    # The line's end is ours: OutputWrapper adds none after a text that ends with an empty line.
+    stream.write(text.encode(encoding, "replace").decode(encoding) + "\n")
+    stream.flush()
 
 
 def plain(text: object, style: str = "") -> Text:

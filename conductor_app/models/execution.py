@@ -9,9 +9,10 @@ from django.db.models import Q
 from django.db.models.base import ModelState
 from django.utils.translation import gettext_lazy as _
 
+from conductor_app.exceptions import OutcomeLost
 from conductor_app.models.fields import ExactCharField, PartialIndex
 from conductor_app.models.querysets import ExecutionQuerySet
-from conductor_app.serialization import load_failure, loads
+from conductor_app.serialization import load_failure, loads, read_result
 from conductor_app.states import FINAL_STATUSES, ExecutionStatus
 
 _STATUS_CHOICES = [
@@ -22,6 +23,9 @@ _STATUS_CHOICES = [
     (ExecutionStatus.FAILED.value, _("failed")),
     (ExecutionStatus.CANCELLED.value, _("cancelled")),
 ]
+
+#: Among the attributes of a stored failure that is none of a run's: by which fence a worker could not run it.
+PUT_OFF_AT_FENCE = "put_off_at_fence"
 
 
 class Execution(models.Model):
@@ -69,7 +73,7 @@ class Execution(models.Model):
 
     #: Counts claims. A run may write only while it holds the row's fence, so a zombie cannot.
     fence = models.BigIntegerField(_("fence"), default=0)
-    #: ``<worker's node name>/<process id>`` of the run that holds the lease.
+    #: ``<worker's node name>/<worker's token>/<process id>`` of the run that holds the lease; see ``owners``.
     lease_owner = models.CharField(_("worker"), max_length=255, blank=True, default="")
     lease_expires_at = models.DateTimeField(_("lease expires"), null=True, blank=True)
 
@@ -174,6 +178,11 @@ class Execution(models.Model):
         return self.status in FINAL_STATUSES
 
     @property
+    def has_kept_result(self) -> bool:
+        """Whether it is cancelled, and its body had returned a result by then; an operator's retry adopts that."""
+        return self.status == ExecutionStatus.CANCELLED and self.result is not None
+
+    @property
     def has_attempts_left(self) -> bool:
         """Whether another attempt may follow the current one."""
         return self.max_attempts is None or self.attempt < self.max_attempts
@@ -204,9 +213,38 @@ class Execution(models.Model):
         """The last failure's message, or an empty string."""
         return load_failure(self.error).message if self.error else ""
 
+    @property
+    def put_off_because(self) -> str:
+        """Why the last worker that got it could not run it, while it is queued for others; or an empty text."""
+        if self.status != ExecutionStatus.QUEUED or not self.error or PUT_OFF_AT_FENCE not in self.error:
+            return ""
+        failure = load_failure(self.error)
+        return failure.message if (failure.attributes or {}).get(PUT_OFF_AT_FENCE) == self.fence else ""
+
+    @property
+    def astray(self) -> dict[str, Any] | None:
+        """The last run that did not come to the step that had woken it; ``None`` if each has.
+
+        ``woken_by`` is the step, ``came_to`` the one for which it waited instead (``None``: it returned), ``fence`` the
+        run's, and ``runs`` how many in a row it was the last of.
+        """
+        return self.get_options().get("astray") if '"astray"' in self.options else None
+
     def get_result(self) -> Any:
-        """Return the decoded result; ``None`` if there is none."""
-        return loads(self.result)
+        """Return the decoded result; ``None`` if it has not succeeded.
+
+        Raises:
+            OutcomeLost: It has, and its result is not there any more.
+        """
+        if self.status != ExecutionStatus.SUCCEEDED:
+            return loads(self.result)
+        return read_result(self.result, self._lost)
+
+    def _lost(self) -> OutcomeLost:
+        return OutcomeLost(
+            f"Execution {self.pk} of {self.task} has succeeded, and its result is gone: its row has been changed. "
+            "Restore it, or start a new execution."
+        )
 
     def get_options(self) -> dict[str, Any]:
         """Return Celery's options that were carried over."""

@@ -46,4 +46,5 @@ class FailedExecution(models.Model):
         ]
 
     def __str__(self) -> str:
-        return f"{self.task}: {self.message}"
+        # Not the message: Django's admin shows this to whoever may see the row, and in forms of other models.
+        return f"{self.error_class.rpartition('.')[2]} in {self.task} {self.execution_id}"

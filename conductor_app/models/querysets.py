@@ -9,7 +9,7 @@ from django.db.models import Exists, OuterRef, Q
 
 from conductor_app import clock
 from conductor_app.sql import Literal
-from conductor_app.states import OPEN_STATUSES, ExecutionStatus
+from conductor_app.states import LATE_REASON, OPEN_STATUSES, ExecutionStatus
 
 if TYPE_CHECKING:
     from conductor_app.models.execution import Execution
@@ -62,11 +62,19 @@ class ExecutionQuerySet(models.QuerySet["Execution"]):
             .order_by("lease_expires_at")
         )
 
+    def at_work(self) -> Self:
+        """Running, and the worker renews the lease."""
+        return self.with_status(ExecutionStatus.RUNNING).filter(lease_expires_at__gt=clock.now())
+
     def to_cancel(self) -> Self:
         """Flagged as cancelled, and no run is there to notice."""
         return self.filter(
             cancel_requested_at__isnull=False, status__in=[ExecutionStatus.QUEUED, ExecutionStatus.WAITING]
         ).order_by("cancel_requested_at")
+
+    def unasked(self) -> Self:
+        """Nobody has asked for its end: it is not flagged as cancelled, or only because it is late for a timeout."""
+        return self.filter(Q(cancel_requested_at__isnull=True) | Q(cancel_reason__startswith=LATE_REASON))
 
     def expired(self) -> Self:
         """Queued past Celery's ``expires``, never started."""

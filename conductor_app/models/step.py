@@ -111,5 +111,8 @@ class Step(models.Model):
         return str(self.name)
 
     def get_result(self) -> Any:
-        """Return the decoded result of a step of kind ``step`` or ``event``; ``None`` if there is none."""
+        """Return the decoded result of a step of kind ``step`` or ``event``; ``None`` if there is none.
+
+        What a body gets is read in ``conductor_app.steps``, which tells a result that is gone from ``None``.
+        """
         return loads(self.result)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from celery import Task, current_app
+from celery import Task
 
 from conductor_app import clock
 from conductor_app.api import ExecutionRef, find
+from conductor_app.exceptions import class_path
 from conductor_app.explain import Situation, headline
 from conductor_app.models import Execution, FailedExecution, Step, database
 from conductor_app.serialization import load_failure, revive, round_trip, shown
@@ -184,7 +185,7 @@ def _error(execution: Execution, what: str) -> AssertionError:
     steps = list(Step.objects.using(using).filter(execution_id=execution.pk).order_by("id"))
     failures = FailedExecution.objects.using(using).filter(execution__root_id=execution.root_id).in_bulk()
     now = clock.read(using)
-    told = headline(Situation(execution, now, steps, tree, failures, current_app.main or "project"))
+    told = headline(Situation(execution, now, steps, tree, failures))
     lines = [f"{execution.task} {execution.pk} {what}.", *str(told).splitlines()]
     own = failures.get(execution.pk)
     if own is not None:
@@ -200,9 +201,7 @@ def _stored(value: object, what: str) -> Any:
 def _is_class(name: str, execution: Execution, expected: type[Exception] | str) -> bool:
     if isinstance(expected, str):
         return expected in (name, name.rpartition(".")[2])
-    return name == f"{expected.__module__}.{expected.__qualname__}" or isinstance(
-        revive(load_failure(execution.error)), expected
-    )
+    return name == class_path(expected) or isinstance(revive(load_failure(execution.error)), expected)
 
 
 def _is_payload(child: Execution, payload: object) -> bool:

@@ -12,10 +12,12 @@ from typing import Any, ParamSpec, TypeVar
 
 from django.db import connections, transaction
 
+from conductor_app import apart, scopes
 from conductor_app.conf import conductor_settings
-from conductor_app.context import SWALLOWED_ADVICE, ExecutionContext, resolve_child, swallowed_suspension
+from conductor_app.context import SWALLOWED_ADVICE, ExecutionContext, resolve_child, swallowed_suspension, unclean
 from conductor_app.durable import DurableTask
 from conductor_app.exceptions import (
+    EndAttempt,
     Failure,
     InvalidArgument,
     InvalidArgumentType,
@@ -27,7 +29,7 @@ from conductor_app.serialization import dump_failure, loads, round_trip, shown
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
 from conductor_app.steps import ChildOutcome, Memory
 from conductor_app.testing.outcomes import BodyError, Outcomes, StepCall, remember
-from conductor_app.transitions import Invocation
+from conductor_app.transitions import Invocation, Together
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -74,6 +76,7 @@ def run(
 
     Raises:
         BodyError: The body would go wrong in production, or the test does not give an outcome.
+        UncleanConnection: The body has left a transaction open, or a session that cannot write.
         Exception: What the body raises, and what is wrong with the arguments.
     """
     body, args, kwargs, _options = resolve_child(task, payload, "run()")
@@ -121,14 +124,20 @@ def _run(
 
 def _run_once(context: _MemoryContext, execution: Execution) -> tuple[bool, Any, Exception | None]:
     """Run the body once; tell whether it came to an end of its own, and to which."""
-    args, kwargs = loads(execution.payload)
+    value, failed, is_suspended = None, None, False
     try:
         with context.entered():
-            return True, context.body.run(context, *args, **kwargs), None
+            args, kwargs = context.body.body_arguments(*loads(execution.payload))
+            value = apart.run(scopes.call_body, context.body, context, args, kwargs)
     except SuspendExecution:
-        return False, None, None
+        is_suspended = True
+    except EndAttempt as ended:
+        failed = ended.error
     except Exception as error:  # noqa: BLE001 - the body may raise anything
-        return True, None, error
+        failed = error
+    if (found := context._left_open(failed)) and failed is None:
+        raise unclean(execution.task, found)
+    return not is_suspended, value, failed
 
 
 def _check_replay(task: str, before: list[str], now: list[str], error: Exception | None) -> None:
@@ -175,13 +184,16 @@ class _MemoryContext(ExecutionContext):
         error = None if failure is None else dump_failure(failure)
         return remember(step, StepKind.STEP, status, result=result, error=error, fence=self._execution.fence)
 
-    def _record_together(self, step: str, work: Callable[[], tuple[str, Any]]) -> tuple[str, Any, bool]:
+    def _record_together(self, step: str, work: Callable[[], tuple[str, Any]]) -> Together:
         # A transaction only where one is open already, as in a TestCase: there is no telling what else has a database.
         using = database()
         is_open = connections[using].in_atomic_block
-        with transaction.atomic(using=using) if is_open else contextlib.nullcontext():
-            text, value = work()
-        return text, value, False
+        try:
+            with transaction.atomic(using=using) if is_open else contextlib.nullcontext():
+                text, value = work()
+        except Exception as error:  # noqa: BLE001 - the function may raise anything
+            return Together(error=error)
+        return Together(self._record(step, result=text), value)
 
     def _check_held(self) -> None:
         pass

@@ -19,19 +19,28 @@ from conductor_app.transitions.creating import NewExecution, create
 from conductor_app.transitions.failing import fail
 from conductor_app.transitions.guards import patiently
 from conductor_app.transitions.hastening import hasten, publish_again
+from conductor_app.transitions.postponing import put_off, put_off_unknown
 from conductor_app.transitions.recovering import (
     decide_overdue,
+    decide_overdue_together,
+    dispatch_now,
     give_back,
     lose,
+    note_refusal,
     put_back,
     take_for_dispatch,
+    wait_for_row,
     wake_stranded,
+    worker_lost,
 )
 from conductor_app.transitions.reopening import reopen
 from conductor_app.transitions.running import (
+    Together,
     check_held,
     lock_held,
+    note_astray,
     record_step,
+    record_together,
     release,
     retry_later,
     succeed,
@@ -58,6 +67,7 @@ __all__ = [
     "NewExecution",
     "Pending",
     "Sleep",
+    "Together",
     "Wait",
     "announce_now",
     "announced",
@@ -68,16 +78,23 @@ __all__ = [
     "claim_again",
     "create",
     "decide_overdue",
+    "decide_overdue_together",
+    "dispatch_now",
     "expire",
     "fail",
     "give_back",
     "hasten",
     "lock_held",
     "lose",
+    "note_astray",
+    "note_refusal",
     "patiently",
     "publish_again",
     "put_back",
+    "put_off",
+    "put_off_unknown",
     "record_step",
+    "record_together",
     "release",
     "reopen",
     "request_cancel",
@@ -88,5 +105,7 @@ __all__ = [
     "suspend",
     "take_for_announcement",
     "take_for_dispatch",
+    "wait_for_row",
     "wake_stranded",
+    "worker_lost",
 ]

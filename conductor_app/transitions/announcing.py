@@ -36,19 +36,27 @@ def announced(execution_id: uuid.UUID, *, is_alone: bool = False) -> bool:
 def announce_now(execution_id: uuid.UUID) -> bool:
     """Let the sweeper tell Celery of a final status now: the process that was to do it is dead."""
     untold = Execution.objects.using(database()).filter(pk=execution_id, announce_at__isnull=False)
+    guards.leave_if_locked(execution_id)
     return bool(guards.persist_briefly(lambda: untold.update(announce_at=clock.now())))
 
 
-def take_for_announcement(limit: int) -> list[Execution]:
-    """Take final executions of which Celery is to be told, so that no other sweeper tells it too."""
+def take_for_announcement(limit: int, root_id: uuid.UUID | None = None) -> list[Execution]:
+    """Take final executions of which Celery is to be told, so that no other sweeper tells it too.
+
+    Args:
+        limit: At most so many.
+        root_id: Only of this tree.
+    """
 
     def work() -> list[Execution]:
         with transaction.atomic(using=database()):
             rows = Execution.objects.using(database()).to_announce()
+            if root_id is not None:
+                rows = rows.filter(root_id=root_id)
             taken = list(locked(rows, skip=True)[:limit])
             Execution.objects.using(database()).filter(pk__in=[row.pk for row in taken]).update(
                 announce_at=clock.after(conductor_settings().LEASE_SECONDS)
             )
         return taken
 
-    return guards.persist_briefly(work)
+    return guards.persist_briefly(work, skips_locked=True)

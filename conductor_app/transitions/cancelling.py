@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import uuid
+from contextlib import suppress
 from typing import Any
 
 from django.db import transaction
 
 from conductor_app import clock, signals, steps
 from conductor_app.exceptions import (
+    CancelExecution,
     Failure,
 )
+from conductor_app.leases import keeper
 from conductor_app.models import Execution, database
 from conductor_app.models.querysets import ExecutionQuerySet
 from conductor_app.serialization import clean_text, dump_failure
@@ -19,19 +22,24 @@ from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.transitions import claiming, guards, running, waking
 
 
-def cancel_running(execution: Execution, hand_off: claiming.HandOff | None = None) -> Failure | None:
-    """running → cancelled: the body has noticed that it was asked to stop.
+def cancel_running(
+    execution: Execution, hand_off: claiming.HandOff | None = None, *, result: str | None = None
+) -> Failure | None:
+    """running → cancelled: the body has noticed that it was asked to stop, or has ended.
 
     Args:
         hand_off: Gets the parent, if that was woken.
+        result: What its body has returned all the same; an operator's retry adopts it.
 
     Returns:
         What is stored as its error; ``None`` if an operator's retry has withdrawn the cancellation meanwhile: then the
-        execution is queued again.
+        execution is queued again, or has succeeded with its result.
 
     Raises:
         LeaseLost: Another run has taken over.
     """
+
+    kept: dict[str, Any] = {} if result is None else {"result": result}
 
     def work() -> bool:
         with transaction.atomic(using=database()):
@@ -44,27 +52,37 @@ def cancel_running(execution: Execution, hand_off: claiming.HandOff | None = Non
                 transaction.set_rollback(True, using=database())
                 return False
             execution.cancel_reason = row.cancel_reason
-            guards.leave_running(execution, **cancelled_values(execution, running=True))
+            guards.leave_running(execution, **cancelled_values(execution, running=True), **kept)
             with claiming.handing_off(hand_off):
                 after_cancel(execution)
         return True
 
-    if guards.persist(work):
-        return cancel_failure(execution)
-    running.release(execution)
-    return None
+    while not guards.persist(work):
+        if result is None:
+            running.release(execution)
+            return None
+        with suppress(CancelExecution):  # it is to be cancelled again
+            running.succeed(execution, result, hand_off)
+            return None
+    return cancel_failure(execution)
 
 
 def request_cancel(execution_id: uuid.UUID, reason: str) -> bool:
     """Flag an open execution; ``False`` if it is final. A running body notices at its next ``ctx`` call."""
-    return guards.persist_briefly(lambda: flag(execution_id, reason) or _is_flagged(execution_id))
+    guards.leave_if_locked(execution_id)
+    is_open = guards.persist_briefly(lambda: flag(execution_id, reason) or _is_flagged(execution_id))
+    if is_open:
+        # A body of this process need not ask the database.
+        transaction.on_commit(lambda: keeper.note_cancel(execution_id), using=database(), robust=True)
+    return is_open
 
 
 def flag(execution_id: uuid.UUID, reason: str) -> bool:
     return bool(
         Execution.objects.using(database())
-        .filter(pk=execution_id, cancel_requested_at__isnull=True)
+        .filter(pk=execution_id)
         .open()
+        .unasked()
         .update(cancel_requested_at=clock.now(), cancel_reason=clean_text(reason, 1_000))
     )
 
@@ -88,9 +106,7 @@ def flag_children(execution_id: uuid.UUID) -> None:
 
 def flag_all(executions: ExecutionQuerySet, reason: str) -> None:
     """Flag all of ``executions`` that are open."""
-    executions.open().filter(cancel_requested_at__isnull=True).update(
-        cancel_requested_at=clock.now(), cancel_reason=clean_text(reason, 1_000)
-    )
+    executions.open().unasked().update(cancel_requested_at=clock.now(), cancel_reason=clean_text(reason, 1_000))
 
 
 def cancel_flagged(execution_id: uuid.UUID) -> bool:
@@ -103,9 +119,12 @@ def cancel_flagged(execution_id: uuid.UUID) -> bool:
     def work() -> bool:
         with transaction.atomic(using=database()):
             rows = Execution.objects.using(database()).filter(pk=execution_id).to_cancel()
-            if not rows.exists():
+            flagged = rows.only("cancel_reason").first()
+            if flagged is None:
                 return False
             flag_children(execution_id)
+            # The step before the execution, as everywhere: somebody may just be sending the event.
+            steps.end_waits(execution_id, _cancel_error(flagged))
             execution = locked(rows).first()
             if execution is None or not rows.update(**cancelled_values(execution)):
                 transaction.set_rollback(True, using=database())
@@ -113,6 +132,7 @@ def cancel_flagged(execution_id: uuid.UUID) -> bool:
             after_cancel(execution)
         return True
 
+    guards.leave_if_locked(execution_id, with_children=True)
     return guards.persist_briefly(work)
 
 
@@ -122,7 +142,7 @@ def expire(execution_id: uuid.UUID) -> bool:
     def work() -> bool:
         with transaction.atomic(using=database()):
             rows = Execution.objects.using(database()).filter(pk=execution_id).expired()
-            execution = locked(rows).first()
+            execution = guards.take(rows)
             if execution is None:
                 return False
             execution.cancel_reason = "it expired before it started"
@@ -131,6 +151,7 @@ def expire(execution_id: uuid.UUID) -> bool:
             after_cancel(execution)
         return True
 
+    guards.leave_if_locked(execution_id)
     return guards.persist_briefly(work)
 
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from django.db import transaction
+from django.db import connections, transaction
 from django.db.models import F, QuerySet
 from django.db.models.functions import Coalesce
 
-from conductor_app import clock, dispatch, signals
+from conductor_app import clock, dispatch, sessions, signals
 from conductor_app.conf import conductor_settings
 from conductor_app.models import Execution, database
 from conductor_app.sql import update_returning
@@ -55,16 +55,17 @@ def claim_again(execution_id: uuid.UUID, owner: str, task: str | None = None) ->
 
 
 def _start(claimable: QuerySet[Execution], owner: str) -> Execution | None:
-    rows = update_returning(
-        claimable,
-        CLAIM_FIELDS,
-        status=ExecutionStatus.RUNNING,
-        fence=F("fence") + 1,
-        lease_owner=owner,
-        lease_expires_at=clock.after(conductor_settings().LEASE_SECONDS),
-        started_at=Coalesce("started_at", clock.now()),
-        **guards.NOT_QUEUED,
-    )
+    with sessions.at_work(connections[database()]):
+        rows = update_returning(
+            claimable,
+            CLAIM_FIELDS,
+            status=ExecutionStatus.RUNNING,
+            fence=F("fence") + 1,
+            lease_owner=owner,
+            lease_expires_at=clock.after(conductor_settings().LEASE_SECONDS, skipping=False),
+            started_at=Coalesce("started_at", clock.now()),
+            **guards.NOT_QUEUED,
+        )
     return _started(rows[0] if rows else None)
 
 

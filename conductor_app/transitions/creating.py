@@ -9,9 +9,9 @@ from typing import Any
 
 from django.db import IntegrityError
 
-from conductor_app import clock, dispatch, signals
+from conductor_app import clock, dispatch, forks, signals
 from conductor_app.models import Execution, database
-from conductor_app.sql import one_statement
+from conductor_app.sql import note_created, one_statement
 from conductor_app.states import ExecutionStatus
 from conductor_app.transitions import guards
 
@@ -43,19 +43,33 @@ def create(new: NewExecution) -> tuple[Execution, bool]:
     Returns:
         The execution, and whether it is new: the same id or idempotency key gives the existing one.
     """
+    forks.own()
     using = database()
     row = queued_row(new)
-    try:
-        with one_statement(using):
-            row.save(force_insert=True, using=using)
-            if row.dispatch_at is not None and is_due(new):
-                dispatch.on_commit(row)
-            guards.send_signal(signals.execution_created, row)
-    except IntegrityError:
-        existing = _find_existing(new)
-        if existing is None:
-            raise
+    tries = 0
+
+    def insert() -> Execution | None:
+        """Return the execution that is there already."""
+        nonlocal tries
+        tries += 1
+        try:
+            with one_statement(using):
+                row.save(force_insert=True, using=using)
+        except IntegrityError:
+            existing = _find_existing(new)
+            if existing is None:
+                raise
+            # After a COMMIT that got no answer it is this one.
+            return existing if tries == 1 or existing.pk != new.id else None
+        return None
+
+    existing = guards.persist_briefly(insert)
+    if existing is not None:
         return existing, False
+    note_created(using, row.pk)
+    if row.dispatch_at is not None and is_due(new):
+        dispatch.on_commit(row)
+    guards.send_signal(signals.execution_created, row)
     return row, True
 
 

@@ -35,11 +35,12 @@ def fail(
 
     Raises:
         LeaseLost: Another run has taken over.
+        CancelExecution: The execution is to be cancelled instead.
     """
 
     def work() -> None:
         with transaction.atomic(using=database()):
-            guards.leave_running(execution, **failed_values(execution, failure, running=True))
+            guards.leave_running(execution, cancel_requested=False, **failed_values(execution, failure, running=True))
             with claiming.handing_off(hand_off):
                 store_failure(execution, failure, step=step, child_id=child_id)
 

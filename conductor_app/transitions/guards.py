@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from django.db import transaction
+from django.db.models import QuerySet
 from django.db.models.expressions import Combinable
 from django.dispatch import Signal
 
@@ -68,9 +70,34 @@ def persist(work: Callable[[], T], unless_already: Callable[[], bool] | None = N
         raise
 
 
-def persist_briefly(work: Callable[[], T]) -> T:
+def persist_briefly(work: Callable[[], T], *, skips_locked: bool = False) -> T:
     """Run a transaction on which no lease depends; while the database is away, that is the caller's to know."""
-    return sql.persist_briefly(database(), work)
+    return sql.persist_briefly(database(), work, skips_locked=skips_locked)
+
+
+def take(rows: QuerySet[Execution]) -> Execution | None:
+    """Lock an execution until the end of the current transaction, and return it, unless somebody else has locked it.
+
+    Raises:
+        RowsLocked: Somebody has, and this is background work, which has to know that there is something left to do.
+    """
+    execution = sql.locked(rows, skip=True).first()
+    if execution is None and sql.is_background() and rows.exists():
+        raise sql.RowsLocked("its row is locked")
+    return execution
+
+
+def leave_if_locked(execution_id: uuid.UUID, *, with_children: bool = False) -> None:
+    """Find out whether background work had to wait for an execution, its parent or its children.
+
+    Raises:
+        RowsLocked: It had to.
+    """
+    executions = Execution.objects.using(database())
+    own = executions.filter(pk=execution_id)
+    # A queryset, so that it is not even read where nothing has to be found out.
+    needed = [executions.filter(pk__in=own.values("parent_id")), own]
+    sql.leave_if_locked(*([executions.filter(parent_id=execution_id).open()] if with_children else []), *needed)
 
 
 def is_mine(execution: Execution, **ended: Any) -> bool:
@@ -78,14 +105,17 @@ def is_mine(execution: Execution, **ended: Any) -> bool:
     return Execution.objects.using(database()).filter(pk=execution.pk, fence=execution.fence, **ended).exists()
 
 
-def leave_running(execution: Execution, *, cancel_requested: bool = True, **values: Any) -> None:
+def leave_running(execution: Execution, *, cancel_requested: bool = True, is_late: bool = False, **values: Any) -> None:
     """Take a running execution out of ``running``, if this run still holds it.
 
     Args:
         cancel_requested: Whether the move is allowed for an execution that is to be cancelled.
+        is_late: Whether it is allowed if that is for its parent's timeout alone.
     """
     held = Execution.objects.using(database()).held_by(execution)
-    guarded = held if cancel_requested else held.filter(cancel_requested_at__isnull=True)
+    guarded = held
+    if not cancel_requested:
+        guarded = held.unasked() if is_late else held.filter(cancel_requested_at__isnull=True)
     if guarded.update(**{**NO_LEASE, **values}):
         return
     raise lease_lost(execution) if cancel_requested else refusal(execution)
@@ -118,6 +148,14 @@ def queue_now(execution: Execution) -> dict[str, Any]:
         "dispatch_at": dispatch.first_instant(clock.now(), is_due=True, root_id=execution.root_id),
         "dispatches": 0,
     }
+
+
+def queue_for_sweeper(execution: Execution) -> dict[str, Any]:
+    """Return the same for one that is not published after the commit: a sweeper does that at once."""
+    values = queue_now(execution)
+    if not (dispatch.is_embedded() or dispatch.is_inline(execution.root_id)):
+        values["dispatch_at"] = clock.now()
+    return values
 
 
 def next_attempt(execution: Execution, **changed: Any) -> Execution:

@@ -109,7 +109,7 @@ def publish_again(execution_id: uuid.UUID) -> bool:
     if published is None:
         raise _not_to_publish(Execution.objects.using(database()).get(pk=execution_id))
     # Now, even inside the caller's transaction: a message says nothing but "look at this row", which is there.
-    return dispatch.is_embedded() or dispatch.is_inline() or dispatch.publish(published)
+    return dispatch.is_embedded() or dispatch.is_inline(published.root_id) or dispatch.publish(published)
 
 
 def _not_to_publish(execution: Execution) -> ActionRefused:

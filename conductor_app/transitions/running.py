@@ -2,23 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from django.db import IntegrityError, transaction
+from django.db import DatabaseError, IntegrityError, InterfaceError, connections, transaction
 from django.db.models import F
 
-from conductor_app import clock, dispatch, signals, steps
+from conductor_app import clock, dispatch, signals, sql, steps
 from conductor_app.conf import conductor_settings
 from conductor_app.exceptions import (
     CancelExecution,
+    EndAttempt,
     Failure,
+    LeaseLost,
 )
 from conductor_app.models import Execution, database
-from conductor_app.serialization import dump_failure
+from conductor_app.serialization import dump_failure, dump_options
+from conductor_app.soft_limits import SoftLimit, soft_limit
 from conductor_app.sql import locked
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
 from conductor_app.transitions import claiming, guards, statements, waking
+
+logger = logging.getLogger("conductor_app.execution")
+
+
+#: A function whose transaction lost its session is called so many times more, in 3 seconds; a session that ends each
+#: time is ended by what the function does.
+_OUTAGE_TRIES = 5
+
+
+@dataclass(frozen=True)
+class Together:
+    """What came of a function whose writes and result are one transaction."""
+
+    #: What is recorded; ``None`` if nothing is.
+    memory: steps.Memory | None = None
+    #: What the function returned, after its round trip.
+    value: Any = None
+    #: Whether the execution is to be cancelled.
+    is_to_cancel: bool = False
+    #: What the function has raised, or the database when it took what the function wrote. Nothing is recorded.
+    error: Exception | None = None
 
 
 def release(execution: Execution) -> None:
@@ -59,13 +87,123 @@ def record_step(
         cancelled = guards.persist(work)
     except IntegrityError:
         # Recorded already: by this run, whose COMMIT got no answer. What is stored counts.
-        return guards.patiently(lambda: steps.recall(execution.pk, name))[name]
+        recorded = _recorded(execution, name)
+        if recorded is None:
+            raise
+        return recorded
     if cancelled:
         raise CancelExecution
+    return _memory(execution, name, result=result, error=error)
+
+
+def record_together(execution: Execution, name: str, act: Callable[[], tuple[str, Any]]) -> Together:
+    """Run ``act`` and remember the text that it returns, in one transaction.
+
+    As every transaction, it is run again after a deadlock, a serialization failure or an outage, which have undone what
+    ``act`` wrote. Whatever else ``act`` raises, a lock timeout of its own for example, is what has come of it.
+
+    Args:
+        act: Returns the text to remember, and what that stands for. It is called with the soft time limit let through.
+
+    Raises:
+        LeaseLost: Another run has taken over. Nothing is recorded.
+        CancelExecution: The execution is to be cancelled, and there was one more call to make. Nothing is recorded.
+        AbandonRun: The database was away for a whole lease, and ``act`` could not be called, or its end not be learnt.
+        EndAttempt: It is recorded, and one of the callbacks that ``act`` left for the commit has failed.
+    """
+    connection = connections[database()]
+    limit = soft_limit()
+    conflicts = outages = 0
+    while True:
+        attempt = _Attempt(execution, name, act, limit)
+        guards.persist(attempt.run)
+        done, error = attempt.done, attempt.done.error
+        if error is None:
+            return done
+        if attempt.has_acted and (recorded := _recorded(execution, name)) is not None:
+            if not isinstance(error, (DatabaseError, InterfaceError)):
+                raise EndAttempt(error)
+            logger.warning("Step %s of execution %s is committed; the database said: %s", name, execution.pk, error)
+            return Together(recorded, recorded.get_result())
+        if connection.in_atomic_block or not attempt.is_of_ours:
+            return done  # an error of another database, though it look like one of ours, has undone nothing here
+        if sql.is_outage(error):
+            outages += 1
+            with contextlib.suppress(Exception):
+                connection.close()
+        elif sql.is_undone(error) or (attempt.has_acted and sql.is_conflict(error)):
+            conflicts += 1
+        else:
+            return done
+        if outages > _OUTAGE_TRIES or conflicts > sql.CONFLICT_TRIES:
+            return done
+        logger.warning("Step %s of execution %s was undone and is run again: %s", name, execution.pk, error)
+        if sql.is_outage(error):
+            sql.pause_after_outage(outages)
+        else:
+            sql.pause_after_conflict(conflicts)
+        check_held(execution)
+
+
+class _Attempt:
+    """One call of a function together with what is remembered of it."""
+
+    def __init__(self, execution: Execution, name: str, act: Callable[[], tuple[str, Any]], limit: SoftLimit) -> None:
+        self._execution = execution
+        self._name = name
+        self._act = act
+        self._limit = limit
+        self.done = Together()
+        #: Whether the function has returned: what comes after that may come after the commit.
+        self.has_acted = False
+        #: Whether the session of the transaction has met an error.
+        self.is_of_ours = False
+
+    def run(self) -> None:
+        """Do it; what fails once the transaction has begun is kept, and not to be repeated without a look at it."""
+        connection = connections[database()]
+        has_begun = False
+        try:
+            with transaction.atomic(using=database()):
+                has_begun = True
+                connection.errors_occurred = False
+                try:
+                    text, value = self._call()
+                    self.has_acted = True
+                    # The execution's row last: until here only rows of the user's are locked.
+                    is_to_cancel = lock_held(self._execution)
+                    steps.record(self._execution, self._name, result=text)
+                finally:
+                    self.is_of_ours = connection.errors_occurred  # a rollback forgets it
+                # From here on nothing but the COMMIT can fail, and Django has connected anew before that is known.
+                self.is_of_ours = True
+            self.done = Together(_memory(self._execution, self._name, result=text), value, is_to_cancel)
+        except LeaseLost:
+            raise
+        except Exception as error:
+            if not has_begun:
+                raise
+            self.is_of_ours = self.is_of_ours or connection.errors_occurred
+            self.done = Together(error=error)
+
+    def _call(self) -> tuple[str, Any]:
+        try:
+            self._limit.let_through()
+            return self._act()
+        finally:
+            self._limit.hold_back()
+
+
+def _recorded(execution: Execution, name: str) -> steps.Memory | None:
+    return guards.patiently(lambda: steps.recall(execution.pk, name)).get(name)
+
+
+def _memory(execution: Execution, name: str, *, result: str | None, error: str | None = None) -> steps.Memory:
+    """Return what a run remembers of a function's outcome that it has just recorded."""
     return steps.Memory(
         name=name,
         kind=StepKind.STEP,
-        status=status,
+        status=StepStatus.SUCCEEDED if error is None else StepStatus.FAILED,
         task="",
         payload_digest="",
         child_id=None,
@@ -111,6 +249,14 @@ def check_held(execution: Execution) -> None:
         raise CancelExecution
 
 
+def note_astray(execution: Execution, found: dict[str, Any]) -> None:
+    """Keep with a running execution that its run has gone astray; see ``Execution.astray``."""
+    options = dump_options({**execution.get_options(), "astray": found})
+    held = Execution.objects.using(database()).held_by(execution)
+    if guards.persist(lambda: held.update(options=options)):
+        execution.options = options
+
+
 def succeed(execution: Execution, result: str, hand_off: claiming.HandOff | None = None) -> None:
     """running → succeeded, with the stored result; wakes the parent.
 
@@ -119,6 +265,7 @@ def succeed(execution: Execution, result: str, hand_off: claiming.HandOff | None
 
     Raises:
         LeaseLost: Another run has taken over; the result is discarded.
+        CancelExecution: The execution is to be cancelled instead; ``cancel_running`` keeps the result.
     """
 
     def work() -> None:
@@ -127,6 +274,9 @@ def succeed(execution: Execution, result: str, hand_off: claiming.HandOff | None
         with transaction.atomic(using=database()):
             guards.leave_running(
                 execution,
+                cancel_requested=False,
+                # A late child keeps its result. (The one statement refuses it, and leaves it to this.)
+                is_late=True,
                 status=ExecutionStatus.SUCCEEDED,
                 result=result,
                 error=None,
@@ -185,7 +335,7 @@ def retry_later(
     dispatch_at = dispatch.first_instant(clock.after(delay), is_due=delay <= 0)
     if is_published and not dispatch.is_embedded():
         dispatch_at = clock.after(max(delay, 0) + conductor_settings().REDISPATCH_SECONDS)
-    changed = {} if payload is None else {"payload": payload}
+    changed: dict[str, Any] = {} if payload is None else {"payload": payload}
 
     def work() -> None:
         with transaction.atomic(using=database()):

@@ -233,7 +233,7 @@ _SUCCEED = f"""
     UPDATE {_EXECUTIONS} SET
         status = 'succeeded', result = %(result)s, error = NULL, lease_owner = '', lease_expires_at = NULL,
         finished_at = {_NOW}, announce_at = STATEMENT_TIMESTAMP() + %(announce)s::interval
-    WHERE {_HELD}
+    WHERE {_HELD} AND cancel_requested_at IS NULL
 """  # noqa: S608
 
 
@@ -526,8 +526,8 @@ def succeed(
         announce_in: Seconds until the sweeper tells Celery; ``None`` if there is nothing to tell.
 
     Returns:
-        ``None`` if another run has the execution, or its parent's step is of a kind that asks for more than this (a
-        start); nothing is stored.
+        ``None`` if another run has the execution, it is to be cancelled, or its parent's step is of a kind that asks
+        for more than this (a start); nothing is stored.
     """
     values: dict[str, Any] = {
         "id": execution.pk,
@@ -589,7 +589,7 @@ def take_for_dispatch(limit: int, queues: Sequence[str] | None, pause: float) ->
 
 
 def _lease() -> dt.timedelta:
-    return clock.interval(conductor_settings().LEASE_SECONDS)
+    return clock.interval(conductor_settings().LEASE_SECONDS, skipping=False)
 
 
 def _execution(row: Sequence[Any]) -> Execution:

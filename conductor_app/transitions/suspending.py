@@ -12,7 +12,7 @@ from typing import Any
 from django.db import IntegrityError, transaction
 
 from conductor_app import clock, dispatch, signals, steps
-from conductor_app.exceptions import CancelExecution
+from conductor_app.exceptions import CancelExecution, OutcomeLost
 from conductor_app.models import Execution, database
 from conductor_app.serialization import dump_options, loads
 from conductor_app.sql import is_transaction
@@ -94,6 +94,7 @@ def start_child(execution: Execution, wait: Invocation) -> steps.Memory:
     Raises:
         LeaseLost: Another run has taken over; nothing is stored.
         CancelExecution: The execution is to be cancelled; nothing is stored.
+        OutcomeLost: It is there; somebody has deleted the step that stands for it.
     """
 
     def work() -> None:
@@ -102,10 +103,31 @@ def start_child(execution: Execution, wait: Invocation) -> steps.Memory:
                 raise CancelExecution
             _open_child(execution, wait, StepKind.START)
 
-    # It is started already if this run's COMMIT got no answer.
-    with contextlib.suppress(IntegrityError):
+    unless_started: IntegrityError | None = None
+    try:
         guards.persist(work)
-    return guards.patiently(lambda: steps.recall(execution.pk, wait.step))[wait.step]
+    except IntegrityError as error:
+        unless_started = error
+    # It is started already if this run's COMMIT got no answer.
+    started = guards.patiently(lambda: steps.recall(execution.pk, wait.step)).get(wait.step)
+    if started is None:
+        raise _forgotten(execution, wait.step) or unless_started or guards.lease_lost(execution)
+    return started
+
+
+def _forgotten(execution: Execution, step: str) -> OutcomeLost | None:
+    """Return the error to raise if a step cannot be opened since its children are there, and what they stand for not.
+
+    No transition leaves that behind; a DELETE by hand does.
+    """
+    children = Execution.objects.using(database()).filter(parent_id=execution.pk, step=step)
+    if not guards.patiently(children.exists):
+        return None
+    return OutcomeLost(
+        f"Step '{step}' has a child, and what was recorded of the step is gone: its row has been deleted. A replay "
+        "cannot go on without it. Restore what is missing and retry the execution, or start a new one.",
+        step=step,
+    )
 
 
 def suspend(
@@ -127,6 +149,7 @@ def suspend(
     Raises:
         LeaseLost: Another run has taken over.
         CancelExecution: The execution is to be cancelled.
+        OutcomeLost: The children that are to be stored are there; somebody has deleted the step that stands for them.
     """
 
     def work() -> bool:
@@ -173,6 +196,8 @@ def suspend(
         return guards.persist(work)
     except IntegrityError:
         if not isinstance(wait, AwaitEvent | Gather) and not (isinstance(wait, Map) and not wait.children):
+            if (forgotten := _forgotten(execution, wait.step)) is not None:
+                raise forgotten from None
             raise
         # Recorded already, by this run, whose COMMIT got no answer: an event that it took, a gather of children that
         # had ended, a map of none. Had it been left waiting, the guards would have said so.
@@ -253,14 +278,20 @@ def _suspend_on_map_at_once(execution: Execution, wait: Map) -> None:
 
 
 def _is_there(execution: Execution, wait: AwaitEvent) -> bool:
-    """Open the step of an event, and take the event at once if it has been sent before.
+    """Open the step of an event; tell whether it is decided: the event was sent before, or the step only looks.
 
     The execution's row is locked first, and looked at the mailbox in a new statement: whoever sends an event writes
     this row too, so either that commit is visible here, or it will find the step.
     """
     if running.lock_held(execution):
         raise CancelExecution
-    return sending.deliver(steps.open_event(execution, wait.step, wait.event, timeout=wait.timeout))
+    step = steps.open_event(execution, wait.step, wait.event, timeout=wait.timeout)
+    if sending.deliver(step):
+        return True
+    if wait.timeout != 0:
+        return False
+    steps.settle(execution.pk, wait.step, StepStatus.TIMED_OUT)
+    return True
 
 
 def _is_gathered(execution: Execution, wait: Gather) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 
 from django.db import transaction
 from django.db.models import Case, F, QuerySet, Value, When
@@ -184,9 +185,19 @@ def wake(execution_id: uuid.UUID, root_id: uuid.UUID | None = None) -> None:
     waiting here, or blocks on this write, and then sees the settled step. With ``WHERE status = 'waiting'`` neither
     would wait for the other, and the wake-up would be lost.
     """
+    _wake(Execution.objects.using(database()).filter(pk=execution_id), root_id)
+
+
+def wake_all(execution_ids: Sequence[uuid.UUID]) -> None:
+    """waiting → queued, for executions whose rows the current transaction has locked."""
+    if execution_ids:
+        _wake(Execution.objects.using(database()).filter(pk__in=execution_ids), None)
+
+
+def _wake(executions: QuerySet[Execution], root_id: uuid.UUID | None) -> None:
     waiting = When(status=ExecutionStatus.WAITING, then=Value(ExecutionStatus.QUEUED.value))
     rows = update_returning(
-        Execution.objects.using(database()).filter(pk=execution_id),
+        executions,
         (*dispatch.DOORBELL_FIELDS, "status"),
         due_at=_if_waiting(clock.now(), "due_at"),
         dispatch_at=_if_waiting(dispatch.first_instant(clock.now(), is_due=True, root_id=root_id), "dispatch_at"),

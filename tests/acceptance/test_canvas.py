@@ -45,7 +45,9 @@ def test_chains_go_on_and_callbacks_are_called_once_when_a_durable_task_really_e
     }
     running = {name: signature.apply_async() for name, signature in chains.items()}
     linked = [task.apply_async((8,), link=link, link_error=error) for task in (canvas.pass_on, canvas.flaky_parent)]
-    failed = canvas.fail_late.apply_async(link=link, link_error=[*error, canvas.inline_error.s()])
+    failed = canvas.fail_late.apply_async(
+        link=link, link_error=[canvas.broken_error.s(), *error, canvas.inline_error.s()]
+    )
     failed_chain = chain(canvas.fail_late.s(1), canvas.collect.s(key="next")).apply_async(
         link_error=canvas.collect_error.s(key="chain error")
     )

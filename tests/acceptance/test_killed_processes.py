@@ -25,6 +25,8 @@ pytestmark = pytest.mark.usefixtures("recorded")
 
 #: Far longer than a test: only the report of a process's death can bring its executions back.
 LONG_LEASE = {"LEASE_SECONDS": 600}
+#: What psycopg and PyMySQL say.
+CONNECT_TIMED_OUT = r"timeout expired|timed out"
 
 
 def test_a_killed_pool_process_costs_its_child_one_attempt_and_the_parent_none(worker: Any) -> None:
@@ -97,9 +99,10 @@ def test_a_process_may_die_at_any_point_of_a_program(worker: Any, tmp_path: Path
             # A tree passes fewer points when two children end together, or the sweeper tells Celery of an end.
             assert crashes.died_at(tmp_path, tree.id) or crashes.points(tmp_path, tree.id) < point
             deaths += bool(crashes.died_at(tmp_path, tree.id))
-    assert deaths > 0.8 * number
+    # How many points a tree passes varies with who is first; most of them have to be visited all the same.
+    assert deaths > 0.5 * number
     # Celery shows the deaths of plain tasks with two tracebacks each.
-    invariants.check(started, timeout=60, tracebacks=2 * started.log.count("raised error: WorkerLostError"))
+    invariants.check(started, timeout=60, tracebacks=lambda log: 2 * log.count("raised error: WorkerLostError"))
     for leaf in Execution.objects.filter(task=crashes.leaf.name):
         assert count("inside", leaf.pk) == 1
 
@@ -110,20 +113,22 @@ _RUNS: list[list[str]] = [["before"], ["after"], ["", "before"], ["", "after"]]
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGQUIT], ids=["power cut", "cold shutdown"])
 def test_a_worker_that_ends_at_once_is_replaced_by_another_one(worker: Any, signum: int) -> None:
+    # Killed by its own worker, a body is queued again at no cost, and lingers once more.
+    is_release = signum == signal.SIGQUIT
     first = worker(pool="prefork", concurrency=1)
     napping = scenarios.naps.delay(seconds=1)
     wait_for_status(napping, "waiting")
-    waiting = scenarios.waits_for_lingerer.delay(seconds=300)
+    waiting = scenarios.waits_for_lingerer.delay(seconds=10 if is_release else 300)
     wait_for_body(scenarios.lingers)
     queued = scenarios.pass_through.delay(value="queued")
     os.killpg(first.pid, signum) if signum == signal.SIGKILL else first.signal(signum)
     wait_until(lambda: not first.is_alive, timeout=40, message="The worker did not end")
     second = worker(pool="prefork", concurrency=1)
-    assert api.get_result(waiting, timeout=40) == {"attempt": 2}
+    assert api.get_result(waiting, timeout=60) == {"attempt": 1 if is_release else 2}
     assert api.get_result(queued, timeout=20) == "queued"
     assert api.get_result(napping, timeout=20) == "rested"
     assert only(scenarios.waits_for_lingerer).attempt == 1
-    assert count("late") == 0
+    assert count("late") == is_release
     invariants.check(second)
 
 
@@ -156,7 +161,8 @@ def test_a_worker_that_wakes_up_after_its_lease_has_lapsed_writes_nothing(worker
     assert (child.get_result(), child.fence) == (2, 2)
     second.kill()
     assert api.get_result(scenarios.pass_through.delay(value="alive"), timeout=30) == "alive"
-    invariants.check(zombie, second)
+    # It may have been frozen while it connected.
+    invariants.check(zombie, second, excused=CONNECT_TIMED_OUT)
 
 
 def test_a_worker_that_slept_through_its_leases_does_not_take_them_from_itself(worker: Any) -> None:
@@ -177,7 +183,8 @@ def test_a_worker_that_slept_through_its_leases_does_not_take_them_from_itself(w
     for result in results:
         assert api.get_result(result, timeout=30) == "done"
     assert api.get_result(napping, timeout=30) == "rested"
-    invariants.check(started)
+    # It may have been about to connect when it was frozen.
+    invariants.check(started, excused=CONNECT_TIMED_OUT)
 
 
 def test_a_body_that_always_kills_its_process_ends_as_a_failed_execution(worker: Any) -> None:
@@ -227,7 +234,7 @@ def test_time_limits_cost_an_attempt_and_celery_records_no_failure_meanwhile(wor
     assert (hard.get(timeout=20), soft.get(timeout=20)) == (2, 2)
     assert (count("body", hard.id), count("body", soft.id)) == (2, 2)
     assert count("soft-limit", soft.id) == 1
-    assert "Hard time limit (1" in started.log
+    started.wait_for_log("Hard time limit (1")
     invariants.check(started)
 
 

@@ -12,6 +12,7 @@ from django_celery_results.models import TaskResult
 from conductor_app import api, dispatch
 from conductor_app.exceptions import ExecutionFailed
 from conductor_app.models import Execution, FailedExecution
+from conductor_app.plain import django_tasks
 from tests.app import plain
 from tests.app.ledger import count
 from tests.app.models import Ledger
@@ -193,14 +194,14 @@ def test_time_limits_fail_the_child(worker: Any) -> None:
 
 
 @pools
-def test_a_running_child_that_is_cancelled_keeps_its_result(worker: Any, pool: str) -> None:
+def test_a_running_child_that_is_cancelled_ends_cancelled_and_its_result_is_kept(worker: Any, pool: str) -> None:
     started = worker(pool=pool, concurrency=1)
     result = plain.catches.delay(child=plain.slow.name, payload={"seconds": 1.5})
     wait_for_run(plain.slow)
     child = child_of(result)
     assert api.cancel(child.pk, reason="too late")
-    assert api.get_result(result, timeout=30) == {"child": "done"}
-    assert child_of(result).status == "succeeded"
+    assert "too late" in api.get_result(result, timeout=30)["cancelled"]
+    assert (child_of(result).status, child_of(result).get_result()) == ("cancelled", "done")
     invariants.check(started)
 
 
@@ -264,3 +265,11 @@ def test_celery_stores_the_result_of_a_child_as_of_any_task(worker: Any) -> None
     assert api.get_result(result, timeout=30) == {"child": 7}
     row = TaskResult.objects.get(task_id=str(child_of(result).pk))
     assert (row.status, row.result) == ("SUCCESS", "7")
+
+
+@pools
+@pytest.mark.skipif(django_tasks is None, reason="django.tasks came with Django 6.0")
+def test_tasks_of_django_run_as_children(worker: Any, pool: str) -> None:
+    worker(pool=pool)
+    result = plain.invokes_tasks_of_django.delay(value=4)
+    assert api.get_result(result, timeout=30) == [8, ["a", 1]]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from conductor_app import api, clock, inline
+from conductor_app import api, clock, dispatch, inline
 from conductor_app.exceptions import ChildTimedOut, ExecutionFailed
 from conductor_app.models import Execution, FailedExecution, Step
 from conductor_app.transitions import waking
@@ -120,3 +120,20 @@ def test_replays_do_not_extend_a_timeout(moving_clock: Callable[[float], None]) 
 def _run(execution_id: str) -> None:
     """Run one execution and leave its child alone."""
     inline.run_once(Execution.objects.get(pk=execution_id), app)
+
+
+def test_what_is_due_at_several_instants_is_on_time_between_two_sweeps(worker: Any) -> None:
+    """Also what no run of this worker has announced: it was stored before the worker began."""
+    before = [scenarios.naps.delay(seconds=seconds) for seconds in (8, 10)]
+    with dispatch.inline():
+        inline.run_until_idle(app)
+    worker(pool="threads", concurrency=4, conductor={"SWEEP_SECONDS": 40, "LEASE_SECONDS": 60})
+    after = [scenarios.naps.delay(seconds=seconds) for seconds in (1, 2, 3)]
+    later = [scenarios.echo.apply_async((number,), countdown=number) for number in (1.5, 2.5)]
+    for result in (*before, *after):
+        assert api.get_result(result, timeout=30) == "rested"
+    assert [api.get_result(result, timeout=30) for result in later] == [1.5, 2.5]
+    for sleep in Step.objects.all():
+        assert (sleep.finished_at - sleep.deadline_at).total_seconds() < 3
+    for execution in Execution.objects.filter(pk__in=[result.id for result in later]):
+        assert (execution.started_at - execution.due_at).total_seconds() < 3

@@ -127,6 +127,12 @@ def inline_error(request: Any, exc: Any, traceback: Any) -> None:
     note(None, "inline_error", f"{request.id} {exc}")
 
 
+@shared_task
+def broken_error(request: Any, exc: Any, traceback: Any) -> None:
+    """The same, with a mistake."""
+    raise KeyError("a mistake in the callback")
+
+
 # ------------------------------------------------------------------------------------------------------------- to die
 
 

@@ -15,7 +15,7 @@ from celery import shared_task
 from celery.signals import task_prerun, worker_process_init
 from django.db import connection, transaction
 
-from conductor_app import ExecutionContext, durable_task, plain_runs
+from conductor_app import ExecutionContext, durable_runs, durable_task, plain_runs
 from tests.app.ledger import note
 
 #: The environment variable that names the directory of the files.
@@ -97,6 +97,13 @@ class _Points:
             return claim(task, execution_id, request)
 
         plain_runs._claim = begin_and_claim
+        run = durable_runs._run_delivered
+
+        def begin_and_run(*delivered: Any) -> Any:
+            self._begin(delivered[-1].get("root_id"))
+            return run(*delivered)
+
+        durable_runs._run_delivered = begin_and_run
         commit = connection._commit
 
         def commit_between_points() -> None:

@@ -13,6 +13,7 @@ from celery.exceptions import Ignore, Reject
 
 from conductor_app import ChildCancelled, ChildError, ExecutionContext, durable_task
 from conductor_app.ids import as_child_id
+from tests.app import scenarios
 from tests.app.ledger import count, note
 
 
@@ -39,6 +40,15 @@ def catches(ctx: ExecutionContext, child: str, payload: Any = None, timeout: flo
         return {"cancelled": str(error)}
     except ChildError as error:
         return {"failed": str(error), "error_class": error.error_class}
+
+
+@durable_task(max_retries=0)
+def invokes_tasks_of_django(ctx: ExecutionContext, value: int) -> Any:
+    """Invoke tasks of ``django.tasks``, which came with Django 6.0."""
+    from tests.app import django_tasks
+
+    doubled = ctx.invoke("double", django_tasks.double, {"value": value})
+    return [doubled, ctx.invoke("describe", django_tasks.describe, {"word": "a"})]
 
 
 @durable_task(max_retries=0)
@@ -185,3 +195,9 @@ def kills_time_once(self: Any) -> str:
     if begin(self) == 1:
         time.sleep(300)
     return "second"
+
+
+@shared_task
+def applies(seconds: float) -> Any:
+    """Run a durable tree in the place of this body, as a plain task may."""
+    return scenarios.naps.apply((seconds,)).result

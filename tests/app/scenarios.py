@@ -31,6 +31,14 @@ def pass_through(ctx: ExecutionContext, value: Any = None) -> Any:
     return ctx.invoke("echo", echo, {"value": value})
 
 
+@durable_task
+def says(ctx: ExecutionContext, line: str) -> Any:
+    """Log a line before and after a child."""
+    ctx.logger.info("%s once", line)
+    ctx.invoke("echo", echo)
+    ctx.logger.info("%s twice", line)
+
+
 @durable_task(max_retries=0)
 def boom(ctx: ExecutionContext, message: str = "card declined") -> None:
     note(ctx, "body")

@@ -4,7 +4,22 @@ import os
 
 from celery import current_app, shared_task
 
-from tests.app import bench, canvas, crashes, operators, origin, parallel, plain, scenarios  # noqa: F401 - registers their tasks
+from tests.app import (  # noqa: F401 - registers their tasks
+    bench,
+    canvas,
+    crashes,
+    endings,
+    operators,
+    origin,
+    parallel,
+    plain,
+    remembered,
+    scenarios,
+    shapes,
+    stops,
+    stored,
+    versions,
+)
 from tests.app.models import Ledger
 
 current_app.register_task(plain.Hooked())

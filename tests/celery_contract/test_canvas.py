@@ -66,6 +66,36 @@ def test_freezing_fixes_every_id_and_a_copy_keeps_them(app: Celery, add: Any, mo
         assert runs[0] <= set(ids(loads(stored)))
 
 
+def test_only_freezing_sets_an_address_for_replies(app: Celery, add: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So `calls` tells an id that a canvas has made from one that somebody has chosen."""
+    got: list[Any] = []
+    monkeypatch.setattr(add, "apply_async", lambda *_args, **options: got.append(options))
+    add.s(1).apply_async(task_id="chosen")
+    add.s(1).set(task_id="chosen").apply_async()
+    assert [set(options) for options in got] == [{"task_id"}] * 2
+    got.clear()
+    frozen = add.s(1)
+    frozen.freeze()
+    frozen.apply_async()
+    chain(add.s(1), add.s(2), app=app).apply_async()
+    group([add.s(1)], app=app).apply_async()
+    assert all({"task_id", "reply_to"} <= set(options) for options in got)
+    assert not any(options.get("parent_id") for options in got)
+
+
+def test_what_follows_a_task_is_called_with_its_id_as_the_parent(
+    app: Celery, add: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from celery.app.trace import build_tracer
+
+    sent: list[Any] = []
+    monkeypatch.setattr(app, "send_task", lambda name, *_args, **options: sent.append((name, options)))
+    following = dict(Signature("next", app=app, options={"task_id": "n"}))
+    request = {"id": "first", "callbacks": [Signature("link", app=app)], "chain": [following]}
+    build_tracer(add.name, add, app=app)("first", (1,), {}, request)
+    assert [(name, options["parent_id"]) for name, options in sent] == [("link", "first"), ("next", "first")]
+
+
 def test_a_signature_is_a_dict_and_keeps_its_own_id(app: Celery, add: Any) -> None:
     signature = add.s(1)
     assert isinstance(signature, dict)
@@ -108,7 +138,7 @@ def test_an_error_callback_with_a_bound_header_is_sent_with_the_failed_tasks_id(
     def on_error(ctx: Any, request: Any, extra: int = 0) -> None:
         called.append(request)
 
-    bound = app.task(on_error, name="bound", shared=False, __header__=head_from_fun(on_error, bound=True))
+    bound = app.task(on_error, name="bound", shared=False, __header__=staticmethod(head_from_fun(on_error, bound=True)))
     assert isinstance(bound.__header__, functools.partial)
 
     @app.task(name="on the spot", shared=False)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 from celery import signals
 from celery.fixups.django import DjangoWorkerFixup
-from django.db import connection, transaction
+from django.core.exceptions import EmptyResultSet
+from django.db import connection, connections, transaction
+from django.db.models import F
+from django.db.models.sql import UpdateQuery
 from django.dispatch import Signal
 
+from conductor_app import sessions
+from conductor_app.models import Execution, FailedExecution
 from project.celery import app
+from tests.support.executions import queued as new
 
 
 class FakeConnections:
@@ -86,3 +93,127 @@ def test_a_robust_signal_returns_a_receivers_error() -> None:
     signal.connect(fail)
     ((_receiver, error),) = signal.send_robust(sender=object)
     assert isinstance(error, RuntimeError)
+
+
+def test_a_connection_can_be_replaced_for_one_thread_alone() -> None:
+    """``sessions.use_own`` does that for the sweeper's thread and for heartbeats."""
+    before, seen = connections["default"], []
+
+    def replace() -> None:
+        connections["default"] = own = connections.create_connection("default")
+        seen.extend([own, connections["default"], *connections.all(initialized_only=True)])
+        connections.close_all()
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    thread.join()
+    own, *found = seen
+    assert own is not before
+    assert all(connection is own for connection in found)
+    assert connections["default"] is before
+
+
+@pytest.mark.skipif(connection.vendor != "postgresql", reason="only PostgreSQL has a pool")
+def test_a_connection_whose_own_settings_name_no_pool_is_in_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(connections.settings["default"], "OPTIONS", {"pool": True})
+    before = connections["default"]
+    try:
+        own: Any = sessions.use_own("default")
+    finally:
+        connections["default"] = before
+    assert own.pool is None
+    assert connections.settings["default"]["OPTIONS"] == {"pool": True}, "the project's settings are as they were"
+
+
+@pytest.mark.django_db
+@pytest.mark.skipif(connection.vendor == "sqlite", reason="SQLite has no sessions")
+def test_a_driver_tells_the_servers_id_of_a_session_and_its_socket_without_asking() -> None:
+    connection.ensure_connection()
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_backend_pid()" if connection.vendor == "postgresql" else "SELECT CONNECTION_ID()")
+        (known,) = cursor.fetchone()
+    assert sessions._session_id(connection.connection) == known
+    assert sessions.descriptor_of(connection.connection)
+
+
+@pytest.mark.django_db
+def test_a_block_knows_whether_it_is_a_test_cases_and_a_connection_how_many_are_open() -> None:
+    """What ``left_open`` tells a test's blocks from a body's by."""
+    (outermost, *_rest) = connection.atomic_blocks
+    depth = len(connection.atomic_blocks)
+    with transaction.atomic():
+        assert (outermost._from_testcase, connection.atomic_blocks[-1]._from_testcase) == (True, False)
+        assert len(connection.atomic_blocks) == depth + 1
+    assert (connection.in_atomic_block, len(connection.atomic_blocks)) == (True, depth)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_the_driver_tells_of_a_transaction_without_being_asked_by_a_query() -> None:
+    def is_open() -> bool:
+        raw: Any = connection.connection
+        if connection.vendor == "postgresql":
+            return int(raw.pgconn.transaction_status) == int(raw.info.transaction_status) != 0
+        return bool(raw.in_transaction if connection.vendor == "sqlite" else raw.server_status & 1)
+
+    with connection.cursor() as cursor:
+        assert not is_open()
+        cursor.execute("BEGIN")
+        assert is_open()
+        cursor.execute("ROLLBACK")
+        assert not is_open()
+
+
+@pytest.mark.django_db
+def test_an_update_can_be_written_out_and_be_given_a_returning() -> None:
+    query: Any = Execution.objects.filter(task="t").query.chain(UpdateQuery)
+    query.add_update_values({"queue": F("task"), "attempt": 2})
+    sql, params = query.get_compiler("default").as_sql()
+    assert sql.startswith("UPDATE ")
+    assert " RETURNING " not in sql
+    assert tuple(params) == (2, "t")
+    with pytest.raises(EmptyResultSet):
+        none: Any = Execution.objects.filter(pk__in=[]).query.chain(UpdateQuery)
+        none.add_update_values({"attempt": 2})
+        none.get_compiler("default").as_sql()
+
+
+@pytest.mark.django_db
+def test_a_cursor_can_be_kept_and_used_for_a_second_statement() -> None:
+    connection.ensure_connection()
+    cursor: Any = connection.create_cursor()
+    for number in (1, 2):
+        cursor.execute("SELECT %s" if connection.vendor != "sqlite" else "SELECT %s + 0", (number,))
+        assert cursor.fetchone()[0] == number
+
+
+@pytest.mark.django_db
+def test_a_raw_delete_is_one_statement_and_reads_nothing(django_assert_num_queries: Any) -> None:
+    FailedExecution.objects.all().delete()
+    row = new()
+    with django_assert_num_queries(1) as captured:
+        assert Execution.objects.filter(pk=row.pk).order_by()._raw_delete("default") == 1
+    assert captured.captured_queries[0]["sql"].startswith("DELETE")
+
+
+@pytest.mark.django_db(transaction=True)
+def test_the_blocks_of_a_transaction_are_listed_from_the_outermost() -> None:
+    assert connection.atomic_blocks == []
+    with transaction.atomic():
+        (outer,) = connection.atomic_blocks
+        with transaction.atomic():
+            assert len(connection.atomic_blocks) == 2
+            assert connection.atomic_blocks[0] is outer
+        with transaction.atomic(savepoint=False):
+            assert connection.atomic_blocks[0] is outer
+        assert connection.atomic_blocks == [outer]
+    assert connection.atomic_blocks == []
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_block_that_is_left_by_hand_is_rolled_back() -> None:
+    block = transaction.atomic()
+    block.__enter__()
+    new()
+    error = RuntimeError("left open")
+    block.__exit__(type(error), error, None)
+    assert (connection.in_atomic_block, Execution.objects.count()) == (False, 0)

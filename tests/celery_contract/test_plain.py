@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import uuid
 from typing import Any
 
 import pytest
+from billiard.einfo import ExceptionInfo
 from celery import Celery, signals, states
 from celery.app.trace import TraceInfo, build_tracer, fast_trace_task, trace_ok_t
 from celery.concurrency import prefork
-from celery.exceptions import Ignore, Reject, Retry
+from celery.exceptions import Ignore, Reject, Retry, TimeLimitExceeded
 from celery.worker import consumer
 from celery.worker import state as worker_state
 from celery.worker.request import Request
+from kombu import Message
 
 ID = "01a2058a-68a2-8eaf-83f2-e0fa060c561c"
 
@@ -113,7 +116,17 @@ def test_a_retry_publishes_the_same_id_with_our_header_and_one_retry_more(app: C
     trace(app, body, conductor="plain", retries=0, ignore_result=True)
     (options,) = sent
     assert (options["task_id"], options["retries"], options["countdown"]) == (ID, 1, 5)
-    assert (options["headers"]["conductor"], options["ignore_result"], options["queue"]) == ("plain", True, "q")
+    # ``ignore_result`` is the caller's in Celery 5.7, and the task's in 5.6: neither is relied upon.
+    assert (options["headers"]["conductor"], options["queue"]) == ("plain", "q")
+
+
+@pytest.mark.parametrize("ignores", [True, False])
+def test_what_a_run_is_told_about_its_result_stands_before_the_tasks_own_word(app: Celery, ignores: bool) -> None:
+    task = app.task(seven, bind=True, name="body", shared=False, ignore_result=not ignores)
+    task_id = str(uuid.uuid4())
+    request = {"id": task_id, "delivery_info": {}, "is_eager": False, "ignore_result": ignores}
+    build_tracer(task.name, task, app=app)(task_id, (), {}, request)
+    assert app.AsyncResult(task_id).state == (states.PENDING if ignores else states.SUCCESS)
 
 
 def test_a_retry_says_when_and_with_which_arguments(app: Celery, postruns: Postruns) -> None:
@@ -143,11 +156,48 @@ def test_a_tracer_answers_an_ignore_in_the_form_that_a_dropped_delivery_has() ->
 def test_the_main_process_speaks_of_what_no_pool_process_can_tell() -> None:
     failure = inspect.getsource(Request.on_failure)
     assert "signals.task_failure.send(sender=self.task, task_id=self.id" in failure
-    assert "signals.task_failure.send" in inspect.getsource(Request.on_timeout)
     assert "send_revoked(self.task, request=self._context" in inspect.getsource(Request._announce_revoked)
     unknown = inspect.getsource(consumer.Consumer.on_unknown_task)
     assert "signals.task_unknown.send" in unknown
     assert "message=message, exc=exc, name=name, id=id_" in unknown
+
+
+@pytest.mark.parametrize("acks_late", [True, False])
+def test_a_hard_time_limit_is_told_of_as_a_failure_in_the_main_process(app: Celery, acks_late: bool) -> None:
+    """At least once: by what billiard calls when the time is up, or by what it calls with the error that follows."""
+    told: list[Any] = []
+
+    def receiver(task_id: str, exception: Any, **_kwargs: Any) -> None:
+        told.append((task_id, type(getattr(exception, "exc", exception))))
+
+    task = app.task(seven, bind=True, name="body", shared=False, acks_late=acks_late)
+    headers = {"id": ID, "task": "body", "lang": "py", "argsrepr": "()", "kwargsrepr": "{}"}
+    body = ((), {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None})
+    message = Message(body="", headers=headers, delivery_info={}, properties={})
+    ignored = {"on_ack": lambda *_args: None, "on_reject": lambda *_args: None}
+    request = Request(message, app=app, task=task, body=body, decoded=True, headers=headers, **ignored)
+    signals.task_failure.connect(receiver)
+    try:
+        request.on_timeout(soft=False, timeout=1)
+        try:
+            raise TimeLimitExceeded(1)
+        except TimeLimitExceeded:
+            request.on_failure(ExceptionInfo())
+    finally:
+        signals.task_failure.disconnect(receiver)
+    assert told
+    assert set(told) == {(ID, TimeLimitExceeded)}
+
+
+def test_a_consumer_asks_its_class_what_to_do_with_an_unknown_task() -> None:
+    """``worker`` puts its own in the place of that: Celery's records a failure."""
+    method = consumer.Consumer.on_unknown_task
+    assert list(inspect.signature(method).parameters) == ["self", "body", "message", "exc"]
+    assert "backend.mark_as_failure(" in inspect.getsource(method)
+    assert "reject_log_error(logger, self.connection_errors)" in inspect.getsource(method)
+    handler = inspect.getsource(consumer.Consumer.create_task_handler)
+    assert "on_unknown_task = self.on_unknown_task" in handler
+    assert "return on_unknown_task(None, message, exc)" in handler
 
 
 def test_a_header_may_say_what_becomes_of_the_result(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
+import signal
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import billiard
@@ -13,10 +15,11 @@ from billiard import pool as billiard_pool
 from billiard.einfo import ExceptionInfo
 from celery import Celery, bootsteps, signals
 from celery.app import trace
-from celery.apps.worker import Worker
+from celery.apps.worker import Worker, _shutdown_handler
 from celery.concurrency.base import BasePool
+from celery.concurrency.gevent import TaskPool as GeventPool
 from celery.events.state import State
-from celery.exceptions import Ignore
+from celery.exceptions import Ignore, TaskRevokedError
 from celery.worker import consumer, control, pidbox
 from celery.worker import state as worker_state
 from celery.worker.request import Request, create_request_cls
@@ -75,6 +78,11 @@ def test_a_bootstep_added_when_the_worker_begins_to_start_is_built(
             instance.app.steps["worker"].add(Step)
 
     monkeypatch.setattr(trace, "setup_worker_optimizations", lambda *_args: None)
+    # Whoever else listens would make this process a worker's for all later tests: Celery's fixup closes the
+    # connections of Django around each task, and so ends the transactions of tests.
+    for sent in (signals.celeryd_init, signals.worker_init, signals.after_setup_task_logger):
+        monkeypatch.setattr(sent, "receivers", [])
+        monkeypatch.setattr(sent, "sender_receivers_cache", {})
     signals.celeryd_init.connect(add)
     try:
         worker = Worker(app=app, pool_cls="solo", concurrency=1)
@@ -151,6 +159,33 @@ def test_a_revoked_id_is_remembered_and_asked_for(app: Celery, monkeypatch: pyte
     assert not request_for(app, task_id="here").revoked()
 
 
+def test_what_is_revoked_is_remembered_by_id_and_told_to_a_worker_that_begins(app: Celery) -> None:
+    node = SimpleNamespace(app=app, hostname="w@h", tset=set)
+    try:
+        control.Panel.data["revoke_by_stamped_headers"](node, {"batch": ["b-0", "b-1"]})
+        assert worker_state.revoked_stamps == {"batch": ["b-0", "b-1"]}
+        worker_state.revoked.update(["one", "two"])
+        worker_state.revoked.discard("one")
+        assert list(control.hello(node, "other@h")["revoked"]) == ["two"]
+        assert request_for(app, task_id="two").revoked()
+        assert request_for(app, stamped_headers=["batch"], batch="b-1").revoked()
+        assert not request_for(app, stamped_headers=["batch"], batch="b-2").revoked()
+    finally:
+        worker_state.revoked.clear()
+        worker_state.revoked_stamps.clear()
+
+
+def test_a_request_that_is_revoked_is_not_executed(app: Celery) -> None:
+    """Both when its message comes and when its turn comes."""
+    made = create_request_cls(Request, app.tasks["body"], BasePool(limit=1), "host", None, app=app)
+    worker_state.revoked.add("gone")
+    try:
+        with pytest.raises(TaskRevokedError):
+            request_for(app, base=made, task_id="gone").execute_using_pool(BasePool(limit=1))
+    finally:
+        worker_state.revoked.clear()
+
+
 def test_remote_commands_are_looked_up_by_name_when_they_arrive() -> None:
     assert list(inspect.signature(control.revoke).parameters)[:4] == ["state", "task_id", "terminate", "signal"]
     assert control.Panel.data["revoke"].__name__ == "revoke"
@@ -159,6 +194,8 @@ def test_remote_commands_are_looked_up_by_name_when_they_arrive() -> None:
 
 def test_a_pool_tells_its_size() -> None:
     assert isinstance(BasePool.num_processes, property)
+    # In 5.6 the ``num_processes`` of gevent's pool is how many greenlets run.
+    assert (GeventPool.is_green, BasePool.is_green, BasePool(limit=3).limit) == (True, False, 3)
 
 
 def test_a_worker_tells_which_queues_it_consumes(app: Celery) -> None:
@@ -232,3 +269,79 @@ def test_a_message_is_read_as_a_worker_reads_it(app: Celery) -> None:
     }
     assert (headers["timelimit"], headers["stamps"]) == ([2, 1], {"batch": "b"})
     assert message.properties["priority"] == 3
+
+
+def test_a_worker_closes_all_its_parts_before_it_stops_one_and_tells_after_the_last() -> None:
+    """However it ends: a step's ``close`` is where a shutdown is heard, ``on_stopped`` where the pool is gone."""
+    happened: list[str] = []
+
+    class Part(bootsteps.StartStopStep):
+        def close(self, parent: Any) -> None:
+            happened.append(f"close {self.alias}")
+
+        def start(self, parent: Any) -> None:
+            happened.append(f"start {self.alias}")
+
+        def stop(self, parent: Any) -> None:
+            happened.append(f"stop {self.alias}")
+
+        def terminate(self, parent: Any) -> None:
+            happened.append(f"terminate {self.alias}")
+
+    class First(Part):
+        label = "first"
+
+    class Second(Part):
+        label = "second"
+        requires = (First,)
+
+    for how in ("stop", "terminate"):
+        happened.clear()
+        parent = SimpleNamespace(steps=[])
+        blueprint = bootsteps.Blueprint(
+            steps={First, Second},
+            name="ours",
+            on_start=lambda: happened.append("on_start"),
+            on_stopped=lambda: pytest.fail("replaced"),
+        )
+        blueprint.on_stopped = lambda: happened.append("on_stopped")
+        blueprint.apply(parent)
+        blueprint.start(parent)
+        blueprint.stop(parent, terminate=how == "terminate")
+        assert happened == [
+            *("on_start", "start first", "start second", "close first", "close second"),
+            *(f"{how} second", f"{how} first", "on_stopped"),
+        ]
+
+
+def test_the_command_terminate_calls_revoke_where_its_module_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[Any] = []
+    monkeypatch.setattr(control, "revoke", lambda *args, **kwargs: called.append((args, kwargs)))
+    control.terminate(None, "SIGTERM", ["1"])
+    assert called == [((None, ["1"]), {"terminate": True, "signal": "SIGTERM"})]
+
+
+def test_a_cold_shutdown_waits_for_bodies_before_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the signal ``worker_shutting_down`` comes too late for them, and its handler itself is listened to."""
+    happened: list[str] = []
+
+    def say(**_kwargs: Any) -> None:
+        happened.append("signal")
+
+    signals.worker_shutting_down.connect(say)
+    before = signal.getsignal(signal.SIGQUIT)
+    monkeypatch.setattr("celery.worker.state.should_terminate", None)
+    try:
+        _shutdown_handler(
+            SimpleNamespace(hostname="w@h"),
+            sig="SIGQUIT",
+            how="Cold",
+            callback=lambda worker: happened.append("callback"),
+            verbose=False,
+        )
+        handler: Any = signal.getsignal(signal.SIGQUIT)
+        handler(signal.SIGQUIT, None)
+    finally:
+        signal.signal(signal.SIGQUIT, before)
+        signals.worker_shutting_down.disconnect(say)
+    assert happened == ["callback", "signal"]

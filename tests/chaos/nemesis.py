@@ -51,6 +51,7 @@ SCHEDULE = {
     "crash_database": (60, 150),
     "refuse_database": (60, 150),
     "silence_database": (60, 150),
+    "abandon_database": (60, 150),
 }
 
 
@@ -282,6 +283,10 @@ class Nemesis:
     def _silence_database(self) -> None:
         proxy = self._servers.database_proxy
         self._disturb("silence_database", proxy.silence, proxy.speak)
+
+    def _abandon_database(self) -> None:
+        """As if the address were another host's by now: who has a connection hears nothing more on it."""
+        self._disturb("abandon_database", self._servers.database_proxy.abandon, lambda: None)
 
     def _silence_broker(self) -> None:
         proxy = self._servers.broker_proxy

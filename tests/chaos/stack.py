@@ -119,8 +119,10 @@ def servers(kind: str, *, fsync: bool) -> Iterator[Servers]:
     """
     queue = f"celery-chaos-{os.getpid()}"
     with ExitStack() as stack:
-        # What does not wait for the disk is forgotten by most crashes.
-        postgres = stack.enter_context(PrivatePostgres(fsync=fsync, settings={"wal_writer_delay": "10s"}))
+        # What does not wait for the disk is forgotten by most crashes. A client whose connection is abandoned keeps its
+        # locks until the server finds out.
+        settings = {"wal_writer_delay": "10s", "idle_in_transaction_session_timeout": "3s"}
+        postgres = stack.enter_context(PrivatePostgres(fsync=fsync, settings=settings))
         broker: Any
         if kind == "redis":
             broker = PrivateRedis()

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from types import CodeType, ModuleType
 from typing import Any
 
-from celery import _state
+from celery import _state, signals
+from celery.utils.dispatch import Signal
 
 from conductor_app import clock, durable, inline
 from conductor_app.testing import Conductor
@@ -115,9 +116,10 @@ def matches(want: str, got: str, flags: int = _FLAGS) -> bool:
 
 @contextlib.contextmanager
 def session() -> Iterator[Session]:
-    """A session whose modules and tasks are gone afterwards."""
+    """A session whose modules, tasks and receivers of Celery's signals are gone afterwards."""
     tasks, modules, names = set(app.tasks), set(sys.modules), dict(durable._defined_at)
     finalizers = set(_state._on_app_finalizers)
+    receivers = [(signal, list(signal.receivers)) for signal in vars(signals).values() if isinstance(signal, Signal)]
     try:
         yield Session()
     finally:
@@ -129,6 +131,9 @@ def session() -> Iterator[Session]:
         durable._defined_at.clear()
         durable._defined_at.update(names)
         _state._on_app_finalizers.intersection_update(finalizers)
+        for signal, known in receivers:
+            signal.receivers[:] = known
+            signal.sender_receivers_cache.clear()
         clock.reset()
 
 

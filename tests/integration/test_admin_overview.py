@@ -102,6 +102,23 @@ def test_it_shows_queues_that_nobody_serves(staff: Client) -> None:
     assert str(Execution.objects.get(queue="mail & more").pk) in staff.get(link.replace("&amp;", "&")).content.decode()
 
 
+def test_a_queue_whose_workers_are_busy_is_none_that_nobody_serves(staff: Client) -> None:
+    for queue in ("payments", "mail"):
+        executions.queued(queue=queue)
+    Execution.objects.update(due_at=F("due_at") - dt.timedelta(seconds=90))
+    executions.claimed(executions.queued(queue="payments"))
+    executions.claimed(executions.queued(queue="payments"), owner="celery@web2/7")
+    lapsed = executions.claimed(executions.queued(queue="mail"), owner="celery@web3/7")
+    Execution.objects.filter(pk=lapsed.pk).update(lease_expires_at=F("lease_expires_at") - dt.timedelta(minutes=5))
+    found = {queue["queue"]: (queue["unanswered"], queue["running"]) for queue in document(staff)["queues"]}
+    assert found == {"payments": (1, 2), "mail": (1, 0)}
+    page = staff.get(URL).content.decode()
+    nobody = page[page.index("Queues that nobody seems to serve") : page.index("Queues whose workers are busy")]
+    assert "queue=mail" in nobody
+    assert "queue=payments" not in nobody
+    assert "queue=payments" in page[page.index("Queues whose workers are busy") :]
+
+
 def test_it_counts_those_that_wait_for_longer_than_an_hour(staff: Client) -> None:
     executions.napping()
     old = executions.napping(7_200)
@@ -164,6 +181,10 @@ def test_failures_are_for_those_who_may_see_them(client: Client, db: None) -> No
     assert "a secret" not in client.get(URL).content.decode()
     assert client.get(f"{URL}json/").json()["failures"] is None
     user.user_permissions.add(Permission.objects.get(codename="view_failedexecution"))
+    page = client.get(URL).content.decode()
+    assert "CardDeclined" in page
+    assert "a secret" not in page
+    user.user_permissions.add(Permission.objects.get(codename="view_payload"))
     assert "a secret" in client.get(URL).content.decode()
 
 

@@ -654,8 +654,8 @@ def test_a_result_that_cannot_be_stored_fails_the_execution_without_running_it_a
             UnknownTask,
             'No task named "tests.app.scenarios.ehco". Did you mean "tests.app.scenarios.echo"?',
         ),
-        ("os.system", UnknownTask, 'No task named "os.system". Known: '),
-        ("", UnknownTask, 'No task named "". Known: '),
+        ("os.system", UnknownTask, 'No task named "os.system". The nearest ones are '),
+        ("", UnknownTask, 'No task named "". The nearest ones are '),
         ("x" * 100_000, UnknownTask, 'No task named "xxxxxxxx'),
         ("a\x00b", UnknownTask, 'No task named "a\\x00b".'),
         (
@@ -932,7 +932,15 @@ def test_any_other_timeout_is_accepted(timeout: Any) -> None:
         (100_000, "timeout=100000 of step a means 1 day, 3:46:40 (timeouts are seconds). Did you mean 100?"),
         (30, ""),
         (86_400, ""),
-        (2_592_000, "timeout=2592000 of step a means 30 days, 0:00:00 (timeouts are seconds). Did you mean 2592?"),
+        (
+            90_000_000,
+            "timeout=90000000 of step a means 1041 days, 16:00:00 (timeouts are seconds). Did you mean 90000?",
+        ),
+        (86_400_000, "timeout=86400000 of step a means 1000 days, 0:00:00 (timeouts are seconds). Did you mean 86400?"),
+        (3 * 86_400, ""),
+        (2_592_000, ""),
+        (26 * 3_600, ""),
+        (259_199.5, ""),
         (dt.timedelta(days=30), ""),
     ],
 )

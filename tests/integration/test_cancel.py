@@ -7,12 +7,18 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from django.contrib.auth.models import User
+from django.test import Client
 
-from conductor_app import ChildCancelled, ExecutionContext, api, clock
+from conductor_app import ChildCancelled, ExecutionContext, api, clock, story
+from conductor_app.admin import overview
 from conductor_app.exceptions import ExecutionCancelled
+from conductor_app.explain import headline
 from conductor_app.models import Execution, FailedExecution
+from conductor_app.serialization import load_failure
 from tests.app import scenarios
 from tests.app.ledger import count, note
+from tests.support import executions
 from tests.support.bodies import advance, child, class_name, durable, failure, go_on, reload, run, start
 
 pytestmark = pytest.mark.django_db
@@ -118,18 +124,75 @@ def test_a_running_body_notices_at_its_next_call_or_at_the_end_of_its_attempt(ca
     assert recorded == (["step"] if count("effect") else [])
 
 
-def test_a_body_that_ends_before_it_notices_keeps_its_outcome() -> None:
-    @durable(max_retries=0)
-    def body(ctx: ExecutionContext, fails: bool) -> str:
-        api.cancel(ctx.execution_id)
-        if fails:
+@pytest.mark.parametrize("max_retries", [0, 3])
+@pytest.mark.parametrize("how", ["returns", "raises", "asks for a retry", "returns what is no JSON", "swallows it"])
+def test_a_body_that_ends_before_it_notices_is_cancelled_whatever_it_does(how: str, max_retries: int) -> None:
+    runs = []
+
+    @durable(max_retries=max_retries)
+    def body(ctx: ExecutionContext) -> Any:
+        runs.append(ctx.attempt)
+        if len(runs) > 1:
+            return "again"
+        api.cancel(ctx.execution_id, reason="no stock")
+        if how == "raises":
             raise ValueError("no")
+        if how == "asks for a retry":
+            raise ctx.retry(countdown=0)
+        if how == "swallows it":
+            try:
+                ctx.sleep("nap", 60)
+            except BaseException:  # noqa: BLE001
+                return "half of it"
+        return object() if how == "returns what is no JSON" else "done"
+
+    execution = start(body)
+    assert (execution.status, execution.error_message) == ("cancelled", "Cancelled: no stock")
+    assert execution.get_result() == ("done" if how == "returns" else None)
+    assert not FailedExecution.objects.exists()
+    # A retry adopts what the body has returned, and runs it again otherwise.
+    api.retry(execution)
+    go_on()
+    assert reload(execution).get_result() == ("done" if how == "returns" else "again")
+    assert len(runs) == (1 if how == "returns" else 2)
+
+
+def test_a_cancelled_result_that_a_retry_adopts_reaches_the_parent() -> None:
+    @durable
+    def child_body(ctx: ExecutionContext) -> str:
+        note(ctx, "child")
+        api.cancel(ctx.root_id)
+        api.cancel(ctx.execution_id)
         return "done"
 
-    execution = start(body, fails=False)
-    assert (execution.status, execution.get_result()) == ("succeeded", "done")
-    execution = start(body, fails=True)
-    assert (execution.status, failure(execution).message) == ("failed", "no")
+    @durable
+    def parent(ctx: ExecutionContext) -> Any:
+        return ctx.invoke("child", child_body)
+
+    root = start(parent)
+    go_on()
+    assert [reload(root).status, child(root, "child").status] == ["cancelled", "cancelled"]
+    api.retry(root)
+    go_on()
+    assert (reload(root).get_result(), child(root, "child").status, count("child")) == ("done", "succeeded", 1)
+
+
+def test_a_body_that_swallows_its_cancellation_gets_no_further() -> None:
+    reached = []
+
+    @durable
+    def body(ctx: ExecutionContext) -> None:
+        api.cancel(ctx.execution_id)
+        for number in range(5):
+            try:
+                ctx.step(f"step-{number}", reached.append, number)
+            except BaseException as error:  # noqa: BLE001
+                reached.append(type(error).__name__)
+
+    assert start(body).status == "cancelled"
+    # Inside of a TestCase's transaction nobody can have seen the cancellation before the first step is recorded.
+    assert reached[-4:] == ["CancelExecution"] * 4
+    assert sum(isinstance(entry, int) for entry in reached) <= 1
 
 
 def test_a_checkpoint_notices_a_cancel(monkeypatch: Any) -> None:
@@ -251,3 +314,66 @@ def test_an_expired_child_is_a_cancelled_child() -> None:
     assert root.error_message == (
         "Child execution was cancelled (step 'late'): Cancelled: it expired before it started"
     )
+
+
+# ------------------------------------------------------------------------------------- what a cancelled one waited for
+
+
+@durable
+def sleeps_and_waits(ctx: ExecutionContext, what: str) -> Any:
+    """Wait for an instant or for an event."""
+    return ctx.sleep("nap", 100) if what == "nap" else ctx.wait_for("approval", "approved", timeout=100)
+
+
+@pytest.mark.parametrize("what", ["nap", "approval"])
+def test_the_wait_of_a_cancelled_execution_is_cancelled_and_no_deadline_decides_it(what: str) -> None:
+    result = start(sleeps_and_waits, what=what)
+    assert api.cancel(result, reason="wrong order")
+    step = reload(result).steps.get(name=what)
+    assert (step.status, load_failure(step.error).message) == ("cancelled", "Cancelled: wrong order")
+    advance(200)
+    assert reload(result).steps.get(name=what).status == "cancelled"
+    told = story.read(result.pk, preview=10)
+    assert told is not None
+    said = [moment.text for moment in story.history(told)]
+    assert any(text.startswith(f'step "{what}" cancelled after ') for text in said)
+    assert not any("times out" in text or text.endswith(" ends") for text in said)
+    assert headline(told.situation).text.startswith("Cancelled ")
+    assert f'while waiting for "{what}": wrong order' in headline(told.situation).text
+
+
+@pytest.mark.parametrize("what", ["nap", "approval"])
+def test_a_retry_takes_up_the_wait_that_a_cancel_has_ended(what: str) -> None:
+    result = start(sleeps_and_waits, what=what)
+    before = reload(result).steps.get(name=what).deadline_at
+    advance(40)
+    api.cancel(result)
+    advance(10)
+    api.retry(result)
+    execution = reload(result)
+    step = execution.steps.get(name=what)
+    assert (execution.status, step.status, step.finished_at) == ("waiting", "pending", None)
+    # A sleep ends when it was to end; somebody who answers has as much time as before.
+    assert (step.deadline_at == before) is (what == "nap")
+    if what == "approval":
+        api.send_event(result, "approved", 7)
+        go_on()
+        assert reload(result).get_result() == 7
+        return
+    advance(49)
+    assert reload(result).status == "waiting"
+    advance(2)
+    assert (reload(result).status, count("body")) == ("succeeded", 0)
+
+
+def test_what_a_cancelled_execution_waited_for_is_counted_nowhere(client: Client) -> None:
+    """Its child may still run; the step is undecided until that has ended."""
+    parent, child = executions.family()
+    assert api.cancel(parent)
+    assert parent.steps.get().status == "pending"
+    assert reload(child).status == "running"
+    found = overview.read(overview.Sight())
+    assert found["open"] == {"queued": 0, "running": 1, "waiting": 0}
+    client.force_login(User.objects.create_superuser("ana"))
+    rows = client.get("/admin/conductor_app/execution/json/").json()["rows"]
+    assert {row["id"]: row["waiting_for"] for row in rows} == {str(parent.pk): [], str(child.pk): []}

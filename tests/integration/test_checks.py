@@ -9,7 +9,9 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +21,7 @@ from celery import Celery, _state
 from celery.concurrency import get_implementation
 from django.core import checks as system_checks
 from django.core.checks import CheckMessage
-from django.db import OperationalError
+from django.db import OperationalError, connection
 
 from conductor_app import checks, durable_task
 from conductor_app.conf import ConductorSettings
@@ -80,7 +82,7 @@ def test_the_project_has_nothing_to_say() -> None:
 def test_ids_are_used_once_and_documented() -> None:
     ids = set(re.findall(r"conductor\.[EW]\d{3}", SOURCE)) | {"conductor.E002"}
     numbers = [name[-3:] for name in ids]
-    assert len(numbers) == len(set(numbers)) == 19
+    assert len(numbers) == len(set(numbers)) == 26
     page = (ROOT / "docs/reference/checks.md").read_text()
     sections = set(re.findall(r"^### (conductor\.[EW]\d{3})", page, re.MULTILINE))
     assert sections == ids
@@ -243,10 +245,32 @@ def test_e018_pickle_is_accepted(shop: Callable[..., Celery], accepted: Any) -> 
         checks.check_pickle(),
         "E018",
         "CELERY_ACCEPT_CONTENT has pickle: whoever can write to the broker can run code in the workers.",
-        'Set CELERY_ACCEPT_CONTENT = ["json"].',
+        'Remove pickle from CELERY_ACCEPT_CONTENT; durable tasks need "json" and nothing else.',
     )
     shop(accept_content=["json"])
     assert checks.check_pickle() == []
+
+
+@pytest.mark.parametrize(
+    ("accepted", "named"),
+    [(["yaml"], "yaml"), ({"pickle"}, "pickle"), (("msgpack", "yaml"), "msgpack, yaml"), ([], "nothing")],
+    ids=repr,
+)
+def test_e030_json_is_not_accepted(shop: Callable[..., Celery], accepted: Any, named: str) -> None:
+    shop(accept_content=accepted)
+    only(
+        checks.check_json(),
+        "E032",
+        f"CELERY_ACCEPT_CONTENT has no json, only {named}: workers refuse the messages of durable tasks, and none of "
+        "them ever runs.",
+        'Add "json" to CELERY_ACCEPT_CONTENT.',
+    )
+
+
+@pytest.mark.parametrize("accepted", [["json"], ("application/json", "yaml"), {"json"}, None], ids=repr)
+def test_e030_json_is_accepted(shop: Callable[..., Celery], accepted: Any) -> None:
+    shop(accept_content=accepted)
+    assert checks.check_json() == []
 
 
 def test_w021_workers_take_more_than_they_can_run(shop: Callable[..., Celery]) -> None:
@@ -291,7 +315,7 @@ def test_w023_rabbitmq_confirms_nothing(shop: Callable[..., Celery]) -> None:
             "W023",
             "The AMQP broker does not confirm what is published: a message that it drops is missed only after "
             'CONDUCTOR["REDISPATCH_SECONDS"].',
-            'CELERY_BROKER_TRANSPORT_OPTIONS = {"confirm_publish": True}',
+            'Add to CELERY_BROKER_TRANSPORT_OPTIONS: "confirm_publish": True.',
         )
     shop(broker_url="amqp://localhost", broker_transport_options={"confirm_publish": True})
     assert checks.check_amqp() == []
@@ -322,7 +346,7 @@ def test_w028_sigterm_kills_what_runs(shop: Callable[..., Celery], monkeypatch: 
         checks.check_soft_shutdown(),
         "W028",
         "REMAP_SIGTERM=SIGQUIT makes SIGTERM a cold shutdown, and CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT is 0: what runs "
-        "is killed, and each costs an attempt.",
+        "is killed, and its bodies begin again.",
         "Set CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT",
     )
     shop(worker_soft_shutdown_timeout=20)
@@ -339,7 +363,7 @@ def test_w014_sqlite_without_what_several_processes_need(stored_in: Callable[...
         "W014",
         'SQLite database "default" has no transaction_mode IMMEDIATE and no journal_mode WAL: processes that write at '
         'the same time will meet "database is locked".',
-        'Put into DATABASES["default"]: "OPTIONS": {"transaction_mode": "IMMEDIATE"',
+        'Add to DATABASES["default"]["OPTIONS"]: "transaction_mode": "IMMEDIATE"',
     )
     stored_in("sqlite", {"transaction_mode": "IMMEDIATE"})
     assert "has no journal_mode WAL:" in checks.check_sqlite()[0].msg
@@ -350,7 +374,7 @@ def test_w014_sqlite_without_what_several_processes_need(stored_in: Callable[...
 
 
 def test_w014_advises_what_silences_it(stored_in: Callable[..., None]) -> None:
-    stored_in("sqlite", eval("{" + checks.SQLITE_OPTIONS + "}")["OPTIONS"])
+    stored_in("sqlite", eval("{" + checks.SQLITE_OPTIONS + "}"))
     assert checks.check_sqlite() == []
 
 
@@ -392,6 +416,34 @@ def test_w025_is_silent_about_the_usual_level(stored_in: Callable[..., None], ve
     assert checks.check_isolation() == []
 
 
+@pytest.mark.django_db
+@pytest.mark.parametrize("level", ["serializable", "repeatable read", "read committed"])
+def test_w025_the_server_sets_the_level_for_the_role(level: str) -> None:
+    if connection.vendor != "postgresql":
+        pytest.skip("PostgreSQL")
+    with connection.cursor() as cursor:
+        cursor.execute("SET LOCAL default_transaction_isolation = %s", [level])
+        found = checks.check_session(databases=["default"])
+        assert checks.check_session(databases=[]) == checks.check_session() == []
+    if level == "read committed":
+        assert found == []
+        return
+    only(
+        found,
+        "W025",
+        f'Database "default" works at the isolation level {level.upper()}: transactions that meet fail and are '
+        "repeated, where at READ COMMITTED one waits for the other.",
+        "ALTER ROLE … RESET default_transaction_isolation",
+    )
+
+
+def test_w025_asks_no_server_that_is_not_postgresql_nor_against_the_settings(stored_in: Callable[..., None]) -> None:
+    stored_in("mysql")
+    assert checks.check_session(databases=["default"]) == []
+    stored_in("postgresql", {"isolation_level": 2})
+    assert checks.check_session(databases=["default"]) == []
+
+
 def test_w024_a_connection_pool_in_prefork_workers(stored_in: Callable[..., None], shop: Callable[..., Celery]) -> None:
     stored_in("postgresql", {"pool": True})
     shop(worker_pool="prefork")
@@ -409,6 +461,55 @@ def test_w024_a_connection_pool_in_prefork_workers(stored_in: Callable[..., None
     assert checks.check_connection_pool() == []
 
 
+def test_w030_nothing_ends_a_connection_to_a_host_that_is_gone(stored_in: Callable[..., None]) -> None:
+    stored_in("postgresql", {"connect_timeout": 3}, HOST="db.example.com")
+    only(
+        checks.check_dead_connections(),
+        "W030",
+        'Database "default" has no tcp_user_timeout and no keepalives_idle: a process whose database host is silently '
+        "gone waits for it for as long as the kernel does, up to two hours.",
+        '"tcp_user_timeout": 15000',
+    )
+    stored_in("mysql", HOST="db.example.com")
+    only(
+        checks.check_dead_connections(),
+        "W030",
+        'Database "default" has no connect_timeout and no read_timeout and no write_timeout: a process whose database '
+        "host is silently gone waits for it for as long as the kernel does, up to two hours.",
+        '"read_timeout": 60',
+    )
+    for vendor, options in checks.DEAD_CONNECTION_OPTIONS.items():
+        stored_in(vendor, options, HOST="db.example.com")
+        assert checks.check_dead_connections() == []
+    for options, host in ({}, ""), ({}, "/run/postgresql"), ({"service": "shop"}, "db.example.com"):
+        stored_in("postgresql", options, HOST=host)
+        assert checks.check_dead_connections() == [], "a socket of this machine's, or a file that may have them"
+
+
+def test_w031_a_connection_pool_smaller_than_the_workers(
+    stored_in: Callable[..., None], shop: Callable[..., Celery], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop(worker_pool="threads")
+    concurrency: ContextVar[int | None] = ContextVar("concurrency", default=None)
+    monkeypatch.setattr(checks, "_worker_concurrency", concurrency)
+    for pool, size in (True, 4), ({"min_size": 2}, 2), ({"min_size": 2, "max_size": 8}, 8):
+        stored_in("postgresql", {"pool": pool})
+        concurrency.set(None)
+        assert checks.check_pool_size() == [], "only a worker knows how many it needs"
+        concurrency.set(size - 1)
+        assert checks.check_pool_size() == []
+        concurrency.set(size)
+        only(
+            checks.check_pool_size(),
+            "W031",
+            f'DATABASES["default"]["OPTIONS"]["pool"] has {size} connections at most, and this worker runs {size} '
+            "bodies at once: those that find none free wait, and fail after the pool's timeout.",
+            f'Set "max_size" to {size + 1} or more',
+        )
+    shop(worker_pool="prefork")
+    assert checks.check_pool_size() == []
+
+
 def test_e029_nothing_would_be_committed(stored_in: Callable[..., None]) -> None:
     stored_in("postgresql", AUTOCOMMIT=False)
     only(
@@ -419,6 +520,113 @@ def test_e029_nothing_would_be_committed(stored_in: Callable[..., None]) -> None
     )
     stored_in("postgresql", AUTOCOMMIT=True)
     assert checks.check_autocommit() == []
+
+
+def test_no_hint_drops_what_a_project_has_set_itself() -> None:
+    """Settings that hold several things are added to: `X = {…}` followed literally drops the others."""
+    hints = [
+        ast.unparse(keyword.value)
+        for call in ast.walk(ast.parse(SOURCE))
+        if isinstance(call, ast.Call)
+        for keyword in call.keywords
+        if keyword.arg == "hint"
+    ]
+    assert len(hints) > 20
+    assert [hint for hint in hints if re.search(r"[A-Z_]{5,} = [\[{]|: .OPTIONS.: \{", hint)] == []
+
+
+@pytest.mark.parametrize("zone", ["Europe/Berlin", "America/Chicago", "Australia/Sydney"])
+def test_e033_local_times_where_clocks_are_put_back(settings: Any, zone: str) -> None:
+    settings.USE_TZ, settings.TIME_ZONE = False, zone
+    only(
+        checks.check_time_zone(),
+        "E033",
+        f"USE_TZ is False and the clocks of {zone} are put forward and back: what is due around then comes an hour "
+        "late, or at once, and leases lapse an hour late, or at once.",
+        "Set USE_TZ = True, or a TIME_ZONE without daylight saving",
+    )
+    settings.USE_TZ = True
+    assert checks.check_time_zone() == []
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Asia/Tokyo", "Africa/Nairobi"])
+def test_e033_is_silent_where_they_are_not(settings: Any, zone: str) -> None:
+    settings.USE_TZ, settings.TIME_ZONE = False, zone
+    assert checks.check_time_zone() == []
+
+
+@pytest.mark.parametrize("backend", ["rpc://", "rpc", "celery.backends.rpc:RPCBackend"])
+def test_w034_results_that_are_sent_to_their_caller(shop: Callable[..., Celery], backend: str) -> None:
+    shop(result_backend=backend)
+    (found,) = checks.check_result_address()
+    assert found.id == "conductor.W034"
+    assert found.msg.endswith("that of a durable task never arrives, and AsyncResult.get() waits for ever.")
+    assert 'Use "django-db"' in str(found.hint)
+
+
+@pytest.mark.parametrize("backend", ["django-db", "redis://localhost", "cache+memory://", None, "nowhere://"])
+def test_w034_is_silent_about_results_that_are_kept(shop: Callable[..., Celery], backend: Any) -> None:
+    shop(result_backend=backend)
+    assert checks.check_result_address() == []
+
+
+@pytest.mark.parametrize(
+    ("apps", "where"),
+    [
+        ({"TENANT_APPS": ["shop", "conductor_app"]}, "TENANT_APPS"),
+        ({"TENANT_APPS": ["conductor_app.apps.ConductorConfig"], "SHARED_APPS": ["conductor_app"]}, "TENANT_APPS"),
+        (
+            {
+                "HAS_MULTI_TYPE_TENANTS": True,
+                "TENANT_TYPES": {"public": {"APPS": ["conductor_app"]}, "free": {"APPS": ["conductor_app"]}},
+            },
+            'TENANT_TYPES["free"]',
+        ),
+    ],
+)
+def test_e035_each_tenant_has_tables_of_its_own(settings: Any, apps: dict[str, Any], where: str) -> None:
+    for name, value in {"TENANT_MODEL": "shop.Tenant", **apps}.items():
+        setattr(settings, name, value)
+    only(
+        checks.check_tenants(),
+        "E035",
+        f"conductor_app is in {where}: each tenant gets tables of its own, and workers look at those of the public "
+        "schema. What a tenant's request starts is stored and never runs.",
+        "Move conductor_app to SHARED_APPS",
+    )
+
+
+def test_e035_is_silent_about_shared_tables(settings: Any) -> None:
+    settings.TENANT_APPS = ["conductor_app"]
+    assert checks.check_tenants() == [], "of somebody else"
+    settings.TENANT_MODEL, settings.TENANT_APPS, settings.SHARED_APPS = "shop.Tenant", ["shop"], ["conductor_app"]
+    assert checks.check_tenants() == []
+
+
+@pytest.mark.parametrize(
+    ("url", "name", "reason"),
+    [
+        ("redis+cluster://localhost:7000", "redis+cluster", "kombu knows no Redis cluster"),
+        ("nowhere://localhost", "nowhere", "No such transport: nowhere"),
+        ("amqp://localhost;nowhere://localhost", "nowhere", "No such transport: nowhere"),
+    ],
+)
+def test_e036_no_transport_for_the_broker(shop: Callable[..., Celery], url: str, name: str, reason: str) -> None:
+    shop(broker_url=url)
+    only(
+        checks.check_transport(),
+        "E036",
+        f'Celery cannot talk to a broker "{name}://": {reason}. Executions are stored and no message is ever sent.',
+        "Check CELERY_BROKER_URL",
+    )
+
+
+@pytest.mark.parametrize("url", ["memory://", "amqp://a;amqp://b", "amqps://a", "redis+socket:///run/redis", None])
+def test_e036_is_silent_about_transports_that_there_are(shop: Callable[..., Celery], url: str | None) -> None:
+    if url is not None and url.startswith("redis"):
+        pytest.importorskip("redis", reason="the client is one of requirements-services.txt")
+    shop(broker_url=url)
+    assert checks.check_transport() == []
 
 
 def test_e017_conductor_is_wrong(settings: Any) -> None:
@@ -558,7 +766,9 @@ def test_a_database_that_hangs_does_not_hold_up_the_worker(
     released = threading.Event()
     monkeypatch.setattr(checks, "DATABASE_PATIENCE_SECONDS", 0.05)
     monkeypatch.setattr(checks, "missing_tables", lambda using: released.wait(30) and [])
+    started = time.monotonic()
     checks.report_to_worker()
+    assert time.monotonic() - started < 15
     released.set()
     assert 'Database "default" does not answer (no answer yet), so its tables were not checked.' in (
         capsys.readouterr().err

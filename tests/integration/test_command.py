@@ -52,15 +52,16 @@ class Told:
     """How a call ended: its exit code, what it wrote, and its one line of error."""
 
     def __init__(self, *words: object, stdout: io.StringIO | None = None) -> None:
-        stream = stdout or io.StringIO()
+        stream, notes = stdout or io.StringIO(), io.StringIO()
         self.code, self.error = 0, ""
         try:
-            call_command("conductor", *map(str, words), stdout=stream)
+            call_command("conductor", *map(str, words), stdout=stream, stderr=notes)
         except SystemExit as ended:
             self.code = int(ended.code or 0)
         except CommandError as error:
             self.code, self.error = error.returncode, str(error)
         self.out = stream.getvalue()
+        self.notes = notes.getvalue()
 
     @property
     def json(self) -> Any:
@@ -95,7 +96,7 @@ def test_ls_lists_the_newest_first_with_status_attempt_step_and_error() -> None:
     assert lines[0].split() == ["id", "task", "status", "attempt", "step", "age", "error"]
     assert [line.split()[0] for line in lines[1:]] == [str(queued), waiting, failed]
     assert lines[1].split()[1:5] == ["echo", "○", "queued", "1/4"]
-    assert lines[2].split()[1:6] == ["naps", "⧗", "sleeping", "1/4", "nap"]
+    assert lines[2].split()[1:6] == ["naps", "◐", "sleeping", "1/4", "nap"]
     assert lines[3].split()[1:6] == ["parent_of_boom", "✕", "failed", "1/1", "charge"]
     assert lines[3].endswith("Child execution failed: card declined")
 
@@ -124,7 +125,9 @@ def test_ls_stops_at_its_limit_and_says_that_there_are_more() -> None:
     answer = told("ls", "--limit", "2", "--json").json
     assert [row["id"] for row in answer["executions"]] == [str(key) for key in reversed(newest)]
     assert answer["more"] is True
-    assert "--limit 10 shows more" in told("ls", "--limit", "2").out
+    listed = told("ls", "--limit", "2")
+    assert listed.notes == "… and older ones: --limit 10 shows more.\n"
+    assert len(listed.out.splitlines()) == 3  # whatever counts lines counts executions
     assert told("ls", "--json").json["more"] is False
 
 
@@ -159,7 +162,9 @@ def test_ls_takes_as_many_queries_for_fifty_rows_as_for_three() -> None:
 # ----------------------------------------------------------------------------------------------------------------- show
 
 
-def test_show_begins_with_one_sentence_and_marks_the_execution_in_its_tree() -> None:
+def test_show_begins_with_one_sentence_and_marks_the_execution_in_its_tree(settings: Any) -> None:
+    # No heartbeat renews the lease here, and a busy machine takes more than two of them.
+    settings.CONDUCTOR = {**settings.CONDUCTOR, "LEASE_SECONDS": 600, "HEARTBEAT_SECONDS": 200}
     parent, child = executions.family(timeout=300)
     for row, other in ((parent, child), (child, parent)):
         out = told("show", row.pk).out
@@ -168,7 +173,7 @@ def test_show_begins_with_one_sentence_and_marks_the_execution_in_its_tree() -> 
         assert str(row.pk) in marked[0]
         assert str(other.pk) in out
     out = told("show", parent.pk).out
-    assert out.splitlines()[0].startswith('⧗ Waiting for echo (step "child") since ')
+    assert out.splitlines()[0].startswith('◐ Waiting for echo (step "child") since ')
     assert "times out at" in out.splitlines()[0]
     assert out.index("Tree") < out.index("Timeline") < out.index("Steps")
     assert told("show", child.pk).out.startswith("▶ Running on test@host, attempt 1 of 4; first started ")
@@ -222,11 +227,11 @@ def test_show_tells_what_event_is_waited_for_and_how_to_send_it(quiet_broker: No
     assert transitions.suspend(execution, transitions.AwaitEvent("approval", "approved", 3_000))
     out = told("show", execution.pk).out
     first, hint = out.splitlines()[:2]
-    assert first.startswith('⧗ Waiting for the event "approved" (step "approval") since ')
+    assert first.startswith('◐ Waiting for the event "approved" (step "approval") since ')
     assert "times out at " in first
     assert hint == f"  → Send it: manage.py conductor send {execution.pk} approved --payload JSON"
     assert 'step "approval": waits for the event "approved"; no worker is held' in out
-    assert out[out.index("\n  #  name") :].splitlines()[2].split()[1:5] == ["approval", "event", "⧗", "pending"]
+    assert out[out.index("\n  #  name") :].splitlines()[2].split()[1:5] == ["approval", "event", "◐", "pending"]
     document = told("show", execution.pk, "--json").json
     assert (document["steps"][0]["event"], document["steps"][0]["task"]) == ("approved", None)
     clock.shift(dt.timedelta(seconds=3_001))
@@ -239,7 +244,7 @@ def test_show_tells_what_event_is_waited_for_and_how_to_send_it(quiet_broker: No
 @pytest.mark.parametrize("arrange", ["sleeping", "retrying", "scheduled", "cancelled", "timed out", "worker lost"])
 def test_show_says_in_plain_words_how_things_stand(arrange: str, quiet_broker: None) -> None:
     if arrange == "sleeping":
-        execution, expected = executions.napping(3_000), '⧗ Sleeping (step "nap") until '
+        execution, expected = executions.napping(3_000), '◐ Sleeping (step "nap") until '
     elif arrange == "retrying":
         execution, expected = executions.running(), "↻ Attempt 1 of 4 failed (ValueError: card declined). Next try in "
         transitions.retry_later(execution, executions.FAILURE, 100)
@@ -280,7 +285,7 @@ def test_show_takes_as_many_queries_for_a_large_tree_as_for_a_small_one() -> Non
         told("show", small.pk)
     with CaptureQueriesContext(connection) as many:
         assert told("show", large.pk).out.count("echo ✓ succeeded") == 30
-    assert len(many) == len(few) <= 6
+    assert len(many) == len(few) <= 7
 
 
 def test_show_draws_what_fits_of_a_large_tree_and_always_the_execution_itself(
@@ -392,6 +397,39 @@ def test_retry_says_for_each_id_what_became_of_it() -> None:
     assert told("retry", alone).code == 0
 
 
+def test_retry_of_a_child_names_the_root_only_where_that_can_be_retried(quiet_broker: None) -> None:
+    parent, child = executions.family()
+    transitions.fail(child, executions.FAILURE)
+    parent = executions.claimed(parent)
+    answer = told("retry", child.pk)
+    assert f"The root {parent.pk} is running, and goes on without it" in answer.out
+    transitions.succeed(parent, "1")
+    answer = told("retry", child.pk)
+    assert answer.code == 1
+    assert f"The root {parent.pk} has succeeded without it, so there is nothing to retry." in answer.out
+    assert "Retry the root" not in answer.out
+
+
+def test_show_tells_a_busy_queue_from_one_that_nobody_serves(quiet_broker: None) -> None:
+    parent, child = executions.family(queue="payments")
+    alone = executions.queued(queue="payments")
+    transitions.release(child)
+    clock.shift(dt.timedelta(minutes=10))
+    for key in (alone.pk, parent.pk):
+        first, hint = told("show", key).out.splitlines()[:2]
+        assert "no worker took it" in first
+        assert hint == "  → Start a worker: celery -A project worker -Q payments"
+    executions.running(queue="payments")
+    executions.running(queue="mail")
+    first, hint = told("show", alone.pk).out.splitlines()[:2]
+    assert first == '○ Queued for 10 min in queue "payments", whose workers are busy (1 running).'
+    assert hint == ("  → If it has to run sooner, start one more worker: celery -A project worker -Q payments")
+    first, _hint = told("show", parent.pk).out.splitlines()[:2]
+    assert 'for 10 min in queue "payments", whose workers are busy (1 running). It resumes when' in first
+    clock.shift(dt.timedelta(minutes=10))  # the leases have ended
+    assert "no worker took it" in told("show", alone.pk).out.splitlines()[0]
+
+
 def test_cancel_says_for_each_id_what_became_of_it() -> None:
     parent, child = executions.family()
     waiting, busy, done = executions.napping(), executions.running(), executions.running()
@@ -453,7 +491,7 @@ def test_send_sends_an_event_and_says_what_became_of_it() -> None:
     answer = told("send", execution.pk, "approved", "--id", "mail-7", "--json")
     assert (answer.code, answer.json["results"][0]["outcome"]) == (1, "refused")
     answer = told("send", execution.pk, "approved")
-    assert answer.out.strip().endswith("It is kept until a step waits for it.")
+    assert "It is kept until a step waits for it. It has 1 event that nobody waits for: approved." in answer.out
     assert Event.objects.get(taken_at__isnull=True).payload == "null"
 
 
@@ -477,12 +515,54 @@ def test_send_refuses_what_it_cannot_send() -> None:
     assert not Event.objects.exists()
 
 
+def test_an_event_of_another_name_than_the_awaited_one_shows() -> None:
+    execution = executions.running()
+    assert transitions.suspend(execution, transitions.AwaitEvent("approval", "approved", None))
+    answer = told("send", execution.pk, "aproved")
+    assert answer.code == 0
+    assert "The execution waits for the event 'approved' now. It has 1 event that nobody waits for: aproved." in (
+        answer.out
+    )
+    told("send", execution.pk, "aproved")
+    assert "\nEvents\n  2 events that nobody waits for: aproved\n" in told("show", execution.pk).out
+    told("send", execution.pk, "Approved")
+    assert "3 events that nobody waits for: Approved, aproved (2)" in told("show", execution.pk).out
+    assert told("show", execution.pk, "--json").json["events_not_taken"] == {"Approved": 1, "aproved": 2}
+    assert told("send", execution.pk, "approved").out.strip().endswith("The step that waited for it has taken it.")
+    assert "nobody waits for" not in told("show", executions.napping().pk).out
+
+
+def test_the_beginning_of_an_id_is_enough_if_no_other_begins_so() -> None:
+    first, second, third = (
+        executions.queued(id=uuid.UUID(text))
+        for text in (
+            "01a22337-550f-76ed-ae8b-b0cbcb0a4470",
+            "01a22338-550f-76ed-ae8b-b0cbcb0a4470",
+            "01a22338-550f-86ed-9e8b-b0cbcb0a4470",
+        )
+    )
+    for text in ("01a22337", "01A22337-", "01a22337-550f-76ed", "01a22337-550f-76ed-ae8b-b0cbcb0a447"):
+        assert str(first.pk) in told("show", text).out
+    assert told("cancel", "01a22338-550f-8").code == 0
+    assert [executions.fresh(row).status for row in (first, second, third)] == ["queued", "queued", "cancelled"]
+    answer = told("cancel", "01a22337", "01a22338")
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.error == (
+        f"More than one execution's id begins with 01a22338: {second.pk}, {third.pk}. Give more of it."
+    )
+    assert executions.fresh(first).status == "queued"
+    answer = told("show", "01a22339")
+    assert (answer.code, answer.error) == (1, "There is no execution whose id begins with 01a22339.")
+    assert told("show", "01a22").code == 2  # too many begin so
+
+
 def test_an_id_that_is_none_stops_a_call_before_it_does_anything() -> None:
     execution = executions.queued()
     answer = told("cancel", execution.pk, "not-an-id")
     assert (answer.code, answer.out) == (2, "")
     assert answer.error == (
-        "'not-an-id' is not an execution's id. An id is a UUID; `manage.py conductor ls` shows them."
+        "'not-an-id' is not an execution's id. An id is a UUID; `manage.py conductor ls` shows them. "
+        "Its first 6 digits or more do if no other begins with them."
     )
     assert Execution.objects.get(pk=execution.pk).status == "queued"
     assert told("show", "not-an-id").code == 2
@@ -574,7 +654,13 @@ def test_prune_deletes_old_trees_and_says_how_many_executions() -> None:
         "Deleted 0 executions in trees whose root ended more than 40 d ago."
     )
     counted = told("prune", "--older-than", "30d", "--dry-run", "--json").json
-    assert counted == {"dry_run": True, "executions": 5, "keep_failed": False, "older_than_seconds": 2_592_000.0}
+    assert counted == {
+        "dry_run": True,
+        "executions": 5,
+        "held": [],
+        "keep_failed": False,
+        "older_than_seconds": 2_592_000.0,
+    }
     out = told("prune", "--older-than", "30d", "--keep-failed", "--batch", "1").out
     assert out.startswith("Deleted 4 executions in trees whose root ended more than 30 d ago, not counting failed ones")
     assert told("prune", "--older-than", "1w").out.startswith("Deleted 1 execution in trees")
@@ -686,7 +772,8 @@ def test_doctor_names_the_workers_that_it_sees_in_the_database(monkeypatch: pyte
     monkeypatch.setenv("CELERY_BROKER_URL", "memory://")
     embedded = Celery("shop", set_as_current=False)
     monkeypatch.setattr(doctor, "celery_app", lambda: embedded)
-    found = doctor._workers(embedded, doctor._broker(embedded))
+    found, served = doctor._workers(embedded, doctor._broker(embedded))
+    assert served is None
     assert found.message.endswith("At work: test@host.")
 
 
@@ -695,15 +782,48 @@ def test_doctor_reports_executions_that_nobody_takes(quiet_broker: None) -> None
     assert findings()["queue"]["level"] == "OK"
     clock.shift(dt.timedelta(minutes=10))
     found = findings()
-    assert found["queue"]["level"] == "WARN"
-    assert found["queue"]["message"] == "1 execution queued and due, the oldest for 10 min."
+    assert found["queue"]["level"] == "FAIL"
+    assert found["queue"]["message"] == (
+        "1 execution queued and due, the oldest for 10 min. No worker serves queue payments."
+    )
+    assert found["queue"]["hint"] == "Start a worker: celery -A project worker -Q payments"
     assert found["undeliverable"]["level"] == "OK"
+    assert told("doctor").code == 1
     Execution.objects.update(dispatches=8)
     found = findings()
     assert found["undeliverable"]["level"] == "FAIL"
     assert "in queue payments" in found["undeliverable"]["message"]
     assert found["undeliverable"]["hint"].endswith("celery -A project worker -Q payments")
     assert told("doctor").code == 1
+
+
+def test_doctor_tells_a_busy_queue_from_one_that_nobody_serves(quiet_broker: None) -> None:
+    executions.queued(queue="payments")
+    clock.shift(dt.timedelta(minutes=10))
+    executions.running(queue="payments")
+    Execution.objects.filter(status="queued").update(dispatches=8)
+    found = findings()
+    assert found["queue"]["level"] == "WARN"
+    assert found["queue"]["message"].startswith("1 execution queued and due, the oldest for 10 min. ")
+    assert found["queue"]["message"].endswith(" The workers of queue payments are busy: 1 execution running.")
+    assert found["undeliverable"]["level"] == "OK"
+
+
+@pytest.mark.parametrize(
+    ("served", "at_work", "may_be"),
+    [
+        (frozenset({"a", "b"}), {}, True),
+        (frozenset({"b"}), {}, False),
+        (frozenset({"b"}), {"c": 1}, False),
+        (frozenset({"b"}), {"a": 1}, True),  # in a solo pool, which answers nobody while it runs
+        (frozenset(), {}, False),
+        (frozenset(), {"c": 1}, True),
+        (None, {}, False),
+        (None, {"c": 1}, True),
+    ],
+)
+def test_who_may_serve_a_queue(served: frozenset[str] | None, at_work: dict[str, int], may_be: bool) -> None:
+    assert doctor._may_be_served("a", served, at_work) is may_be
 
 
 def test_doctor_reports_what_no_sweeper_has_moved() -> None:

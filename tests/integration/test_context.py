@@ -9,21 +9,27 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from celery import chain
 from django.db import IntegrityError, connection, connections, transaction
 
-from conductor_app import ExecutionContext, LeaseLost, api, clock
+from conductor_app import ExecutionContext, LeaseLost, api, clock, steps, transitions
 from conductor_app.exceptions import (
     BlockingCallInTask,
+    CancelExecution,
     ContextClosed,
     InvokeInsideTransaction,
     NestedDurableCall,
     ProgrammingError,
+    ReleaseExecution,
+    SuspendExecution,
     WrongThread,
 )
+from conductor_app.leases import Lease
 from conductor_app.models import Execution
 from tests.app import scenarios
 from tests.app.ledger import count, note
 from tests.support.bodies import advance, class_name, counts, durable, failure, redeploy, reload, run, start
+from tests.support.executions import running
 
 pytestmark = pytest.mark.django_db
 
@@ -196,7 +202,10 @@ def test_the_writes_of_an_atomic_step_are_undone_if_another_run_has_taken_over()
     assert (execution.status, execution.fence, execution.steps.count(), count("atomic")) == ("running", 7, 0, 0)
 
 
-def test_a_run_that_was_taken_over_records_no_step_and_no_outcome() -> None:
+def test_a_run_that_was_taken_over_records_no_step_and_no_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Otherwise a slow run asks before its step, and has no effect at all.
+    monkeypatch.setattr("conductor_app.context.STEP_FRESH_SECONDS", 600)
+
     @durable
     def body(ctx: ExecutionContext, how: str) -> str:
         Execution.objects.filter(pk=ctx.execution_id).update(fence=7)
@@ -422,14 +431,69 @@ def test_waiting_for_a_result_inside_a_body_is_refused() -> None:
     )
 
 
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> Callable[[], list[str]]:
+    monkeypatch.setattr("conductor_app.context._told_of_calls", set())
+    return lambda: [text for record in caplog.records if "outside of a step" in (text := record.getMessage())]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: scenarios.echo.delay(value=1),
+        lambda: scenarios.echo.apply_async(kwargs={"value": 1}, countdown=3_600),
+        lambda: scenarios.echo.s(value=1).delay(),
+        lambda: chain(scenarios.echo.s(value=1), scenarios.echo.s()).delay(),
+    ],
+    ids=["delay", "apply_async", "signature", "chain"],
+)
+def test_a_durable_task_that_a_body_calls_on_each_run_is_told_of_once(
+    call: Callable[[], Any], told: Callable[[], list[str]]
+) -> None:
+    @durable
+    def body(ctx: ExecutionContext) -> None:
+        call()
+        ctx.invoke("one", scenarios.echo)
+        ctx.invoke("two", scenarios.echo)
+
+    execution = run(body)
+    run(body)
+    place = f"test_context.py:{call.__code__.co_firstlineno}"
+    assert told() == [
+        f"{body.name} calls {scenarios.echo.name} at {place} with .delay() or .apply_async(), outside of a step. Each "
+        "run of the body calls it again, and a body runs again whenever it has waited. Use ctx.start("
+        '"name", task, payload), or call it inside of ctx.step, or with an idempotency_key.'
+    ]
+    assert execution.status == "succeeded"
+
+
+def test_a_durable_task_that_is_called_once_is_not_worth_a_word(told: Callable[[], list[str]]) -> None:
+    @durable
+    def body(ctx: ExecutionContext) -> None:
+        ctx.step("one", lambda: str(scenarios.echo.delay(value=1)))
+        ctx.atomic_step("two", lambda: str(scenarios.echo.delay(value=1)))
+        scenarios.echo.apply_async(kwargs={"value": 1}, idempotency_key="three")
+        scenarios.echo.apply_async(kwargs={"value": 1}, task_id="5f0c5d1e-3b6e-4b58-9f0e-0d5f7c0f4a11")
+        ctx.invoke("four", scenarios.echo)
+        ctx.gather(ctx.start("five", scenarios.echo))
+
+    scenarios.echo.delay(value=1)
+    assert run(body).status == "succeeded"
+    assert told() == []
+    # The body, twice two children of its own, and what was called once each.
+    assert Execution.objects.filter(parent=None, task=scenarios.echo.name).count() == 5
+
+
 def test_a_body_that_calls_itself_like_a_function_is_told_how_to_invoke() -> None:
-    @durable(name="tests.calls_itself", max_retries=0)
+    @durable(name="tests.calls_itself")
     def body(ctx: ExecutionContext, levels: int) -> Any:
         return body(levels - 1) if levels else 0
 
-    assert failure(run(body, levels=1)).message == (
-        "tests.calls_itself is durable and cannot be called like a function. Use tests.calls_itself.delay(…), or "
-        "tests.calls_itself.apply(…) in a unit test."
+    execution = run(body, levels=1)
+    assert (execution.status, execution.attempt) == ("failed", 1)
+    assert failure(execution).message == (
+        "tests.calls_itself is durable and cannot be called like a function. In a durable body use "
+        'ctx.invoke("name", calls_itself, payload).'
     )
 
 
@@ -567,6 +631,49 @@ def test_a_body_that_swallows_a_suspension_and_calls_on_gets_no_further() -> Non
     assert [step.name for step in execution.steps.all()] == ["child", "other", "third"]
 
 
+def test_a_body_that_does_not_stop_calling_is_told_of_at_once_and_where_it_cannot_be_ended(caplog: Any) -> None:
+    @durable
+    def body(ctx: ExecutionContext) -> Any:
+        for number in range(30):
+            try:
+                return ctx.invoke("child", scenarios.echo, {"value": number})
+            except BaseException:  # noqa: BLE001
+                continue
+        return None
+
+    execution = run(body)
+    assert execution.get_result() == 0
+    lines = [(record.levelname, record.getMessage()) for record in caplog.records if "swallow" in record.getMessage()]
+    line = body.run.__code__.co_firstlineno + 4
+    what = (
+        f"{body.name} swallowed the suspension at test_context.py:{line} (step 'child') and called on at "
+        f"test_context.py:{line}"
+    )
+    advice = "Use `except Exception`, or re-raise conductor_app.SuspendExecution; do not return from `finally`."
+    assert lines[:2] == [
+        ("ERROR", f"{what}. It gets no further. {advice}"),
+        (
+            "CRITICAL",
+            f"{what}, 10 times. In this pool it cannot be ended: it holds a slot until it returns or the worker is "
+            f"restarted. {advice}",
+        ),
+    ]
+    assert len(lines) == 3
+
+
+def test_a_call_while_the_suspension_passes_is_not_worth_a_word(caplog: Any) -> None:
+    @durable
+    def body(ctx: ExecutionContext) -> Any:
+        try:
+            return ctx.invoke("child", scenarios.echo, {"value": 1})
+        finally:
+            ctx.step("clean-up", int)
+
+    execution = run(body)
+    assert (execution.get_result(), [step.name for step in execution.steps.all()]) == (1, ["child", "clean-up"])
+    assert [record for record in caplog.records if "swallow" in record.getMessage()] == []
+
+
 def test_an_except_exception_does_not_catch_a_suspension() -> None:
     @durable
     def body(ctx: ExecutionContext) -> Any:
@@ -607,3 +714,63 @@ def test_a_body_may_change_while_it_waits() -> None:
     redeploy(body, changed)
     advance(61)
     assert reload(execution).get_result() == "new"
+
+
+# ------------------------------------------------------------------------------------------- shutdown, and cancellation
+
+
+UNRECORDED: dict[str, Callable[[ExecutionContext], Any]] = {
+    "step": lambda ctx: ctx.step("new", note, ctx, "effect"),
+    "atomic_step": lambda ctx: ctx.atomic_step("new", note, ctx, "effect"),
+    "start": lambda ctx: ctx.start("new", scenarios.echo),
+    "checkpoint": lambda ctx: ctx.checkpoint(),
+}
+
+
+def context_of(run: Execution, *, draining: bool = False) -> ExecutionContext:
+    return ExecutionContext(run, steps.recall(run.pk), Lease(run), draining=lambda: draining)
+
+
+@pytest.mark.parametrize("call", UNRECORDED)
+def test_a_call_that_is_not_recorded_gives_way_to_a_shutdown_again_and_again(call: str) -> None:
+    run = running()
+    ctx = context_of(run, draining=True)
+    for _ in range(2):
+        with pytest.raises(ReleaseExecution):
+            UNRECORDED[call](ctx)
+    with pytest.raises(ReleaseExecution):
+        ctx.invoke("another", scenarios.echo)
+    assert (count("effect"), run.children.count(), run.steps.count()) == (0, 0, 0)
+
+
+def test_recorded_calls_are_replayed_during_a_shutdown_and_what_suspends_suspends() -> None:
+    run = running()
+    transitions.record_step(run, "known", result="7")
+    ctx = context_of(run, draining=True)
+    assert ctx.step("known", note, None, "effect") == 7
+    with pytest.raises(SuspendExecution):
+        ctx.invoke("child", scenarios.echo)
+
+
+@pytest.mark.parametrize("call", ["step", "atomic_step", "checkpoint"])
+def test_no_function_begins_after_a_cancel_that_is_older_than_the_last_word_of_the_database(
+    monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    monkeypatch.setattr("conductor_app.context.STEP_FRESH_SECONDS", 0)
+    monkeypatch.setattr("conductor_app.context.CHECKPOINT_INTERVAL_SECONDS", 0)
+    run = running()
+    ctx = context_of(run)
+    assert transitions.request_cancel(run.pk, "enough")
+    for _ in range(2):
+        with pytest.raises(CancelExecution):
+            UNRECORDED[call](ctx)
+    assert count("effect") == 0
+
+
+def test_steps_in_quick_succession_do_not_ask_whether_they_may_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("conductor_app.context.STEP_FRESH_SECONDS", 600)
+    monkeypatch.setattr(transitions, "check_held", lambda run: pytest.fail("asked"))
+    ctx = context_of(running())
+    for number in range(3):
+        ctx.step(f"step-{number}", int)
+        ctx.atomic_step(f"atomic-{number}", int)

@@ -45,8 +45,10 @@ class Messages(list[Any]):
     """What was sent: ``(task, message, options)`` of Celery's ``send_task_message``; or raises ``error``."""
 
     error: Exception | None = None
+    #: Raised when a connection is opened.
+    refusal: Exception | None = None
     tried = 0
-    dropped_connections = 0
+    opened_connections = dropped_connections = 0
 
     def __init__(self, transport: types.SimpleNamespace) -> None:
         super().__init__()
@@ -68,20 +70,35 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Messages:
     """Messages in the place of a broker's queue."""
 
     class Connection:
+        """One that was opened for an earlier message."""
+
         alt: tuple[str, ...] = ()
         transport = types.SimpleNamespace(driver_type="redis")
+        _connection: Any = object()
+
+        @property
+        def connected(self) -> bool:
+            return self._connection is not None
 
         def ensure_connection(self, **_options: Any) -> None:
-            pass
+            assert self._connection is None, "it is replaced, not kept"
+            if messages.refusal is not None:
+                raise messages.refusal
+            self._connection = object()
+            messages.opened_connections += 1
 
         def collect(self) -> None:
+            self._connection = None
             messages.dropped_connections += 1
+
+        def as_uri(self) -> str:
+            return "broker://at-work"
 
         def _reraise_as_library_errors(self) -> Any:
             return nullcontext()
 
     class Producer:
-        connection = Connection()
+        connection: Any = Connection()
 
         def __enter__(self) -> Producer:
             return self
@@ -129,7 +146,8 @@ def test_celerys_options_are_in_every_message(sent: Messages) -> None:
         assert sent_options["headers"] == {"trace": "abc", "conductor": "doorbell"}
 
 
-def test_an_exchange_takes_the_place_of_the_queue(sent: Messages) -> None:
+def test_an_exchange_takes_the_place_of_the_queue(sent: Messages, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "is_embedded", lambda _app=None: False)
     queued(options=dump_options({"exchange": "orders", "routing_key": "new"}))
     options = sent[-1][2]
     assert (options["exchange"], options["routing_key"]) == ("orders", "new")
@@ -181,12 +199,12 @@ def test_after_a_failure_the_broker_is_left_alone_for_a_while(sent: Messages, mo
     assert dispatch.is_broker_resting()
     sent.error = None
     execution = queued()
-    assert sent.tried == 1, "nobody waits for a broker that has just failed"
+    assert sent.tried == 2, "nobody waits for a broker that has just failed"
     assert not dispatch.publish(execution)
     later = dispatch.time.monotonic() + dispatch.BREAKER_SECONDS + 1
     monkeypatch.setattr(dispatch.time, "monotonic", lambda: later)
     assert dispatch.publish(execution)
-    assert sent.tried == 2
+    assert sent.tried == 3
 
 
 @pytest.mark.parametrize(
@@ -231,21 +249,106 @@ def test_what_a_commit_publishes_in_a_worker_waits_for_no_confirmation(sent: Mes
     assert (len(sent), ahead.acquired) == (2, 1)
 
 
-def test_a_connection_that_was_closed_meanwhile_is_replaced_at_once_and_only_once(sent: Messages, ahead: Pool) -> None:
+@pytest.fixture(params=["confirmed", "ahead"])
+def either(request: pytest.FixtureRequest) -> None:
+    """Each way to publish."""
+    if request.param == "ahead":
+        request.getfixturevalue("ahead")
+
+
+@pytest.mark.usefixtures("either")
+def test_a_connection_that_was_closed_meanwhile_is_replaced_at_once_and_only_once(
+    sent: Messages, caplog: pytest.LogCaptureFixture
+) -> None:
     sent.errors = [ConnectionResetError("closed while it was idle")]
     queued()
-    assert (len(sent), sent.tried, ahead.acquired) == (1, 2, 2)
+    assert (len(sent), sent.tried, sent.opened_connections) == (1, 2, 1)
     assert not dispatch.is_broker_resting()
+    assert "did not take the message" not in caplog.text
     sent.errors = [ConnectionResetError("closed"), ConnectionResetError("and away")]
     queued()
-    assert (len(sent), sent.tried, ahead.acquired) == (1, 4, 4)
+    assert (len(sent), sent.tried, sent.opened_connections) == (1, 4, 2)
+    assert dispatch.is_broker_resting()
+    assert caplog.text.count("did not take the message") == 1
+
+
+@pytest.mark.usefixtures("either")
+def test_what_fails_on_a_new_connection_is_the_brokers_own_failure(sent: Messages) -> None:
+    with current_app.producer_or_acquire() as producer:
+        producer.connection.collect()
+    sent.error = ConnectionResetError("away")
+    queued()
+    assert (sent.tried, sent.opened_connections) == (1, 1)
     assert dispatch.is_broker_resting()
 
 
-def test_a_message_that_cannot_be_sent_is_not_tried_again(sent: Messages, ahead: Pool) -> None:
+@pytest.mark.usefixtures("either")
+def test_a_message_that_cannot_be_sent_is_not_tried_again(sent: Messages) -> None:
     sent.error = ValueError("a name that is too long")
     queued()
-    assert (sent.tried, ahead.acquired) == (1, 1)
+    assert (sent.tried, sent.opened_connections) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("alt", "named"),
+    [
+        ((), f"Broker {current_app.connection_for_write().as_uri()} did"),
+        (("amqp://u:secret@one//", "amqp://two//"), "Broker amqp://u:**@one// and amqp://two// did"),
+    ],
+    ids=["one", "several"],
+)
+def test_the_brokers_that_were_tried_are_named(
+    sent: Messages, caplog: pytest.LogCaptureFixture, alt: tuple[str, ...], named: str
+) -> None:
+    with current_app.producer_or_acquire() as producer:
+        producer.connection.collect()
+        producer.connection.alt = alt
+    sent.refusal = OperationalError("refused")
+    queued()
+    assert named in caplog.text
+    assert "secret" not in caplog.text
+    dispatch.reset_breaker()
+    caplog.clear()
+    sent.refusal, sent.error = None, ConnectionResetError("gone")
+    queued()
+    assert "Broker broker://at-work did" in caplog.text, "the one that answered"
+
+
+class Channel:
+    """Of an idle connection that something may have forgotten."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.error: Exception | None = None
+
+    def basic_qos(self, *_arguments: object) -> None:
+        self.asked += 1
+        if self.error is not None:
+            raise self.error
+
+
+def test_rabbitmq_is_asked_after_a_pause_whether_the_connection_lives(
+    sent: Messages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = [dispatch.time.monotonic()]
+    monkeypatch.setattr(dispatch.time, "monotonic", lambda: seconds[0])
+    sent.transport.driver_type = "amqp"
+    with current_app.producer_or_acquire() as producer:
+        kept: Any = producer.connection
+        kept.default_channel = Channel()
+        kept.connection = types.SimpleNamespace(
+            transport=types.SimpleNamespace(having_timeout=lambda seconds: nullcontext())
+        )
+    queued()
+    queued()
+    assert (len(sent), kept.default_channel.asked) == (2, 0), "it was just used"
+    seconds[0] += dispatch.IDLE_SECONDS + 1
+    queued()
+    assert (len(sent), kept.default_channel.asked, sent.opened_connections) == (3, 1, 0)
+    seconds[0] += dispatch.IDLE_SECONDS + 1
+    kept.default_channel.error = TimeoutError("no answer")
+    queued()
+    assert (len(sent), kept.default_channel.asked, sent.opened_connections) == (4, 2, 1)
 
 
 @pytest.mark.parametrize("confirms", [True, False])
@@ -363,4 +466,4 @@ def test_rabbitmq_has_so_long_to_confirm_and_a_connection_that_failed_is_used_no
     assert sent[-1][2]["timeout"] == dispatch.PUBLISH_SECONDS
     sent.error = error
     assert not dispatch.publish(queued())
-    assert sent.dropped_connections == is_dropped
+    assert (sent.dropped_connections > 0) == is_dropped

@@ -306,7 +306,7 @@ def test_a_repetition_after_a_lost_commit_finds_its_own_event(monkeypatch: pytes
     execution = start(three)
     repeated: list[Any] = []
 
-    def twice(using: str, work: Callable[[], Any]) -> Any:
+    def twice(using: str, work: Callable[[], Any], **_options: Any) -> Any:
         repeated.append(work())
         return work()
 
@@ -597,9 +597,8 @@ def test_a_payload_has_to_be_json_of_limited_size(payload: Any, error: type[Exce
 @pytest.mark.parametrize(
     ("timeout", "message"),
     [
-        (0, "timeout must be > 0 seconds, got 0"),
-        (-1, "timeout must be > 0 seconds, got -1"),
-        (float("nan"), "timeout must be > 0 seconds, got nan"),
+        (-1, "timeout must be ≥ 0 seconds, got -1"),
+        (float("nan"), "timeout must be ≥ 0 seconds, got nan"),
         ("30", "timeout must be a number of seconds or a timedelta, got str"),
         (True, "timeout must be a number of seconds or a timedelta, got bool"),
     ],

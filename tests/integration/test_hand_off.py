@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from celery.exceptions import WorkerShutdown
 from django.db import OperationalError, connection
 from django.test.utils import CaptureQueriesContext
 
-from conductor_app import clock, dispatch, durable_runs, executor, hand_off, signals, transitions, worker
+from conductor_app import clock, dispatch, durable_runs, executor, hand_off, owners, signals, transitions, worker
 from conductor_app.exceptions import ChildFailed
 from conductor_app.leases import keeper
 from conductor_app.models import Execution, Step
@@ -347,12 +348,18 @@ def test_the_runs_that_follow_a_delivery_are_bounded(
     assert len(published) == 2
 
 
-def test_a_tree_that_runs_eagerly_inside_a_body_is_its_own(ran: list[str]) -> None:
+def test_a_tree_that_runs_eagerly_inside_a_body_is_its_own(ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     child, parent = pair()
+
+    def inner() -> Any:
+        monkeypatch.setitem(app.conf, "task_always_eager", True)
+        result = parent.delay().get()
+        monkeypatch.setitem(app.conf, "task_always_eager", False)
+        return result
 
     @durable
     def outer(ctx: Any) -> Any:
-        return ctx.step("inner", lambda: parent.apply().get())
+        return ctx.step("inner", inner)
 
     traced(outer)
     result = outer.delay()
@@ -477,7 +484,7 @@ def test_a_body_that_ends_its_thread_costs_that_execution_an_attempt(error: type
     assert (reload(result).status, reload(result).attempt) == ("waiting", 1)
 
 
-def test_a_body_that_ends_its_pool_process_is_the_main_processs_to_report(
+def test_a_body_that_ends_its_pool_process_has_its_attempt_stored_and_the_main_process_hears_of_it(
     gate: OpenGate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(OpenGate, "is_own_process", True)
@@ -494,7 +501,8 @@ def test_a_body_that_ends_its_pool_process_is_the_main_processs_to_report(
     with pytest.raises(SystemExit):
         deliver(parent.delay())
     child = Execution.objects.get(parent__isnull=False)
-    assert child.status == "running"
+    assert (child.status, child.attempt) == ("queued", 2)
+    assert "SystemExit" in (child.error or "")
     assert gate.shown[-1] == child.pk
 
 
@@ -502,7 +510,8 @@ def test_a_body_that_ends_its_pool_process_is_the_main_processs_to_report(
 
 
 def shared_gate(**worker_options: Any) -> worker.SharedGate:
-    options = {"time_limit": None, "soft_time_limit": None, "max_tasks_per_child": None, **worker_options}
+    limits = ("time_limit", "soft_time_limit", "max_tasks_per_child", "max_memory_per_child")
+    options = {**dict.fromkeys(limits), **worker_options}
     return worker.SharedGate(SimpleNamespace(**options), worker.Shutdown())
 
 
@@ -510,6 +519,21 @@ def shared_gate(**worker_options: Any) -> worker.SharedGate:
 def test_a_worker_that_counts_or_times_its_jobs_hands_off_nothing(option: str) -> None:
     assert shared_gate().is_open()
     assert not shared_gate(**{option: 5}).is_open()
+
+
+def test_a_process_that_has_grown_over_its_limit_hands_off_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool replaces it when its job ends, and each run that follows would put that off."""
+    used = 100
+    monkeypatch.setattr(worker, "mem_rss", lambda: used)
+    gate = shared_gate(max_memory_per_child=200)
+    gate._main_pid = 0  # a pool process
+    assert gate.is_open()
+    used = 201
+    assert not gate.is_open()
+    assert shared_gate(max_memory_per_child=200).is_open(), "threads have no process of their own"
+    unlimited = shared_gate()
+    unlimited._main_pid = 0
+    assert unlimited.is_open()
 
 
 def test_the_setting_turns_it_off(settings: Any) -> None:
@@ -573,6 +597,36 @@ def delivery_of(row: Execution, pid: int) -> worker.DurableRequest:
 DEAD = 2**22 + 77
 
 
+def test_a_message_that_is_gone_with_its_process_is_published_again_at_once_and_once(published: list[Any]) -> None:
+    """The process died before it claimed anything."""
+    row = queued()
+    Execution.objects.filter(pk=row.pk).update(dispatch_at=clock.after(3_600))
+    sweeper = worker.SweeperThread(SimpleNamespace(app=app, hostname=NODE), worker.Shutdown())
+    sweeper._embedded = False
+    for expected in ([row.pk], []):
+        del published[:]
+        delivery_of(row, DEAD)._report_death()
+        sweeper._next_sweep = float("inf")
+        sweeper._tick()
+        assert published == expected
+    assert Execution.objects.get().attempt == 1
+
+
+def test_a_second_worker_of_ones_name_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
+    sweeper = worker.SweeperThread(SimpleNamespace(app=app, hostname=NODE), worker.Shutdown())
+    later = time.monotonic() + 10_000
+    claimed(queued(), owners.lease_owner(NODE, DEAD))
+    claimed(queued(), "another@host/0badcafe/1")
+    sweeper._look_for_namesakes(later)
+    assert caplog.text == ""
+    claimed(queued(), f"{NODE}/0badcafe/1")
+    sweeper._look_for_namesakes(time.monotonic())
+    assert caplog.text == "", "it may have been left by a worker that this one replaces"
+    for _ in range(2):
+        sweeper._look_for_namesakes(later)
+    assert caplog.text.count(f"Another worker is called {NODE}, too") == 1
+
+
 @pytest.mark.parametrize("is_delivered", [True, False], ids=["of a delivery", "of a process"])
 def test_what_a_dead_process_had_not_begun_costs_no_attempt(
     monkeypatch: pytest.MonkeyPatch, published: list[Any], is_delivered: bool
@@ -580,10 +634,13 @@ def test_what_a_dead_process_had_not_begun_costs_no_attempt(
     """And what it ran does, whatever was delivered to it, and whichever report comes first."""
     gate = shared_gate()
     monkeypatch.setattr(hand_off, "gate", gate)
-    owner = f"{NODE}/{DEAD}"
+    owner = owners.lease_owner(NODE, DEAD)
     parent = running()
     unbegun, begun = claimed(queued(), owner), claimed(queued(), owner)
-    others = claimed(queued(), f"{NODE}/{DEAD + 1}")
+    others = claimed(queued(), owners.lease_owner(NODE, DEAD + 1))
+    # In another container: the same node name, the same process id.
+    namesakes = claimed(queued(), f"{NODE}/0badcafe/{DEAD}")
+    older = claimed(queued(), f"{NODE}/{DEAD}")
     with monkeypatch.context() as in_pool:
         in_pool.setattr(os, "getpid", lambda: DEAD)
         gate.show(begun.pk)
@@ -600,6 +657,8 @@ def test_what_a_dead_process_had_not_begun_costs_no_attempt(
         unbegun.pk: ("queued", 1),
         begun.pk: ("queued", 2),
         others.pk: ("running", 1),
+        namesakes.pk: ("running", 1),
+        older.pk: ("running", 1),
     }
     assert unbegun.pk in published
 
@@ -632,6 +691,7 @@ def test_terminate_kills_no_process_that_has_gone_on(monkeypatch: pytest.MonkeyP
     gate.show(follower)
     request.terminate(pool)
     assert killed == []
+    assert worker.news.take("revoked") == [], "an operator's retry may have followed the command"
     worker._terminate_follower(SimpleNamespace(consumer=SimpleNamespace(pool=pool)), str(follower), None)
     assert killed == [4242]
 

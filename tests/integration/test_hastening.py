@@ -9,14 +9,14 @@ import pytest
 from django.db import transaction
 
 from conductor_app import api, clock, dispatch, inline, steps, transitions
-from conductor_app.exceptions import ActionRefused, InvalidArgument, RetryRefused
+from conductor_app.exceptions import ActionRefused, IdempotencyConflict, InvalidArgument, RetryRefused
 from conductor_app.models import Execution, Step
 from conductor_app.serialization import dump_options
 from conductor_app.states import ExecutionStatus, StepStatus
 from project.celery import app
 from tests.app import scenarios
 from tests.support import executions
-from tests.support.executions import FAILURE, fresh, napping, queued, running
+from tests.support.executions import FAILURE, claimed, fresh, napping, queued, running
 
 pytestmark = pytest.mark.django_db
 
@@ -191,6 +191,24 @@ def test_a_rerun_with_a_key_is_made_once(published: list[uuid.UUID]) -> None:
     with pytest.raises(InvalidArgument, match="idempotency_key must have 1–255 characters"):
         api.rerun(old, idempotency_key="")
     assert Execution.objects.count() == 3
+
+
+def test_a_rerun_with_a_key_of_something_else_is_refused(published: list[uuid.UUID]) -> None:
+    first, second = running(idempotency_key="order-1"), running(idempotency_key="order-2")
+    for old in (first, second):
+        transitions.succeed(old, "1")
+    rerun = api.rerun(first, idempotency_key="ticket-12")
+    for key, owner in (("order-1", first), ("order-2", second), ("ticket-12", rerun)):
+        with pytest.raises(IdempotencyConflict) as refused:
+            api.rerun(second, idempotency_key=key)
+        assert str(refused.value) == (
+            f"The idempotency key {key!r} belongs to execution {owner.pk} of {owner.task}, which is no rerun of "
+            f"{second.pk}. Use another key."
+        )
+    assert Execution.objects.count() == 3
+    # One of a rerun is made anew, and is none of the first.
+    transitions.succeed(claimed(rerun), "1")
+    assert "rerun_of" not in api.rerun(rerun).get_options()
 
 
 @pytest.mark.parametrize("how", ["succeed", "fail", "cancel"])

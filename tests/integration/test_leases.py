@@ -115,14 +115,20 @@ def test_the_heartbeat_outlives_a_failing_database(
     assert "Heartbeat of 1 executions failed: the database is away" in caplog.text
 
 
-def test_many_leases_are_renewed_in_one_statement() -> None:
+def test_many_leases_are_renewed_in_one_transaction() -> None:
+    held = [Lease(running()) for _ in range(3)]
+    with CaptureQueriesContext(connection) as captured:
+        assert renew(held) == []
+    assert [query["sql"].split()[0] for query in captured] == ["BEGIN", "SELECT", "UPDATE", "COMMIT"]
+    assert [lease.lost for lease in held] == [False, False, False]
+
+
+def test_one_that_is_lost_is_found_among_many() -> None:
     runs = [running() for _ in range(3)]
     lost = running()
     transitions.lose(lost.pk, owner=OWNER)
     held = [Lease(run) for run in (*runs, lost)]
-    with CaptureQueriesContext(connection) as captured:
-        renew(held)
-    assert len(captured) == 2
+    assert renew(held) == []
     assert [lease.lost for lease in held] == [False, False, False, True]
     assert fresh(lost).lease_expires_at is None
 

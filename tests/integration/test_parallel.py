@@ -106,6 +106,40 @@ def test_a_generator_of_payloads_and_a_tasks_name() -> None:
     assert run(parent).get_result() == [0, 1, 2]
 
 
+def test_a_signature_gives_each_child_its_options_and_arguments() -> None:
+    sig = echo.s(value="the signature's").set(headers={"x-tenant": "acme"}, queue="bulk", priority=3)
+    root = run(durable(lambda ctx: ctx.map("echo", sig, [{"value": 1}, {}, None])))
+    assert root.get_result() == [1, "the signature's", "the signature's"]
+    rows = Execution.objects.filter(parent=root)
+    assert {(row.queue, row.priority, row.get_options()["headers"]["x-tenant"]) for row in rows} == {
+        ("bulk", 3, "acme")
+    }
+    # The call's own options win.
+    other = run(durable(lambda ctx: ctx.map("echo", sig, [{}], queue="other")))
+    assert [row.queue for row in Execution.objects.filter(parent=other)] == ["other"]
+    assert run(durable(lambda ctx: ctx.map("nothing", sig, []))).get_result() == []
+
+
+def test_a_payload_that_is_no_mapping_comes_before_a_signatures_arguments() -> None:
+    pair = durable(lambda ctx, first, second: f"{first} {second}")
+    assert run(durable(lambda ctx: ctx.map("pairs", pair.s("b"), ["a", "c"]))).get_result() == ["a b", "c b"]
+
+
+@pytest.mark.parametrize(
+    ("signature", "text"),
+    [
+        (echo.si(1), "got an immutable signature, which takes no payloads. Make it with .s()"),
+        (echo.s() | echo.s(), "runs one task at a time"),
+        (echo.s().set(task_id="01890000-0000-7000-8000-000000000000"), "has a task_id"),
+        (echo.s().set(expire=5), "expire"),
+    ],
+)
+def test_a_signature_that_cannot_be_mapped_is_refused_and_nothing_is_stored(signature: Any, text: str) -> None:
+    root = run(durable(lambda ctx: ctx.map("echo", signature, [{"value": 1}]), max_retries=0))
+    assert text in failure(root).message
+    assert not Execution.objects.filter(parent=root).exists()
+
+
 def test_no_payloads_give_no_results_and_the_step_is_remembered() -> None:
     root = run(parallel.sum_of_squares, n=0)
     assert root.get_result() == {"sum": 0, "runs": 1}
@@ -655,7 +689,7 @@ def test_a_child_that_is_none() -> None:
     assert refused(lambda ctx: ctx.map("m", lambda: None, []))[0] == UnknownTask.__name__
     Execution.objects.all().delete()
     name, message = refused(lambda ctx: ctx.map("m", parallel.square.s(n=1), [1]))
-    assert (name, "Pass the task, and its arguments as payloads" in message) == (InvalidArgumentType.__name__, True)
+    assert (name, "multiple values for argument 'n'" in message) == (InvalidArgumentType.__name__, True)
 
 
 def test_handles_that_are_none() -> None:

@@ -216,6 +216,24 @@ def test_a_delivery_runs_what_the_row_says_and_a_copy_of_it_is_dropped() -> None
     assert count("plain", row.pk) == 1
 
 
+@pytest.mark.parametrize("ignores", [True, False])
+def test_the_row_says_whether_the_result_is_kept_whatever_the_message_says(ignores: bool) -> None:
+    """A retry's message in Celery 5.6 has forgotten it."""
+    seen: list[bool] = []
+
+    def body(self: Any) -> None:
+        seen.append(self.request.ignore_result)
+
+    task = current_app.task(body, bind=True, name="tests.plain.keeps", shared=False)
+    options = f'{{"plain":{{"acks_late":false}},"ignore_result":{str(ignores).lower()}}}'
+    row = invoke(running(), task=task.name, payload="[[],{}]", options=options)
+    try:
+        assert deliver(row, task, retries=0, ignore_result=not ignores).info is None
+    finally:
+        current_app.tasks.pop(task.name)
+    assert seen == [ignores]
+
+
 def test_a_message_about_another_attempt_is_dropped_and_the_next_ones_may_come_early() -> None:
     row = plain_child()
     transitions.retry_later(claimed(row), Failure("E", "e"), 600)
@@ -298,7 +316,7 @@ def test_the_headlines_of_a_running_plain_child_say_what_follows() -> None:
     api.cancel(row.pk)
     now = clock.read("default")
     assert headline(Situation(fresh(row), now)).text.endswith(
-        "a plain Celery task cannot be stopped while it runs, so it runs to its end and keeps its result."
+        "a plain Celery task cannot be stopped while it runs, so it runs to its end, and its result is kept."
     )
     Execution.objects.filter(pk=row.pk).update(lease_expires_at=clock.after(0.5))
     text = headline(Situation(fresh(row), clock.read("default"))).text

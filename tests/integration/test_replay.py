@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from django.core.exceptions import ObjectDoesNotExist, ValidationError
 
-from conductor_app import ExecutionContext, clock
+from conductor_app import ExecutionContext, api, clock, executor, explain
 from conductor_app.exceptions import StepFailed, StepMismatch
-from conductor_app.models import Execution, Step
+from conductor_app.models import Execution, FailedExecution, Step
 from tests.app import scenarios
 from tests.app.ledger import count, note
 from tests.app.models import Ledger
@@ -418,3 +418,149 @@ def test_the_childs_id_follows_from_its_parent_and_its_step() -> None:
 
     root = run(scenarios.pass_through, value=1)
     assert root.children.get().pk == derive_child_id(root.pk, "echo")
+
+
+# ------------------------------------------------------------------------------------------- runs that take another way
+
+
+def lines(caplog: Any) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "was woken by step" in record.getMessage()]
+
+
+def said(execution: Execution) -> str:
+    steps = list(execution.steps.all())
+    failures = {row.pk: row for row in FailedExecution.objects.filter(pk=execution.pk)}
+    return explain.headline(explain.Situation(execution, clock.read("default"), steps, failures=failures)).text
+
+
+def before_the_deployment(ctx: ExecutionContext) -> str:
+    ctx.sleep("pause", 60)
+    return "before"
+
+
+def test_a_run_that_misses_the_step_that_woke_it_is_told_of_in_log_and_show(caplog: Any) -> None:
+    def after(ctx: ExecutionContext) -> str:
+        ctx.sleep("rest", 60)
+        return "after"
+
+    execution = deploy_while_it_sleeps(before_the_deployment, after)
+    assert lines(caplog) == [
+        f'{execution.task} was woken by step "pause", and came to step "rest" without coming to that step again. That '
+        "is right if a deployment has added or removed steps. If not: A body has to take the same steps on each run. "
+        "Put what may differ from run to run (the time, random numbers, queries) into ctx.step()."
+    ]
+    missed = 'A run that step "pause" had woken came to step "rest" without coming to it again.'
+    assert execution.status == "waiting"
+    assert said(execution).endswith(f". {missed}")
+    advance(61)
+    execution = reload(execution)
+    assert execution.get_result() == "after"
+    assert said(execution).endswith(f". {missed}")
+    assert len(lines(caplog)) == 1
+
+
+def test_a_run_that_returns_without_the_step_that_woke_it_is_told_of(caplog: Any) -> None:
+    execution = deploy_while_it_sleeps(before_the_deployment, lambda ctx: "after")
+    assert execution.get_result() == "after"
+    (line,) = lines(caplog)
+    assert line.startswith(
+        f'{execution.task} was woken by step "pause", and returned without coming to that step again.'
+    )
+    assert said(execution).endswith('. A run that step "pause" had woken returned without coming to it again.')
+
+
+@pytest.mark.parametrize("after", [lambda ctx: "after", lambda ctx: ctx.invoke("rest", scenarios.echo)])
+@pytest.mark.usefixtures("strict")
+def test_a_run_that_misses_the_step_that_woke_it_fails_if_replays_are_strict(after: Body) -> None:
+    execution = deploy_while_it_sleeps(before_the_deployment, after)
+    assert (execution.status, execution.attempt) == ("failed", 1)
+    assert failure(execution).error_class == class_name(StepMismatch)
+    assert f'{execution.task} was woken by step "pause", and ' in failure(execution).message
+    assert [step.name for step in execution.steps.all()] == ["pause"]
+    assert "woken" not in said(execution).replace("was woken by", "")
+
+
+def endless(suspend: Callable[[ExecutionContext, str], Any]) -> Any:
+    numbers = iter(range(1_000))
+
+    @durable
+    def body(ctx: ExecutionContext) -> None:
+        suspend(ctx, f"step-{next(numbers)}")
+
+    return body
+
+
+@pytest.mark.parametrize(
+    "suspend",
+    [
+        lambda ctx, name: ctx.invoke(name, scenarios.echo),
+        lambda ctx, name: ctx.sleep(name, 60),
+        lambda ctx, name: ctx.map(name, scenarios.echo, [1, 2]),
+        lambda ctx, name: ctx.map(name, scenarios.echo, []),
+        lambda ctx, name: ctx.gather(ctx.start(name, scenarios.echo)),
+        lambda ctx, name: ctx.wait_for(name, "never", timeout=60),
+    ],
+    ids=["invoke", "sleep", "map", "empty-map", "gather", "wait_for"],
+)
+def test_new_names_run_after_run_fail_the_execution(suspend: Callable[[ExecutionContext, str], Any]) -> None:
+    execution = run(endless(suspend))
+    assert (execution.status, execution.attempt) == ("failed", 1)
+    assert failure(execution).error_class == class_name(StepMismatch)
+    assert f"So it was {executor.MAX_RUNS_ASTRAY} times in a row." in failure(execution).message
+    opened = execution.steps.exclude(kind="start").count()
+    assert opened == executor.MAX_RUNS_ASTRAY
+
+
+def test_an_operators_retry_of_what_has_become_deterministic_goes_on() -> None:
+    task = endless(lambda ctx, name: ctx.sleep(name, 60))
+    execution = run(task)
+
+    def mended(ctx: ExecutionContext) -> str:
+        for number in range(3):
+            ctx.invoke(f"mended-{number}", scenarios.echo)
+        return "mended"
+
+    redeploy(task, mended)
+    api.retry(execution.pk)
+    go_on()
+    assert reload(execution).get_result() == "mended"
+
+
+def test_two_versions_side_by_side_do_not_count_as_new_names_for_ever(caplog: Any) -> None:
+    """Each comes to its own step; what the other one waited for it does not know."""
+
+    def first(ctx: ExecutionContext) -> str:
+        for number in range(3):
+            ctx.sleep(f"first-{number}", 60)
+        return "first"
+
+    def second(ctx: ExecutionContext) -> str:
+        for number in range(3):
+            ctx.sleep(f"second-{number}", 60)
+        return "second"
+
+    task = durable(first)
+    execution = start(task)
+    for number in range(5):
+        redeploy(task, first if number % 2 else second)
+        advance(61)
+    assert reload(execution).status == "waiting"
+    assert len(lines(caplog)) == 5
+    redeploy(task, second)
+    while reload(execution).status == "waiting":
+        advance(61)
+    assert reload(execution).get_result() == "second"
+
+
+@pytest.mark.usefixtures("strict")
+def test_a_step_named_by_the_attempt_is_no_other_way(caplog: Any) -> None:
+    @durable(max_retries=2, retry_backoff=False, default_retry_delay=0)
+    def body(ctx: ExecutionContext) -> int:
+        ctx.invoke(f"try-{ctx.attempt}", scenarios.echo)
+        ctx.map(f"none-{ctx.attempt}", scenarios.echo, [])
+        if ctx.attempt < 3:
+            raise ConnectionError
+        return ctx.attempt
+
+    assert run(body).get_result() == 3
+    assert lines(caplog) == []

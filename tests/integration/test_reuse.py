@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from celery._state import _task_stack
 from celery.fixups.django import DjangoWorkerFixup
-from django.db import connection
+from django.db import connection, transaction
 
-from conductor_app import reuse
+from conductor_app import durable_runs, reuse
 from project.celery import app
 from tests.app import plain, scenarios
 
@@ -23,6 +23,7 @@ pytestmark = pytest.mark.django_db(transaction=True)
 def fixup(monkeypatch: pytest.MonkeyPatch) -> DjangoWorkerFixup:
     """Celery's fixup, as a worker has it."""
     monkeypatch.setattr(DjangoWorkerFixup, "close_database", DjangoWorkerFixup.close_database)
+    monkeypatch.setattr(durable_runs, "renew_connections", durable_runs.renew_connections)
     reuse.install()
     reuse.install()  # once more, as a second worker in this process would
     return DjangoWorkerFixup(app)
@@ -69,6 +70,16 @@ def test_a_connection_that_an_error_has_broken_is_not_kept(
     connection.errors_occurred = True
     monkeypatch.setattr(connection, "is_usable", lambda: False)
     assert not run(fixup, scenarios.echo._get_current_object())
+
+
+def test_no_connection_is_closed_inside_of_a_block(fixup: DjangoWorkerFixup, max_age: Callable[[int], None]) -> None:
+    """Its transaction is a test case's, when a worker of ``celery.contrib.testing`` shares the connection with it."""
+    max_age(0)
+    with transaction.atomic():
+        assert run(fixup, scenarios.echo._get_current_object())
+        durable_runs.renew_connections()
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 1")
 
 
 def test_plain_tasks_are_left_to_celery(fixup: DjangoWorkerFixup, max_age: Callable[[int], None]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
-from collections import Counter
 from collections.abc import Iterator
 from time import monotonic
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from celery import current_app
 from django.db import OperationalError
 
 from conductor_app import announcements, clock, dispatch, signals, steps, transitions, worker
+from conductor_app.exceptions import Failure
 from conductor_app.maintenance import sweeper
 from conductor_app.models import Execution, FailedExecution, Step
 from conductor_app.states import ExecutionStatus, StepStatus
@@ -192,6 +192,19 @@ def test_a_message_that_the_broker_refuses_does_not_stop_the_others(
     assert sweeper.sweep() == {"published": 2}
     assert published == [execution.pk for execution in executions[1:]]
     assert fresh(executions[0]).dispatches == 1, "its own pause grows"
+
+
+def test_a_refused_message_is_noted_once_and_not_over_a_failure() -> None:
+    refusal = Failure(type="kombu.exceptions.ContentDisallowed", message="Worker w could not read its message: no")
+    execution, retried, begun = queued(), running(), running()
+    failure = Failure(type="builtins.ValueError", message="boom")
+    transitions.retry_later(retried, failure, 0)
+    assert transitions.note_refusal(execution.pk, refusal)
+    assert not transitions.note_refusal(execution.pk, refusal)
+    assert not transitions.note_refusal(retried.pk, refusal)
+    assert not transitions.note_refusal(begun.pk, refusal)
+    assert fresh(execution).error_message == refusal.message
+    assert (fresh(retried).error_message, fresh(begun).error) == ("boom", None)
 
 
 # Deadlines
@@ -417,7 +430,11 @@ def test_an_error_of_the_database_about_one_finding_does_not_stop_the_others(
             raise OperationalError(2013, "Lost connection to server during query")
         return decide(step)
 
+    def refuse_all(overdue: list[Step]) -> set[int]:
+        raise OperationalError(2013, "Lost connection to server during query")
+
     monkeypatch.setattr(transitions, "decide_overdue", refuse_one)
+    monkeypatch.setattr(transitions, "decide_overdue_together", refuse_all)
     pass_seconds(1_100)
     assert sweeper.sweep(publish=False) == {"overdue_steps": 1}
     (line,) = [record for record in caplog.records if "Sweeping" in record.message]
@@ -483,7 +500,7 @@ def test_a_worker_reclaims_only_after_it_has_looked_on_for_half_a_lease(monkeypa
         nonlocal asleep, falls_asleep_for
         allowed.append(reclaim)
         asleep, falls_asleep_for = asleep + falls_asleep_for, 0.0
-        return Counter()
+        return sweeper.Found()
 
     monkeypatch.setattr(sweeper, "sweep", sweep)
     thread = worker.SweeperThread(SimpleNamespace(app=current_app), worker.Shutdown())
@@ -537,7 +554,7 @@ def test_a_sweep_that_fails_is_repeated_at_once_and_then_after_a_pause(monkeypat
         thread._tick()
         pauses.append(thread._next_sweep > monotonic())
     assert pauses == [False, True, True]
-    monkeypatch.setattr(sweeper, "sweep", lambda **_options: Counter())
+    monkeypatch.setattr(sweeper, "sweep", lambda **_options: sweeper.Found())
     thread._next_sweep = 0.0
     thread._tick()
     monkeypatch.setattr(sweeper, "sweep", refuse)
@@ -598,3 +615,49 @@ def test_a_worker_is_fed_when_half_of_that_is_worked_off(
     worker.SweeperThread(SimpleNamespace(app=current_app), worker.Shutdown())._feed()
     assert asked == fetched
     assert worker.news.spare == spare
+
+
+# ---------------------------------------------------------------------------------------------------- what is due next
+
+
+def _asleep(seconds: float) -> None:
+    run = running()
+    assert transitions.suspend(run, transitions.Sleep("nap", seconds=seconds))
+
+
+def test_the_next_deadline_is_known_before_it_has_passed() -> None:
+    assert sweeper.due_in(60) is None
+    _asleep(50)
+    _asleep(20)
+    assert sweeper.due_in(60) == pytest.approx(20, abs=5)
+    assert sweeper.due_in(1) is None
+
+
+def test_so_is_the_next_execution_that_becomes_due_but_not_the_next_repetition_of_a_message() -> None:
+    queued()
+    assert sweeper.due_in(60) is None
+    queued(countdown=30)
+    assert sweeper.due_in(60) == pytest.approx(30, abs=5)
+    assert sweeper.due_in(60, publish=False) is None
+
+
+def test_what_has_passed_is_the_sweeps_and_not_the_nexts() -> None:
+    _asleep(-1)
+    assert sweeper.due_in(60) is None
+
+
+def test_what_becomes_due_while_a_sweep_lasts_is_not_left_to_the_regular_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sweep has looked before, and the look ahead comes after."""
+    sweep = sweeper.sweep
+
+    def slow(**options: Any) -> Any:
+        found = sweep(**options)
+        _asleep(0.002)
+        return found
+
+    monkeypatch.setattr(sweeper, "sweep", slow)
+    monkeypatch.setattr(worker, "news", worker.News())
+    thread = worker.SweeperThread(SimpleNamespace(app=current_app), worker.Shutdown())
+    thread._sweep()
+    thread._look_ahead()
+    assert worker.news._next_due - monotonic() < 1

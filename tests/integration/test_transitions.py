@@ -10,7 +10,7 @@ import pytest
 from django.db import IntegrityError, OperationalError, connection, transaction
 from django.test.utils import CaptureQueriesContext
 
-from conductor_app import clock, dispatch, steps, transitions
+from conductor_app import api, clock, dispatch, steps, transitions
 from conductor_app.exceptions import CancelExecution, Failure, LeaseLost, RetryRefused
 from conductor_app.ids import created_at
 from conductor_app.models import Execution, FailedExecution, Step
@@ -74,6 +74,13 @@ def flag(execution: Execution) -> Execution:
     """Ask for it to be cancelled."""
     assert transitions.request_cancel(execution.pk, "enough")
     return execution
+
+
+def cancelled_with_result() -> Execution:
+    """It was to be cancelled, and returned a result all the same."""
+    run = flag(running())
+    assert transitions.cancel_running(run, result='"done"')
+    return run
 
 
 def succeeded(**fields: Any) -> Execution:
@@ -224,8 +231,8 @@ def test_a_run_that_has_lost_its_execution_writes_nothing(write: str) -> None:
         assert not FailedExecution.objects.filter(pk=run.pk).exclude(message="another failure").exists()
 
 
-@pytest.mark.parametrize("write", ["invoke", "map", "sleep", "wait on", "retry later"])
-def test_a_run_that_is_to_be_cancelled_does_not_go_on_waiting(write: str) -> None:
+@pytest.mark.parametrize("write", ["invoke", "map", "sleep", "wait on", "retry later", "succeed", "fail"])
+def test_a_run_that_is_to_be_cancelled_neither_waits_nor_ends_otherwise(write: str) -> None:
     run = flag(running())
     before = snapshot()
     with pytest.raises(CancelExecution):
@@ -233,13 +240,98 @@ def test_a_run_that_is_to_be_cancelled_does_not_go_on_waiting(write: str) -> Non
     assert snapshot() == before
 
 
-@pytest.mark.parametrize(
-    ("write", "status"), [("succeed", "succeeded"), ("fail", "failed"), ("release", "queued"), ("cancel", "cancelled")]
-)
-def test_a_run_that_ends_before_it_notices_a_cancel_ends_as_it_does(write: str, status: str) -> None:
+@pytest.mark.parametrize(("write", "status"), [("release", "queued"), ("cancel", "cancelled")])
+def test_a_run_that_is_to_be_cancelled_may_be_released(write: str, status: str) -> None:
     run = flag(running())
     WRITES[write](run)
     assert fresh(run).status == status
+
+
+def test_a_cancelled_run_keeps_its_result_and_a_retry_adopts_it() -> None:
+    run = cancelled_with_result()
+    row = fresh(run)
+    assert (row.status, row.get_result(), row.error_message) == ("cancelled", "done", "Cancelled: enough")
+    transitions.reopen(run.pk)
+    adopted = fresh(run)
+    assert (adopted.status, adopted.get_result(), adopted.error, adopted.cancel_reason) == (
+        "succeeded",
+        "done",
+        None,
+        "",
+    )
+    assert (adopted.cancel_requested_at, adopted.finished_at, adopted.attempt) == (None, row.finished_at, 1)
+    with pytest.raises(RetryRefused, match="is succeeded"):
+        transitions.reopen(run.pk)
+
+
+def test_a_retry_adopts_the_result_of_a_cancelled_child_and_queues_its_parent() -> None:
+    parent, child = family()
+    api.cancel(parent)
+    assert transitions.cancel_running(child, result='"late"')
+    assert (fresh(parent).status, step_of(parent).status) == ("cancelled", "cancelled")
+    transitions.reopen(parent.pk)
+    assert [fresh(row).status for row in (parent, child)] == ["queued", "succeeded"]
+    assert steps.recall(parent.pk)["child"].get_result() == "late"
+
+
+def test_a_retry_adopts_the_results_of_cancelled_children_of_a_map_and_runs_the_others() -> None:
+    parent = running()
+    assert transitions.suspend(parent, map_of(parent, 3))
+    first, second, third = [claimed(row) for row in Execution.objects.filter(parent=parent).order_by("position")]
+    api.cancel(parent)
+    assert transitions.cancel_running(first, result="1")
+    assert transitions.cancel_running(second)
+    assert transitions.cancel_running(third, result="3")
+    transitions.reopen(parent.pk)
+    assert [fresh(row).status for row in (parent, first, second, third)] == [
+        *("waiting", "succeeded", "queued", "succeeded"),
+    ]
+    assert step_of(parent).remaining == 1
+    transitions.succeed(claimed(second), "2")
+    assert fresh(parent).status == "queued"
+
+
+def test_a_map_of_which_all_cancelled_children_had_results_goes_on_at_once() -> None:
+    parent = running()
+    assert transitions.suspend(parent, map_of(parent, 2))
+    children = [claimed(row) for row in Execution.objects.filter(parent=parent)]
+    api.cancel(parent)
+    for child in children:
+        assert transitions.cancel_running(child, result="1")
+    transitions.reopen(parent.pk)
+    assert (fresh(parent).status, step_of(parent).status) == ("queued", "succeeded")
+
+
+def test_what_a_cancelled_root_with_a_result_had_started_goes_on_with_a_retry() -> None:
+    root = running()
+    transitions.start_child(root, invocation(root))
+    api.cancel(root)
+    assert transitions.cancel_running(root, result="1")
+    child = Execution.objects.get(parent=root)
+    api.cancel(root)
+    transitions.cancel_flagged(child.pk)
+    assert fresh(child).status == "cancelled"
+    transitions.reopen(root.pk)
+    assert [fresh(row).status for row in (root, child)] == ["succeeded", "queued"]
+
+
+def test_who_asks_for_the_end_of_a_late_child_is_obeyed() -> None:
+    """For its parent's timeout alone it would keep a success."""
+    parent, child = family(timeout=60)
+    make_overdue(parent)
+    assert transitions.decide_overdue(step_of(parent))
+    assert api.cancel(child, reason="enough")
+    assert fresh(child).cancel_reason == "enough"
+    with pytest.raises(CancelExecution):
+        transitions.succeed(child, '"late"')
+
+
+def test_a_late_child_that_fails_is_cancelled_as_the_timeout_wanted() -> None:
+    parent, child = family(timeout=60, max_attempts=1)
+    make_overdue(parent)
+    assert transitions.decide_overdue(step_of(parent))
+    with pytest.raises(CancelExecution):
+        transitions.fail(child, FAILURE)
 
 
 def test_a_step_of_a_run_that_is_to_be_cancelled_is_remembered_all_the_same() -> None:
@@ -281,6 +373,7 @@ MOVES: list[tuple[str, str, Callable[[], Execution], Callable[[Execution], objec
     ("failed", "waiting", lambda: failed_by_child()[0], lambda row: transitions.reopen(row.pk)),
     ("cancelled", "queued", cancelled, lambda row: transitions.reopen(row.pk)),
     ("cancelled", "waiting", lambda: cancelled_with_child()[0], lambda row: transitions.reopen(row.pk)),
+    ("cancelled", "succeeded", cancelled_with_result, lambda row: transitions.reopen(row.pk)),
 ]
 
 
@@ -409,15 +502,16 @@ def test_a_child_that_ends_wakes_its_parent_once(end: str) -> None:
 
 @pytest.mark.parametrize("end", ENDS)
 def test_a_child_that_ends_after_its_parent_changes_only_itself_and_the_step(end: str) -> None:
-    act, outcome = ENDS[end]
+    act, _outcome = ENDS[end]
     parent, child = family(max_attempts=1)
     assert transitions.cancel_flagged(flag(parent).pk)
-    if end == "dies for the last time":
-        outcome = StepStatus.CANCELLED  # as its parent was, and it with it
     before = Execution.objects.filter(pk=parent.pk).values().get()
-    act(child)
+    try:
+        act(child)
+    except CancelExecution:
+        assert transitions.cancel_running(child)
     assert Execution.objects.filter(pk=parent.pk).values().get() == before
-    assert step_of(parent).status == outcome
+    assert step_of(parent).status == StepStatus.CANCELLED, "as its parent was, and it with it"
 
 
 def test_a_timed_out_step_keeps_its_outcome_and_the_late_child_keeps_its_result() -> None:
@@ -427,7 +521,7 @@ def test_a_timed_out_step_keeps_its_outcome_and_the_late_child_keeps_its_result(
     assert fresh(parent).status == ExecutionStatus.QUEUED
     assert fresh(child).cancel_requested_at is not None
     transitions.succeed(child, '"late"')
-    assert fresh(child).get_result() == "late"
+    assert (fresh(child).status, fresh(child).get_result()) == ("succeeded", "late")
     assert step_of(parent).status == StepStatus.TIMED_OUT
     assert not transitions.decide_overdue(step_of(parent))
 

@@ -21,7 +21,7 @@ import pytest
 from celery.signals import task_failure
 from django.db import OperationalError, connection, connections
 
-from conductor_app import clock, dispatch, durable, executor, inline, leases, sql
+from conductor_app import clock, dispatch, durable, executor, inline, leases, owners, sql
 from conductor_app.leases import Lease
 from conductor_app.models import Execution
 from project.celery import app
@@ -113,6 +113,9 @@ def current_actor() -> Actor | None:
 
 class Keeper:
     """In the place of ``leases.keeper``: renews when it is told to."""
+
+    def watch(self) -> None:
+        """Nothing hangs here."""
 
     @contextmanager
     def hold(self, execution: Execution, on_loss: Callable[[], None]) -> Iterator[Lease]:
@@ -218,7 +221,7 @@ class Stage:
         monkeypatch.setattr(durable, "new_root_id", self._new_root_id)
         monkeypatch.setattr(executor, "keeper", Keeper())
         monkeypatch.setattr(executor, "is_draining", lambda: self.world.is_draining)
-        monkeypatch.setattr(executor, "lease_owner", lambda request: getattr(current_actor(), "name", "nobody"))
+        monkeypatch.setattr(owners, "lease_owner", lambda hostname: getattr(current_actor(), "name", "nobody"))
         # Nobody waits for anything: what is repeated is repeated at once.
         impatient = types.SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda seconds: None)
         monkeypatch.setattr(sql, "time", impatient)

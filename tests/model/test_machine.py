@@ -234,6 +234,9 @@ class Machine(RuleBasedStateMachine):
         wrong = invariants.violations()
         wrong += [f"{row} waits for nothing" for row in Execution.objects.all().waiting_for_nothing()]
         wrong += self._changed_decisions()
+        # Else what a rule does to the lease of a process would meet none.
+        running = Execution.objects.filter(status="running").values_list("lease_owner", flat=True)
+        wrong += [f"{owner} is no process of the model" for owner in running if "/" in owner]
         assert not wrong, "\n".join(wrong)
 
     def _changed_decisions(self) -> Iterator[str]:

@@ -18,10 +18,19 @@ OPERATOR = "tests/integration/test_operator_retry.py"
 CONTEXT = "tests/integration/test_context.py"
 FAILURES = "tests/integration/test_failures.py"
 REPLAY = "tests/integration/test_replay.py"
+REMEMBERED = "tests/integration/test_remembered.py"
+POSTPONING = "tests/integration/test_postponing.py"
 HAND_OFF = "tests/integration/test_hand_off.py"
+ENDINGS = "tests/integration/test_endings.py"
+FORKS = "tests/integration/test_forks.py"
+LOST_CONNECTIONS = "tests/integration/test_lost_connections.py"
+OWNERS = "tests/unit/test_owners.py"
+SOFT_LIMITS = "tests/unit/test_soft_limits.py"
+INTERRUPTED = "tests/integration/test_interrupted_statements.py"
 FAN_IN = "tests/races/test_fan_in.py"
 RACING_EVENTS = "tests/races/test_events.py"
 HOLDERS = "tests/races/test_holders.py"
+LOCKED_ROWS = "tests/races/test_locked_rows.py"
 OPERATORS = "tests/races/test_operators.py"
 OUTCOMES = "tests/races/test_outcomes.py"
 SWEEPERS = "tests/races/test_sweepers.py"
@@ -29,6 +38,13 @@ WAKE_UPS = "tests/races/test_wake_ups.py"
 HASTENING = "tests/integration/test_hastening.py"
 PLAIN = "tests/integration/test_plain.py"
 AMNESIA = "tests/acceptance/test_database_amnesia.py"
+SECRETS = "tests/integration/admin/test_secrets.py"
+NARROWED = "tests/integration/admin/test_narrowed.py"
+THREATS = "tests/security/test_threats.py"
+EAGER = "tests/integration/test_eager.py"
+CALLS = "tests/integration/test_calls.py"
+WAITING = "tests/integration/test_waiting.py"
+HEADERS = "tests/integration/test_headers.py"
 
 #: What PostgreSQL runs in the place of some of the other transitions.
 STATEMENTS = "transitions/statements.py"
@@ -194,6 +210,121 @@ MUTANTS = [
         "guards.persist(work)",
         (COMMITS,),
     ),
+    # --- what is remembered
+    Mutant(
+        "remember no error of an atomic step",
+        "context.py",
+        "                self._unrecorded = (step, done.error)\n",
+        "",
+        (REMEMBERED,),
+    ),
+    Mutant(
+        "let a body catch an error of ours",
+        "context.py",
+        "            self._ending = EndAttempt(error)\n            raise self._ending from None\n",
+        "            raise\n",
+        (REMEMBERED,),
+    ),
+    Mutant(
+        "let a body swallow an error of ours",
+        "executor.py",
+        "        error = context.ending\n",
+        "        pass\n",
+        (REMEMBERED,),
+    ),
+    Mutant(
+        "run no atomic step again that was undone",
+        "transitions/running.py",
+        "        elif sql.is_undone(error) or (attempt.has_acted and sql.is_conflict(error)):\n",
+        "        elif attempt.has_acted and sql.is_conflict(error):\n",
+        (REMEMBERED,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "run an atomic step again that is done",
+        "transitions/running.py",
+        "        if attempt.has_acted and (recorded :=",
+        "        if not attempt.has_acted and (recorded :=",
+        (REMEMBERED,),
+    ),
+    Mutant(
+        "run an atomic step again for another database",
+        "transitions/running.py",
+        "        if connection.in_atomic_block or not attempt.is_of_ours:\n",
+        "        if connection.in_atomic_block:\n",
+        (REMEMBERED,),
+    ),
+    Mutant(
+        "run an atomic step again that is to be cancelled",
+        "transitions/running.py",
+        "            sql.pause_after_conflict(conflicts)\n        check_held(execution)\n",
+        "            sql.pause_after_conflict(conflicts)\n",
+        (REMEMBERED,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "replay a result that is gone as None",
+        "serialization.py",
+        "    if not text:\n        raise lost()\n",
+        "    if not text:\n        return None\n",
+        (REMEMBERED,),
+    ),
+    Mutant(
+        "replay an error that is gone as another one",
+        "steps.py",
+        '        if self.error is None and self.status == StepStatus.FAILED:\n            raise self.lost("error")\n',
+        "",
+        (REMEMBERED,),
+    ),
+    Mutant(
+        "call a body with arguments that it does not take",
+        "executor.py",
+        'misfit = "" if arguments is None else task.misfit(*arguments)',
+        'misfit = ""',
+        (POSTPONING,),
+    ),
+    Mutant(
+        "let a base class make an error of arguments that the body does not take",
+        "durable_runs.py",
+        '                executor.put_off_misfit(started, is_eager=request["is_eager"])\n',
+        "                pass\n",
+        (POSTPONING,),
+    ),
+    Mutant(
+        "put off for ever",
+        "transitions/postponing.py",
+        "    if is_limited and (now - since).total_seconds() >= MAX_SECONDS:\n        return None, 0.0\n",
+        "",
+        (POSTPONING,),
+    ),
+    Mutant(
+        "put off what another message's task names",
+        "transitions/postponing.py",
+        "filter(pk=execution_id, task=task).claimable()",
+        "filter(pk=execution_id).claimable()",
+        (POSTPONING,),
+    ),
+    Mutant(
+        "put off what is not due or not queued",
+        "transitions/postponing.py",
+        "filter(pk=execution_id, task=task).claimable()",
+        "filter(pk=execution_id, task=task)",
+        (POSTPONING,),
+    ),
+    Mutant(
+        "put off what is to be cancelled",
+        "transitions/postponing.py",
+        "                cancel_requested=False,\n",
+        "",
+        (POSTPONING,),
+    ),
+    Mutant(
+        "let Celery record a failure of an unknown task",
+        "worker.py",
+        "        if dispatch.HEADER not in headers:\n            return original(self, body, message, exc)\n",
+        "        return original(self, body, message, exc)\n",
+        (POSTPONING,),
+    ),
     # --- cancelling
     Mutant(
         "suspend what is to be cancelled",
@@ -205,9 +336,114 @@ MUTANTS = [
     Mutant(
         "retry what is to be cancelled",
         "transitions/running.py",
-        "                cancel_requested=False,\n",
-        "",
+        "status=ExecutionStatus.QUEUED,\n                cancel_requested=False,\n",
+        "status=ExecutionStatus.QUEUED,\n",
         (TRANSITIONS, CANCEL),
+    ),
+    Mutant(
+        "let what is to be cancelled succeed",
+        "transitions/running.py",
+        "                cancel_requested=False,\n                # A late",
+        "                # A late",
+        (TRANSITIONS, CANCEL),
+    ),
+    Mutant(
+        "refuse the success of a late child",
+        "transitions/running.py",
+        "                is_late=True,\n",
+        "",
+        (TRANSITIONS,),
+    ),
+    Mutant(
+        "let what is to be cancelled fail",
+        "transitions/failing.py",
+        "(execution, cancel_requested=False, **failed",
+        "(execution, **failed",
+        (TRANSITIONS, CANCEL),
+    ),
+    Mutant(
+        "leave the wait of a cancelled execution to its deadline",
+        "transitions/cancelling.py",
+        "            steps.end_waits(execution_id, _cancel_error(flagged))\n",
+        "",
+        (CANCEL,),
+    ),
+    Mutant(
+        "let a retry skip the sleep that a cancel has ended",
+        "transitions/reopening.py",
+        "            steps.resume_sleep(step)\n            waits = True\n",
+        "            pass\n",
+        (CANCEL,),
+    ),
+    Mutant(
+        "let a retry overlook the wait that a cancel has ended",
+        "transitions/reopening.py",
+        "        or (step.status == StepStatus.CANCELLED and",
+        "        or (False and",
+        (CANCEL,),
+    ),
+    Mutant(
+        "forget what a cancelled body returned",
+        "transitions/cancelling.py",
+        "running=True), **kept)",
+        "running=True))",
+        (TRANSITIONS, CANCEL),
+    ),
+    Mutant(
+        "run again what has returned and whose cancellation was withdrawn",
+        "transitions/cancelling.py",
+        "        if result is None:\n            running.release",
+        "        if True:\n            running.release",
+        (OPERATORS,),
+    ),
+    Mutant(
+        "let a late child's success stand against who cancels it",
+        "transitions/cancelling.py",
+        "        .filter(pk=execution_id)\n        .open()\n        .unasked()\n",
+        "        .filter(pk=execution_id, cancel_requested_at__isnull=True)\n        .open()\n",
+        (TRANSITIONS,),
+    ),
+    Mutant(
+        "run a body again that has returned",
+        "transitions/reopening.py",
+        "    if execution.has_kept_result:\n",
+        "    if False:\n",
+        (TRANSITIONS, CANCEL),
+    ),
+    Mutant(
+        "wait for a child whose result is adopted",
+        "transitions/reopening.py",
+        "    if child.status == ExecutionStatus.SUCCEEDED or not (yield _let_go_on(child)):\n",
+        "    if child.status == ExecutionStatus.SUCCEEDED or (yield _let_go_on(child)) is None:\n",
+        (TRANSITIONS, CANCEL),
+    ),
+    Mutant(
+        "wait for the children of a map whose results are adopted",
+        "transitions/reopening.py",
+        "    undone = [child for child in without_success if not child.has_kept_result]\n",
+        "    undone = without_success\n",
+        (TRANSITIONS,),
+    ),
+    Mutant(
+        "begin a step while the worker shuts down",
+        "context.py",
+        "            self._give_way()\n            self._ask_unless",
+        "            self._ask_unless",
+        (CONTEXT,),
+    ),
+    Mutant(
+        "begin a step without a look at the database",
+        "context.py",
+        "            self._ask_unless_asked_within(STEP_FRESH_SECONDS)\n",
+        "",
+        (CONTEXT,),
+    ),
+    Mutant(
+        "start a child while the worker shuts down",
+        "context.py",
+        "            wait = remembered\n            self._give_way()\n",
+        "            wait = remembered\n",
+        (CONTEXT,),
     ),
     Mutant(
         "start a child of what is to be cancelled",
@@ -219,8 +455,8 @@ MUTANTS = [
     Mutant(
         "wait for an event although it is to be cancelled",
         "transitions/suspending.py",
-        "    if running.lock_held(execution):\n        raise CancelExecution\n    return sending",
-        "    running.lock_held(execution)\n    return sending",
+        "    if running.lock_held(execution):\n        raise CancelExecution\n    step = steps",
+        "    running.lock_held(execution)\n    step = steps",
         (TRANSITIONS, EVENTS),
     ),
     Mutant(
@@ -240,8 +476,8 @@ MUTANTS = [
     Mutant(
         "flag what has ended",
         "transitions/cancelling.py",
-        "        .open()\n        .update(cancel_requested_at=clock.now()",
-        "        .update(cancel_requested_at=clock.now()",
+        "        .open()\n        .unasked()\n        .update(cancel_requested_at=clock.now()",
+        "        .unasked()\n        .update(cancel_requested_at=clock.now()",
         (TRANSITIONS, CANCEL),
     ),
     Mutant(
@@ -272,13 +508,50 @@ MUTANTS = [
         "children.open().exclude(status=ExecutionStatus.RUNNING)",
         (TRANSITIONS, PARALLEL),
     ),
+    # --- rows that somebody has locked
+    Mutant(
+        "wait for a locked row in the background",
+        "sql.py",
+        "            if limit is not None and (_is_locked(error)",
+        "            if limit is not None and False and (_is_locked(error)",
+        (LOCKED_ROWS,),
+    ),
+    Mutant(
+        "decide together whatever becomes of the child",
+        "transitions/recovering.py",
+        " or step.child_id in children]\n",
+        " or step.child_id]\n",
+        (LOCKED_ROWS,),
+    ),
+    Mutant(
+        "decide together although the execution is locked",
+        "transitions/recovering.py",
+        "if step.execution_id in free and step.pk in pending]",
+        "if step.pk in pending]",
+        (LOCKED_ROWS,),
+    ),
+    Mutant(
+        "take a lease away as soon as its row is not locked any more",
+        "maintenance/sweeper.py",
+        "        if time.monotonic() - left.free_since < conductor_settings().HEARTBEAT_SECONDS:\n",
+        "        if time.monotonic() - left.free_since < 0:\n",
+        (LOCKED_ROWS,),
+    ),
+    Mutant(
+        "take a lease for lost whose row is locked",
+        "leases.py",
+        "for pk, fence, flag in held.values_list(*columns)} if passed_over else {}\n",
+        "for pk, fence, flag in held.none().values_list(*columns)}\n",
+        (HOLDERS, LOCKED_ROWS),
+    ),
     # --- waking
     Mutant(
         "wake with a condition on the status",
         "transitions/waking.py",
-        "        Execution.objects.using(database()).filter(pk=execution_id),\n        (*dispatch",
-        "        Execution.objects.using(database()).filter(pk=execution_id, status=ExecutionStatus.WAITING),\n"
-        "        (*dispatch",
+        "    _wake(Execution.objects.using(database()).filter(pk=execution_id), root_id)\n",
+        "    _wake(\n"
+        "        Execution.objects.using(database()).filter(pk=execution_id, status=ExecutionStatus.WAITING), root_id\n"
+        "    )\n",
         (WAKE_UPS,),
     ),
     Mutant(
@@ -409,7 +682,7 @@ MUTANTS = [
     Mutant(
         "do not look for maps and gathers whose children are not in flight",
         "maintenance/sweeper.py",
-        "    ids += [step.execution_id for step in steps.in_vain(conductor_settings().SWEEP_BATCH)]\n",
+        "    ids += [step.execution_id for step in steps.in_vain(conductor_settings().SWEEP_BATCH, root_id=root_id)]\n",
         "",
         (PARALLEL,),
     ),
@@ -445,8 +718,8 @@ MUTANTS = [
     Mutant(
         "wait although the event is there",
         "transitions/suspending.py",
-        "    return sending.deliver(steps.open_event(execution, wait.step, wait.event, timeout=wait.timeout))\n",
-        "    steps.open_event(execution, wait.step, wait.event, timeout=wait.timeout)\n    return False\n",
+        "    if sending.deliver(step):\n        return True\n    if wait.timeout != 0:",
+        "    if wait.timeout != 0:",
         (EVENTS,),
     ),
     # --- the sweeper
@@ -552,8 +825,8 @@ MUTANTS = [
     Mutant(
         "publish before the commit",
         "dispatch.py",
-        "        transaction.on_commit(lambda: publish_all(executions), using=database(), robust=True)\n",
-        "        publish_all(executions)\n",
+        "        transaction.on_commit(lambda: publish_all(told), using=database(), robust=True)\n",
+        "        publish_all(told)\n",
         (DISPATCH,),
     ),
     # --- an operator's retry
@@ -574,8 +847,8 @@ MUTANTS = [
     Mutant(
         "reopen what has changed meanwhile",
         "transitions/reopening.py",
-        "        .filter(pk=execution.pk, status=execution.status, fence=execution.fence)\n",
-        "        .filter(pk=execution.pk)\n",
+        ".filter(pk=execution.pk, status=execution.status, fence=execution.fence)\n",
+        ".filter(pk=execution.pk)\n",
         (OPERATORS,),
     ),
     Mutant(
@@ -669,8 +942,8 @@ MUTANTS = [
     Mutant(
         "blame the execution that was delivered for a death",
         "worker.py",
-        "        if self.worker_pid is not None and self._is_running_in(int(self.worker_pid)):\n            news",
-        "        if self.worker_pid is not None:\n            news",
+        "if pid is not None and self._is_running_in(int(pid)):",
+        "if pid is not None:",
         (HAND_OFF,),
     ),
     Mutant(
@@ -755,9 +1028,17 @@ MUTANTS = [
     Mutant(
         "suspend at once what is to be cancelled",
         STATEMENTS,
-        "{_HELD} AND cancel_requested_at IS NULL",
-        "{_HELD}",
+        "{_HELD} AND cancel_requested_at IS NULL\n        RETURNING id",
+        "{_HELD}\n        RETURNING id",
         (TRANSITIONS,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "succeed at once although it is to be cancelled",
+        STATEMENTS,
+        '{_HELD} AND cancel_requested_at IS NULL\n"""',
+        '{_HELD}\n"""',
+        (TRANSITIONS, OUTCOMES),
         on_postgres=True,
     ),
     Mutant(
@@ -1096,6 +1377,31 @@ MUTANTS = [
         on_postgres=True,
     ),
     Mutant(
+        "a message says whether a plain child's result is kept",
+        "plain_runs.py",
+        'execution.get_options().get("ignore_result", task.ignore_result)',
+        'request["ignore_result"]',
+        (PLAIN,),
+    ),
+    Mutant(
+        "an error callback's own arguments are taken for the failure's",
+        "announcements.py",
+        "    if not errback.immutable and (errback.args or errback.kwargs):",
+        "    if False:",
+        ("tests/acceptance/test_canvas.py",),
+    ),
+    Mutant(
+        "an error callback that raises keeps the others from being called",
+        "announcements.py",
+        """        except Exception:
+            logger.exception("Error callback %s of %s raised an exception.", errback.task, request.id)
+""",
+        """        except Exception:
+            raise
+""",
+        ("tests/acceptance/test_canvas.py",),
+    ),
+    Mutant(
         "let an announcement inside of a transaction be forgotten, and what else is in that",
         "announcements.py",
         "is_alone = is_transaction(database())",
@@ -1154,7 +1460,7 @@ MUTANTS = [
     Mutant(
         "leave a parent whose suspension was forgotten to its lease",
         "executor.py",
-        "            on_loss()\n",
+        "        started.lease.on_loss()\n",
         "",
         (AMNESIA,),
         on_postgres=True,
@@ -1182,5 +1488,445 @@ MUTANTS = [
         "status=ExecutionStatus.SUCCEEDED)",
         (AMNESIA,),
         on_postgres=True,
+    ),
+    Mutant(
+        "take an error of an atomic step's COMMIT for one of its function",
+        "transitions/running.py",
+        "                self.is_of_ours = True\n",
+        "                pass\n",
+        (REMEMBERED,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "leave open what a body has left open",
+        "executor.py",
+        "    found = context._left_open(error)\n",
+        "    found: list[str] = []\n",
+        (ENDINGS,),
+    ),
+    Mutant(
+        "go on with a connection that the soft time limit has struck in the middle of a statement",
+        "soft_limits.py",
+        "                sessions.close_interrupted(frame)\n",
+        "                pass\n",
+        (INTERRUPTED,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "lose a soft time limit that comes in a finalizer",
+        "soft_limits.py",
+        "        if _is_in_finalizer(frame):\n",
+        "        if False:\n",
+        (SOFT_LIMITS,),
+    ),
+    Mutant(
+        "claim on a connection that the task before has left open",
+        "durable_runs.py",
+        '            left_open.clear(f"{task.name}[{task_id}]")\n',
+        "",
+        (ENDINGS,),
+    ),
+    Mutant(
+        "record a step whose function has left a transaction open",
+        "context.py",
+        "        self._must_be_closed(self._watch.added(), call)\n",
+        "",
+        (ENDINGS,),
+    ),
+    Mutant(
+        "leave a run to its lease that has not come as far as its body",
+        "durable_runs.py",
+        "        return outcome if started.is_over else _settle(started, outcome)\n",
+        "        return outcome\n",
+        (ENDINGS,),
+    ),
+    Mutant(
+        "let a body begin inside of a transaction that its base class has opened",
+        "executor.py",
+        "    if found := started.watch.added():\n",
+        "    if found := []:\n",
+        (ENDINGS,),
+    ),
+    Mutant(
+        "store how a run has ended inside of a transaction that a hook has left open",
+        "durable_runs.py",
+        "    error = outcome.info.retval if outcome.info else None\n    started.watch.clean()\n",
+        "    error = outcome.info.retval if outcome.info else None\n",
+        (ENDINGS,),
+    ),
+    Mutant(
+        "end a body that has caught a step's failure before that is remembered",
+        "context.py",
+        "        self.flush()\n        self._lease_must_hold()\n\n    def _must",
+        "        self._lease_must_hold()\n        self.flush()\n\n    def _must",
+        (REMEMBERED,),
+    ),
+    Mutant(
+        "take what is to end a process for a step's outcome",
+        "serialization.py",
+        "not issubclass(cls, (SystemExit, KeyboardInterrupt, GeneratorExit, ControlFlow))",
+        "True",
+        (REMEMBERED,),
+    ),
+    Mutant(
+        "let a checkpoint end a body that has caught a step's failure before that is remembered",
+        "context.py",
+        "        self.flush()\n        self._lease_must_hold()\n        self._give_way()",
+        "        self._lease_must_hold()\n        self._give_way()",
+        (REMEMBERED,),
+    ),
+    Mutant(
+        "leave a run to its lease whose last write has failed",
+        "executor.py",
+        '            report(started.execution, "could not end as it was to", error)\n',
+        "            raise\n",
+        (ENDINGS,),
+    ),
+    Mutant(
+        "fail a body that a shutdown ends",
+        "executor.py",
+        "    return is_draining() or isinstance(error, (WorkerShutdown, WorkerTerminate))\n",
+        "    return False\n",
+        (ENDINGS,),
+    ),
+    Mutant(
+        "believe a message's headers",
+        "durable_runs.py",
+        "lambda: request_of(execution, request, task_id)",
+        "lambda: request",
+        (ENDINGS,),
+    ),
+    Mutant(
+        "repeat a run for ever that changes nothing",
+        "inline.py",
+        "    if row.exists():\n",
+        "    if False:\n",
+        (ENDINGS,),
+    ),
+    Mutant(
+        "let a subclass of the admin open a private column",
+        "admin/base.py",
+        "        if access.is_private(self.model, lookup) and (request is None or not may_see_payloads(request)):\n"
+        "            return False\n",
+        "",
+        (SECRETS,),
+    ),
+    Mutant(
+        "look only at the first part of a lookup",
+        "admin/access.py",
+        "        model = field.related_model\n    return False",
+        "        return False\n    return False",
+        (SECRETS,),
+    ),
+    Mutant(
+        "take lookups of a filter's column that the filter does not know",
+        "admin/changelist.py",
+        'raise DisallowedModelAdminLookup(f"Filtering by {name} not allowed")',
+        "pass",
+        (SECRETS,),
+    ),
+    Mutant(
+        "tell messages to who may not see them",
+        "story.py",
+        'row.error = dump_failure(Failure(type=load_failure(row.error).type, message=""))',
+        "pass",
+        (SECRETS,),
+    ),
+    Mutant(
+        "group failures by messages for who may not see them",
+        "admin/overview.py",
+        "causes.groups(sight.failures, with_messages=sight.with_messages)",
+        "causes.groups(sight.failures)",
+        (SECRETS,),
+    ),
+    Mutant(
+        "share the overview with who sees other rows",
+        "admin/overview.py",
+        "repr([self.with_messages, _as_text(self.executions), _as_text(self.failures)])",
+        "repr([self.with_messages])",
+        (NARROWED,),
+    ),
+    Mutant(
+        "share the overview with who may not see messages",
+        "admin/overview.py",
+        "repr([self.with_messages, _as_text(self.executions), _as_text(self.failures)])",
+        "repr([_as_text(self.executions), _as_text(self.failures)])",
+        (SECRETS,),
+    ),
+    Mutant(
+        "narrow executions alone",
+        "admin/base.py",
+        'return rows if seen is None else rows.filter(execution__in=seen.values("pk"))',
+        "return rows",
+        (NARROWED,),
+    ),
+    Mutant(
+        "link to executions that are not shown",
+        "admin/access.py",
+        "                setattr(row, name, None)",
+        "                pass",
+        (NARROWED,),
+    ),
+    Mutant(
+        "draw a tree with executions that are not shown",
+        "story.py",
+        "    return {key: row for key, row in tree.items() if key in found}",
+        "    return dict(tree)",
+        (NARROWED,),
+    ),
+    Mutant(
+        "import any module that a row names",
+        "tasks.py",
+        'any(f"{module_name}.".startswith(f"{config.name}.") for config in apps.get_app_configs())',
+        "module_name",
+        (THREATS,),
+    ),
+    Mutant(
+        "sweep everybody's on behalf of one tree",
+        "inline.py",
+        "sweeper.sweep(reclaim=False, publish=False, root_id=root_id)",
+        "sweeper.sweep(reclaim=False, publish=False)",
+        (EAGER,),
+    ),
+    Mutant(
+        "decide other trees' steps in an eager run",
+        "maintenance/sweeper.py",
+        "overdue = steps.overdue(limit, known, root_id)",
+        "overdue = steps.overdue(limit, known)",
+        (EAGER,),
+    ),
+    Mutant(
+        "expire other trees' executions in an eager run",
+        "maintenance/sweeper.py",
+        "_ids(executions.expired(), known)",
+        "_ids(_of(None).expired(), known)",
+        (EAGER,),
+    ),
+    Mutant(
+        "cancel other trees' flagged executions in an eager run",
+        "maintenance/sweeper.py",
+        "_ids(executions.to_cancel(), known)",
+        "_ids(_of(None).to_cancel(), known)",
+        (EAGER,),
+    ),
+    Mutant(
+        "tell Celery of other trees in an eager run",
+        "maintenance/sweeper.py",
+        "take_for_announcement(limit, root_id)",
+        "take_for_announcement(limit)",
+        (EAGER,),
+    ),
+    Mutant(
+        "lease by a clock that skips",
+        "transitions/claiming.py",
+        "LEASE_SECONDS, skipping=False)",
+        "LEASE_SECONDS)",
+        (EAGER,),
+    ),
+    Mutant(
+        "lease by a clock that skips, in one statement",
+        STATEMENTS,
+        "LEASE_SECONDS, skipping=False)",
+        "LEASE_SECONDS)",
+        (EAGER,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "give what an eager body starts the time that its tree has skipped",
+        "eager.py",
+        "tree is None or _is_outside.get() else tree.skipped",
+        "tree is None else tree.skipped",
+        (EAGER,),
+    ),
+    Mutant(
+        "publish nothing of what an eager body starts",
+        "eager.py",
+        "tree is not None and (not _is_outside.get() or root_id == tree.root_id)",
+        "tree is not None",
+        (EAGER,),
+    ),
+    Mutant(
+        "apply inside a body that a worker runs",
+        "durable.py",
+        "running.task is not None and running.task.request.is_eager)",
+        "running.task is not None)",
+        (EAGER,),
+    ),
+    Mutant(
+        "drain a database of others",
+        "testing/driving.py",
+        "    if not any_database:\n",
+        "    if False:\n",
+        (EAGER,),
+    ),
+    Mutant(
+        "take another call of one id for a repetition",
+        "calls.py",
+        "    return execution.task == task and caller.name in known and not is_too_old",
+        "    return True",
+        (CALLS,),
+    ),
+    Mutant(
+        "take a repetition for another call of one id",
+        "calls.py",
+        "    return execution.task == task and caller.name in known and not is_too_old",
+        "    return False",
+        (CALLS,),
+    ),
+    Mutant(
+        "take a frozen id literally",
+        "calls.py",
+        "return nobody() if is_frozen else None",
+        "return None",
+        (CALLS,),
+    ),
+    Mutant(
+        "take every id for a canvas's",
+        "calls.py",
+        "return nobody() if is_frozen else None",
+        "return nobody()",
+        (CALLS,),
+    ),
+    Mutant(
+        "know a message of others by its id alone",
+        "calls.py",
+        "    if parent_id is None or _is_of(known, task, caller):",
+        "    if True:",
+        (CALLS,),
+    ),
+    Mutant(
+        "fail a callback under the id of another call",
+        "announcements.py",
+        "if task_id and not self._is_known(task_id)]",
+        "if task_id]",
+        (CALLS,),
+    ),
+    Mutant(
+        "leave what has another id than it was revoked by",
+        "calls.py",
+        'if row.get_options().get("celery_id") == str(execution_id))]',
+        "if False)]",
+        (CALLS,),
+    ),
+    Mutant(
+        "apply nothing to an id that is taken",
+        "durable.py",
+        "calls.create(new, calls.nobody())",
+        "calls.create(new, None)",
+        (CALLS,),
+    ),
+    # --- connections and owners
+    Mutant(
+        "send no message twice",
+        "dispatch.py",
+        "    for is_second in (False, True):\n",
+        "    for is_second in (True,):\n",
+        (DISPATCH,),
+    ),
+    Mutant(
+        "take a new connection's failure for a dead one's",
+        "dispatch.py",
+        "                if not is_kept or time",
+        "                if is_second or time",
+        (DISPATCH,),
+    ),
+    Mutant(
+        "trust a connection that was idle for long",
+        "dispatch.py",
+        " or time.monotonic() - used_at < IDLE_SECONDS:",
+        " or True:",
+        (DISPATCH,),
+    ),
+    Mutant(
+        "let a forked process go on with its parent's database connection",
+        "forks.py",
+        "        connection.connection = None\n",
+        "",
+        (FORKS,),
+    ),
+    Mutant(
+        "let a forked process go on with its parent's broker connections",
+        "forks.py",
+        "    pool._resource, pool._dirty = LifoQueue(), set()\n",
+        "",
+        (FORKS,),
+    ),
+    Mutant(
+        "take another worker of the same name for oneself",
+        "owners.py",
+        "    return pid is not None and owner == lease_owner(hostname, pid)\n",
+        "    return pid is not None and node_name(owner) == hostname\n",
+        (OWNERS,),
+    ),
+    Mutant(
+        "take an execution whose commit got no answer for somebody else's",
+        "transitions/creating.py",
+        "            return existing if tries == 1 or existing.pk != new.id else None\n",
+        "            return existing\n",
+        (LOST_CONNECTIONS,),
+    ),
+    Mutant(
+        "note a refused message over an earlier failure",
+        "transitions/recovering.py",
+        "status=ExecutionStatus.QUEUED, error=None)\n",
+        "status=ExecutionStatus.QUEUED)\n",
+        (SWEEPER,),
+    ),
+    Mutant(
+        "refuse to wait for what an earlier transaction has created",
+        "sql.py",
+        "    return is_open and kept[0] is connection.atomic_blocks[0] and key in kept[1]",
+        "    return bool(kept) and key in kept[1]",
+        (WAITING,),
+    ),
+    Mutant(
+        "wait for what this transaction has created",
+        "transitions/creating.py",
+        "    note_created(using, row.pk)\n",
+        "",
+        (WAITING,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "let a later message say which headers a plain child sees",
+        "plain_runs.py",
+        "            **_with_headers(request, headers.kept_by(execution)),\n",
+        "            **request,\n",
+        (HEADERS,),
+    ),
+    Mutant(
+        "let a receiver win over the headers of the call",
+        "headers.py",
+        "    headers = {**found, **given}\n",
+        "    headers = {**given, **found}\n",
+        (HEADERS,),
+    ),
+    Mutant(
+        "let children inherit what speaks of their parent's message",
+        "headers.py",
+        "for name, value in (headers or {}).items() if not _is_foreign(name)}",
+        "for name, value in (headers or {}).items()}",
+        (HEADERS,),
+    ),
+    Mutant(
+        "leave current what a receiver of before_task_publish has begun",
+        "headers.py",
+        "            return copy_context().run(_show_message, row)\n",
+        "            return _show_message(row)\n",
+        (HEADERS,),
+    ),
+    Mutant(
+        "raise a soft time limit inside a receiver of before_task_publish",
+        "headers.py",
+        "    with uninterrupted():  # Celery would swallow a soft time limit that is raised in a receiver\n",
+        "    if True:\n",
+        (HEADERS,),
+    ),
+    Mutant(
+        "keep for ever what a tracer begins at a publish",
+        "headers.py",
+        '            if getattr(receiver, "__module__", None) in modules:\n',
+        "            if False:\n",
+        (HEADERS,),
     ),
 ]

@@ -309,8 +309,8 @@ def test_an_event_that_is_sent_while_the_execution_is_cancelled_is_refused(race:
     assert cancelling.go_on().result() is True
     assert sender.outcome() is ExecutionFinished
     assert not Event.objects.exists()
-    # The step that the sender had settled is as it was.
-    assert step_of(execution, "approval").status == StepStatus.PENDING
+    # The step that the sender had settled was decided by the cancellation instead.
+    assert step_of(execution, "approval").status == StepStatus.CANCELLED
     assert len(snapshot()) == len(before)
 
 

@@ -79,9 +79,12 @@ def test_a_heartbeat_that_comes_after_the_reclaim_notices(race: Race) -> None:
     lapse(run)
     lease = leases.Lease(run)
     losing = race.hold("sweeper", transitions.lose, run.pk)
-    renewing = race.start("heartbeat", leases.renew, [lease]).wait_blocked(by=losing)
+    assert race.start("heartbeat", leases.renew, [lease]).result() == [lease], "it waits for no row"
+    assert not lease.lost, "that is not decided yet"
+    renewing = race.start("heartbeat", leases.renew_locked, lease, 20).wait_blocked(by=losing)
     assert losing.go_on().result() is True
     renewing.result()
+    leases.renew([lease])
     assert lease.lost
     row = fresh(run)
     assert (row.status, row.attempt, row.lease_expires_at) == (ExecutionStatus.QUEUED, 2, None)

@@ -85,6 +85,37 @@ def test_a_body_that_notices_a_withdrawn_cancellation_runs_again(race: Race) -> 
     assert fresh(parent).status == ExecutionStatus.QUEUED
 
 
+def test_a_result_of_a_run_whose_cancellation_is_withdrawn_just_then_is_a_success(race: Race) -> None:
+    parent, child = running_child_of_a_cancelled_parent()
+    ending = race.start(
+        "child",
+        lambda: transitions.cancel_running(child, result="1"),
+        stop="before transitions.cancelling.flag_children",
+    ).wait_stopped()
+    race.start("operator", transitions.reopen, parent.pk).result()
+    assert ending.go_on().result() is None
+    assert (fresh(child).status, step_of(parent).status) == (ExecutionStatus.SUCCEEDED, StepStatus.SUCCEEDED)
+    assert fresh(parent).status == ExecutionStatus.QUEUED
+
+
+@isolations
+def test_a_retry_during_a_cancelled_end_adopts_its_result(race: Race, isolation: IsolationLevel | None) -> None:
+    parent, child = running_child_of_a_cancelled_parent()
+    ending = race.hold("child", lambda: transitions.cancel_running(child, result="1"), isolation=isolation)
+    retrying = race.start("operator", transitions.reopen, parent.pk, isolation=isolation).wait_blocked(by=ending)
+    ending.go_on().result()
+    retrying.result()
+    assert (fresh(child).status, step_of(parent).status) == (ExecutionStatus.SUCCEEDED, StepStatus.SUCCEEDED)
+    assert fresh(parent).status == ExecutionStatus.QUEUED
+
+
+def running_child_of_a_cancelled_parent() -> tuple[Execution, Execution]:
+    parent, child = family()
+    assert api.cancel(parent)
+    assert fresh(child).cancel_requested_at is not None
+    return parent, child
+
+
 def test_a_retry_during_the_cancellation_runs_the_child_again(race: Race) -> None:
     parent, child = timed_out("cancel")
     cancelling = race.hold("child", transitions.cancel_running, child)
@@ -102,11 +133,16 @@ def test_a_retry_and_a_grandchilds_end_do_not_wait_for_each_other(race: Race) ->
     grandchild = claimed(invoke(child))
     api.cancel(root)
     assert fresh(child).status == ExecutionStatus.CANCELLED
-    ending = race.hold("grandchild", transitions.succeed, grandchild, "1", stop="before transitions.waking.wake")
+    ending = race.hold(
+        "grandchild",
+        lambda: transitions.cancel_running(grandchild, result="1"),
+        stop="before transitions.waking.wake",
+    )
     retrying = race.start("operator", transitions.reopen, root.pk).wait_blocked(by=ending)
     ending.go_on().result()
     retrying.result()
     assert not race.conflicts()
+    assert fresh(grandchild).status == ExecutionStatus.SUCCEEDED, "the retry adopts what its body had returned"
     assert fresh(child).status == ExecutionStatus.QUEUED, "its step has succeeded: it goes on"
     assert fresh(root).status == ExecutionStatus.WAITING
 

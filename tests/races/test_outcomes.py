@@ -8,15 +8,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import pytest
+from django.db import transaction
 
 from conductor_app import api, clock, transitions
-from conductor_app.exceptions import LeaseLost
+from conductor_app.exceptions import CancelExecution, LeaseLost
 from conductor_app.maintenance import sweeper
 from conductor_app.models import Execution, FailedExecution, Step
 from conductor_app.states import ExecutionStatus, StepStatus
 from tests.races.harness import BEFORE_COMMIT, IsolationLevel, Race
 from tests.support import history
-from tests.support.executions import FAILURE, claimed, families, fresh, invoke, running, step_of
+from tests.support.executions import FAILURE, claimed, families, fresh, invoke, mapping, running, starting, step_of
 from tests.support.invariants import violations
 
 pytestmark = pytest.mark.races
@@ -48,15 +49,26 @@ def make_family() -> Family:
     return Family(root, parent, child, step_of(parent))
 
 
-def end(act: Callable[[], object]) -> None:
-    """A run that has lost its lease gives up."""
+def end(run: Execution, act: Callable[[], object], result: str | None = None) -> None:
+    """A run that is to be cancelled ends so; one that has lost its lease gives up."""
     with suppress(LeaseLost):
-        act()
+        try:
+            act()
+        except CancelExecution:
+            transitions.cancel_running(run, result=result)
+
+
+def complete(run: Execution) -> None:
+    end(run, lambda: transitions.succeed(run, "1"), "1")
+
+
+def fail(run: Execution) -> None:
+    end(run, lambda: transitions.fail(run, FAILURE))
 
 
 ACTS: dict[str, Callable[[Family], object]] = {
-    "complete": lambda family: end(lambda: transitions.succeed(family.child, "1")),
-    "fail": lambda family: end(lambda: transitions.fail(family.child, FAILURE)),
+    "complete": lambda family: complete(family.child),
+    "fail": lambda family: fail(family.child),
     "time out": lambda family: transitions.decide_overdue(family.step),
     "lose": lambda family: transitions.lose(family.child.pk),
     "cancel child": lambda family: api.cancel(family.child.pk),
@@ -155,13 +167,68 @@ def test_a_child_that_completes_while_it_times_out_keeps_its_result(race: Race) 
 def test_cancel_and_completion_never_wait_for_each_other(race: Race) -> None:
     """Child before parent, everywhere: PostgreSQL finds no deadlock."""
     pairs = families(200)
-    with race.rounds(lambda pair: transitions.succeed(pair[1], "1"), lambda pair: api.cancel(pair[0].pk)) as play:
+    with race.rounds(lambda pair: complete(pair[1]), lambda pair: api.cancel(pair[0].pk)) as play:
         for pair in pairs:
             assert play(pair) == [None, True]
     assert not race.conflicts()
     parents, children = zip(*pairs, strict=True)
     assert statuses(parents) == {ExecutionStatus.CANCELLED}
-    assert statuses(children) == {ExecutionStatus.SUCCEEDED}
+    assert statuses(children) <= {ExecutionStatus.SUCCEEDED, ExecutionStatus.CANCELLED}
+    assert {fresh(child).get_result() for child in children} == {1}
+
+
+@pytest.mark.parametrize("kind", ["root", "child", "started child", "child of a map"])
+@pytest.mark.parametrize("isolation", [None, IsolationLevel.REPEATABLE_READ], ids=["read committed", "repeatable read"])
+@pytest.mark.parametrize("act", [complete, fail], ids=["complete", "fail"])
+def test_who_was_told_that_it_will_be_cancelled_is_not_told_of_another_end(
+    race: Race, act: Callable[[Execution], None], isolation: IsolationLevel | None, kind: str
+) -> None:
+    """Of a cancel and an end the first one counts, and `cancel` says which that was."""
+    ended = {complete: ExecutionStatus.SUCCEEDED, fail: ExecutionStatus.FAILED}[act]
+    result = 1 if act is complete else None
+    run = run_of(kind)
+    cancelling = race.hold("operator", cancel, run, isolation=isolation)
+    ending = race.start("worker", act, run, isolation=isolation).wait_blocked(by=cancelling)
+    assert cancelling.go_on().result() is True
+    ending.result()
+    assert (fresh(run).status, fresh(run).get_result()) == (ExecutionStatus.CANCELLED, result)
+    assert not FailedExecution.objects.filter(pk=run.pk).exists()
+
+    run = run_of(kind)
+    ending = race.hold("worker 2", act, run, isolation=isolation)
+    cancelling = race.start("operator 2", api.cancel, run.pk, isolation=isolation).wait_blocked(by=ending)
+    ending.go_on().result()
+    assert cancelling.result() is False
+    assert (fresh(run).status, fresh(run).get_result()) == (ended, result)
+    assert set(race.conflicts()) <= {"40001"}
+    assert not violations()
+
+
+def test_a_cancel_and_a_suspension_leave_no_child_behind(race: Race) -> None:
+    run = running()
+    cancelling = race.hold("operator", cancel, run)
+    suspending = race.start("worker", lambda: end(run, lambda: invoke(run))).wait_blocked(by=cancelling)
+    assert cancelling.go_on().result() is True
+    suspending.result()
+    assert fresh(run).status == ExecutionStatus.CANCELLED
+    assert not run.children.exists()
+
+
+def cancel(run: Execution) -> bool:
+    """Ask for its end, in a transaction that an actor can stop at."""
+    with transaction.atomic():
+        return api.cancel(run.pk)
+
+
+def run_of(kind: str) -> Execution:
+    root = running()
+    if kind == "root":
+        return root
+    if kind == "child":
+        return claimed(invoke(root))
+    if kind == "started child":
+        return starting(1)[1][0]
+    return claimed(mapping(2)[1][0])
 
 
 def statuses(executions: Iterable[Execution]) -> set[str]:

@@ -8,7 +8,7 @@ import pytest
 from django.db import transaction
 
 from conductor_app import api, transitions
-from conductor_app.exceptions import LeaseLost
+from conductor_app.exceptions import CancelExecution, LeaseLost
 from conductor_app.models import Execution, FailedExecution
 from conductor_app.states import ExecutionStatus
 from tests.races.harness import Race
@@ -73,13 +73,15 @@ def test_a_run_that_ends_while_it_is_given_up_has_one_outcome(race: Race, first:
     assert not violations()
 
 
-def test_a_cancel_that_meets_a_claim_lets_the_body_run_to_its_end(race: Race) -> None:
+def test_a_cancel_that_meets_a_claim_lets_the_body_run_to_its_end_and_keeps_what_it_returned(race: Race) -> None:
     child = plain_child()
     claiming = race.hold("worker", claim, child, "w@h/1")
     cancelling = race.start("operator", api.cancel, child.pk).wait_blocked(by=claiming)
     run = claiming.go_on().result()
     assert cancelling.result()
     assert fresh(child).status == ExecutionStatus.RUNNING
-    transitions.succeed(run, "1")
-    assert fresh(child).status == ExecutionStatus.SUCCEEDED
+    with pytest.raises(CancelExecution):
+        transitions.succeed(run, "1")
+    assert transitions.cancel_running(run, result="1")
+    assert (fresh(child).status, fresh(child).get_result()) == (ExecutionStatus.CANCELLED, 1)
     assert not violations()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from kombu.serialization import loads as decode
 
 import conductor_app
 from conductor_app import ExecutionContext, api, durable_task
+from conductor_app.exceptions import UnknownTask
 from conductor_app.models import Execution, FailedExecution
+from conductor_app.tasks import find
 from conductor_app.testing import drain
 from tests.support.executions import queued
 
@@ -96,18 +99,39 @@ def test_the_engine_marks_nothing_safe_and_imports_nothing_by_name() -> None:
     forbidden = re.compile(
         r"\bmark_safe\b|\|\s*safe\b|\bautoescape off\b|\bimport_string\(|\b(pickle|yaml)\.|\beval\(|\bexec\("
     )
-    #: Runs a task of ``django.tasks`` by its path, and only as the child of an execution that says so.
-    checked = {"tasks.py"}
     root = ROOT / "conductor_app"
-    files = [path for path in root.rglob("*") if path.suffix in {".py", ".html"}]
+    # What ``scopes`` imports is named by a setting.
+    files = [path for path in root.rglob("*") if path.suffix in {".py", ".html"} and path.name != "scopes.py"]
     assert len(files) > 40
     found = [
         f"{path.relative_to(root)}:{number}: {line.strip()}"
         for path in files
         for number, line in enumerate(path.read_text().splitlines(), 1)
-        if forbidden.search(line.partition("#")[0]) and path.name not in checked
+        if forbidden.search(line.partition("#")[0])
     ]
     assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "path", ["this.s", "antigravity.fly_unittest", "os.no_such", "no.such", "tasks", "", ".", "..x"]
+)
+def test_a_stored_path_imports_no_module_that_is_not_the_projects(path: str) -> None:
+    assert not {"this", "antigravity"} & set(sys.modules)
+    with pytest.raises(UnknownTask, match="CELERY_IMPORTS"):
+        find(path)
+    assert not {"this", "antigravity"} & set(sys.modules)
+
+
+def test_a_stored_path_finds_what_installed_apps_have_and_nothing_that_a_module_makes_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = "conductor_app.management.subcommands.prune"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    assert find(f"{name}.Prune") is sys.modules[name].Prune
+    for lazy in ("conductor_app.ChildFailed", "conductor_app.management.no_such.thing"):
+        vars(conductor_app).pop("ChildFailed", None)
+        with pytest.raises(UnknownTask):
+            find(lazy)
 
 
 def test_who_may_only_see_executions_can_do_nothing_to_them(client: Any, django_user_model: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from celery import Celery
@@ -25,17 +26,24 @@ def stranger() -> Celery:
     return other
 
 
-def take(queue: str | None = None) -> Any:
-    """Take one message from a queue."""
+def take(queue: str | None = None, *, is_wanted: Callable[[Any], bool] = lambda _message: True) -> Any:
+    """Take one message from a queue, past those that other tests have left."""
     with app.connection_for_read() as connection, connection.channel() as channel:
         bound = app.amqp.queues[queue or app.conf.task_default_queue](channel)
-        return wait_until(lambda: bound.get(no_ack=True), message="There is no message")
+
+        def look() -> Any:
+            while (message := bound.get(no_ack=True)) is not None:
+                if is_wanted(message):
+                    return message
+            return None
+
+        return wait_until(look, message="There is no message")
 
 
 def doorbell(execution: Execution) -> Any:
     """Publish an execution's own message, and take it."""
     assert dispatch.publish(execution)
-    return take(execution.queue)
+    return take(execution.queue, is_wanted=lambda message: message.headers["id"] == str(execution.pk))
 
 
 def deliver(message: Any) -> Request:

@@ -16,6 +16,7 @@ from conductor_app.models import Event, Execution, FailedExecution, Step
 from conductor_app.states import OnTimeout
 from conductor_app.transitions import Invocation, Map, NewExecution, Sleep
 from project.celery import app
+from tests.app.models import Ledger
 
 TASK = "tests.app.scenarios.echo"
 OWNER = "test@host/1"
@@ -32,7 +33,7 @@ def committing(blocker: Any) -> Iterator[None]:
         try:
             yield
         finally:
-            for model in (ChordCounter, TaskResult, Event, Step, FailedExecution):
+            for model in (ChordCounter, TaskResult, Event, Step, FailedExecution, Ledger):
                 model.objects.all()._raw_delete("default")
             for depth in sorted(set(Execution.objects.values_list("depth", flat=True)), reverse=True):
                 Execution.objects.filter(depth=depth)._raw_delete("default")

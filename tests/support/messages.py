@@ -25,6 +25,8 @@ def ring(
     times: int = 1,
     queue: str = app.conf.task_default_queue,
     connection: Connection | None = None,
+    headers: dict[str, Any] | None = None,
+    **forged: Any,
 ) -> None:
     """Publish the message that says that an execution is due; on this process's usual connection by default."""
     for _ in range(times):
@@ -33,8 +35,9 @@ def ring(
             task_id=str(execution_id),
             queue=queue,
             ignore_result=True,
-            headers={HEADER: DOORBELL},
+            headers={HEADER: DOORBELL, **(headers or {})},
             connection=connection,
+            **forged,
         )
 
 

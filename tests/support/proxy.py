@@ -18,7 +18,8 @@ class Proxy:
     """Hands bytes through to the server of a URL, while it is open.
 
     Closed, it ends every connection and refuses new ones, as a server does that was shut down. Silenced, it takes
-    connections and bytes and answers nothing, as a network does that drops packets.
+    connections and bytes and answers nothing, as a network does that drops packets. Abandoned, the connections that it
+    has never say or end anything again, and new ones are served: the address belongs to another host by now.
     """
 
     def __init__(self, url: str) -> None:
@@ -37,6 +38,9 @@ class Proxy:
         self.commits_cut = 0
         self._lock = threading.Lock()
         self._sockets: set[socket.socket] = set()
+        #: Connections that are older than this are abandoned.
+        self._generation = 0
+        self._is_over = threading.Event()
         self._speaks = threading.Event()
         self._speaks.set()
         self._serve()
@@ -64,10 +68,15 @@ class Proxy:
         """Let it answer again; connections that have asked meanwhile are ended."""
         self._speaks.set()
 
+    def abandon(self) -> None:
+        """Never speak again on the connections that are there."""
+        self._generation += 1
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._is_over.set()
         self.close()
         self.speak()
 
@@ -96,11 +105,15 @@ class Proxy:
 
     def _pump(self, client: socket.socket, server: socket.socket) -> None:
         """Copy bytes both ways until one side ends, or the proxy ends it."""
+        generation = self._generation
         with selectors.DefaultSelector() as selector:
             selector.register(client, selectors.EVENT_READ, server)
             selector.register(server, selectors.EVENT_READ, client)
             while True:
                 for key, _ in selector.select():
+                    if generation != self._generation:
+                        self._is_over.wait()  # nor is an end passed on
+                        return
                     if not (data := key.fileobj.recv(65_536)):  # type: ignore[union-attr]
                         return
                     if not self._speaks.is_set():

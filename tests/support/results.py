@@ -48,13 +48,14 @@ def using(url: str) -> Iterator[dict[str, str]]:
         yield {"CELERY_RESULT_BACKEND": url}
     finally:
         if url.startswith("redis"):
-            keys = [app.backend.get_key_for_task(pk) for pk in Execution.objects.values_list("pk", flat=True)]
+            keys = [app.backend.get_key_for_task(str(pk)) for pk in Execution.objects.values_list("pk", flat=True)]
             app.backend.client.delete("nothing", *keys)
         _switch(before)
 
 
 def _switch(url: str) -> None:
-    app.conf.result_backend = url
+    # By its name in Django's settings, which Celery 5.6 looks for first.
+    app.conf.changes["CELERY_RESULT_BACKEND"] = url
     app._backend_cache = None
     if hasattr(app._local, "backend"):
         del app._local.backend

@@ -18,8 +18,14 @@ from django.db import connection
 
 from tests.support.polling import wait_until
 
-#: For a test that has to hold on each pool; it takes the argument ``pool``.
-pools = pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+#: For a test that has to hold on each pool; it takes the argument ``pool``. gevent is not installed everywhere.
+pools = pytest.mark.parametrize(
+    "pool",
+    [
+        pytest.param(pool, marks=pytest.mark.gevent) if pool == "gevent" else pool
+        for pool in os.environ.get("CONDUCTOR_TEST_POOLS", "prefork threads solo").split()
+    ],
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 PR_SET_PDEATHSIG = 1
@@ -35,11 +41,13 @@ class Worker:
 
     Args:
         log_path: The file that receives the worker's output.
-        pool: ``prefork``, ``threads`` or ``solo``.
+        pool: ``prefork``, ``threads``, ``solo`` or ``gevent``.
         queues: Queues to consume; the default queue if empty.
         conductor: ``CONDUCTOR`` keys for this worker alone, over those of ``tests.settings``; JSON values.
         env: More environment variables.
         args: More arguments of ``celery worker``.
+        app: What stands after ``celery -A``.
+        prefix: A command that runs the worker, with its arguments.
     """
 
     def __init__(
@@ -52,13 +60,16 @@ class Worker:
         conductor: Mapping[str, Any] | None = None,
         env: Mapping[str, str] | None = None,
         args: Sequence[str] = (),
+        app: str = "project",
+        prefix: Sequence[str] = (),
     ) -> None:
         self.name = f"test-{os.getpid()}-{next(_numbers)}"
         self.pool = pool
         self.queues = tuple(queues)
         self.log_path = log_path
         self._command = [
-            *(sys.executable, "-m", "celery", "-A", "project", "worker"),
+            *prefix,
+            *(sys.executable, "-m", "celery", "-A", app, "worker"),
             f"--pool={pool}",
             f"--concurrency={concurrency}",
             f"--hostname={self.name}@%h",
@@ -180,6 +191,10 @@ class Worker:
     def log(self) -> str:
         """All that the worker has written so far."""
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+
+    def wait_for_log(self, text: str, timeout: float = 20) -> None:
+        """Wait until the worker has written ``text``: lines about an end come after its commit."""
+        wait_until(lambda: text in self.log, timeout, message=lambda: f"No {text!r} in the log:\n{self.log_tail()}")
 
     def log_tail(self, lines: int = 60) -> str:
         return "\n".join(self.log.splitlines()[-lines:])

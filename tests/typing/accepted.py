@@ -37,6 +37,12 @@ def refund(ctx: ExecutionContext, order_id: int) -> str:
     return "refunded"
 
 
+@durable_task(
+    name="shop.settle", time_limit=60, soft_time_limit=50.5, rate_limit="5/m", ignore_result=True, throws=KeyError
+)
+def settle(ctx: ExecutionContext) -> None: ...
+
+
 @shared_task
 def mail(order_id: int) -> bytes:
     return b""
@@ -45,8 +51,10 @@ def mail(order_id: int) -> bytes:
 class Tracked(DurableTask[..., Any]):
     """A base class of the user's own."""
 
+    tracker = ""
 
-@durable_task(base=Tracked)
+
+@durable_task(base=Tracked, tracker="a", max_retries=1)
 def tracked(ctx: ExecutionContext) -> None: ...
 
 
@@ -66,6 +74,8 @@ def fulfil(ctx: ExecutionContext, order_id: int) -> str:
     assert_type(ctx.step("keywords", save, order_id, receipt="R-1"), list[str])
     assert_type(ctx.atomic_step("atomic", save, 1, receipt=named["id"]), list[str])
     assert_type(ctx.step("lambda", lambda: {"a": 1}), dict[str, int])
+    assert_type(ctx.map("map", charge, [{"order_id": 1}]), list[dict[str, int]])
+    assert_type(ctx.map("signatures", refund.s().set(queue="bulk"), [1, 2]), list[str])
     ctx.sleep("nap", 60)
     approval: dict[str, str] = ctx.wait_for("approval", "approved", timeout=dt.timedelta(days=3))
     print(approval)
@@ -103,6 +113,7 @@ def outside() -> None:
     assert_type(charge.apply(kwargs={"order_id": 1}), EagerResult[dict[str, int]])
     assert_type(charge.s(1), Signature[dict[str, int]])
     charge.delay_on_commit(1)
+    charge.apply_async((1,), headers={"tenant": "a"}, time_limit=5, soft_time_limit=4, eta=dt.datetime.now(dt.UTC))
     result = refund.delay(1)
     assert_type(api.cancel(result, reason="no stock"), bool)
     api.cancel(result.id)

@@ -36,6 +36,10 @@ def fulfil(ctx: ExecutionContext, order_id: int) -> None:
     signed: str = ctx.invoke("signed", charge.s(1))  # E: assignment
     ctx.invoke("charge", charge, timeout="30")  # E: call-overload
     ctx.invoke(charge)  # E: call-overload
+    ctx.invoke(charge, {"order_id": 1})  # E: call-overload
+    ctx.invoke("charge", charge, on_timeout="ignore")  # E: call-overload
+    ctx.map("charges", charge, [], on_timeout="ignore")  # E: call-overload
+    ctx.start("start", charge, on_timeout="ignore")  # E: arg-type
     ctx.invoke("lambda", lambda: 1)  # E: call-overload
     ctx.invoke("charge", charge, {}, 30)  # E: call-overload
     ctx.step("save", save, order_id)  # E: call-arg
@@ -51,11 +55,16 @@ def fulfil(ctx: ExecutionContext, order_id: int) -> None:
 
 
 def outside() -> None:
+    durable_task(timeout=5)  # E: call-overload
+    durable_task(max_retries="3")  # E: call-overload
     charge.delay()  # E: call-arg
     charge.delay("7")  # E: arg-type
     charge.delay(1, notes="x")  # E: call-arg
     charge.delay(ctx=None, order_id=1)  # E: call-arg
     charge.apply_async((1,), idempotency_key=7)  # E: arg-type
+    charge.apply_async((1,), idempotencykey="7")  # E: call-arg
+    charge.apply_async((1,), timeout=5)  # E: call-arg
+    charge.apply_async((1,), countdown="5")  # E: arg-type
     wrong: int = charge.delay(1).get()  # E: assignment
     api.cancel(7)  # E: arg-type
     api.cancel("id", reason=5)  # E: arg-type

@@ -42,6 +42,7 @@ def test_every_key_can_be_set_and_keeps_its_type() -> None:
         for field in dataclasses.fields(ConductorSettings)
     }
     given |= {"METRICS": True, "METRICS_LISTEN": "127.0.0.1:9464", "METRICS_TOKEN": "s3cret", "TRACING": True}
+    given |= {"AROUND_BODY": "shop.tenancy.scope", "REPORTED_STATE": "STARTED"}
     settings = ConductorSettings.from_dict(given)
     assert dataclasses.asdict(settings) == given
     whole = ConductorSettings.from_dict({"LEASE_SECONDS": 90, "HEARTBEAT_SECONDS": 30})
@@ -64,7 +65,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(key: Any, hint: st
     message = refusal({key: 5})
     assert message.startswith(f'CONDUCTOR has an unknown key "{key}".')
     if hint is None:
-        assert " Known keys: AUDIT_SECONDS, " in message
+        assert " Known keys: AROUND_BODY, AUDIT_SECONDS, " in message
     else:
         assert message.endswith(hint)
 
@@ -93,6 +94,8 @@ def test_the_setting_is_a_dict(values: Any) -> None:
         ("MAX_DEPTH", 0, "must be greater than 0 and finite, got 0."),
         ("STRICT_REPLAY", 1, "must be True or False, got 1."),
         ("STRICT_REPLAY", "yes", "must be True or False, got 'yes'."),
+        ("REPORTED_STATE", "PROGRESS", """must be "SUSPENDED" or "STARTED", got 'PROGRESS'."""),
+        ("REPORTED_STATE", None, "must be printable ASCII text, got None."),
         ("METRICS_LISTEN", 9464, "must be printable ASCII text, got 9464."),
         ("METRICS_TOKEN", b"s3cret", "must be printable ASCII text, got other text or bytes."),
     ],

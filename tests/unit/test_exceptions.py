@@ -129,6 +129,8 @@ def test_only_errors_that_may_end_differently_are_retried() -> None:
         "ExecutionFailed",
         "ExecutionCancelled",
         "ExecutionFinished",
+        "NewerFormat",
+        "OutcomeLost",
         "RetryRefused",
         "RenameRefused",
     }

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 import uuid
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from celery import Celery
 
+from conductor_app import explain
 from conductor_app.explain import (
     Census,
     Situation,
@@ -73,7 +77,7 @@ def tell(row: Execution, *steps: Step, children: tuple[Execution, ...] = (), **m
 def test_a_waiting_parent_says_for_whom_since_when_and_until_when() -> None:
     told = tell(execution("waiting"), step(deadline_at=ahead(18)), children=(child("running"),))
     assert told == (
-        '⧗ Waiting for charge (step "charge") since 12 s ago. No worker is held. It resumes when that execution '
+        '◐ Waiting for charge (step "charge") since 12 s ago. No worker is held. It resumes when that execution '
         "finishes; times out at 14:05:18 (in 18 s). That execution is running, attempt 1 of 4."
     )
 
@@ -81,7 +85,7 @@ def test_a_waiting_parent_says_for_whom_since_when_and_until_when() -> None:
 def test_a_parent_whose_child_no_worker_takes_says_which_worker_to_start() -> None:
     told = tell(execution("waiting"), step(), children=(child("queued", due_at=ago(400)),))
     assert told == (
-        '⧗ Waiting for charge (step "charge"), which has been queued for 6 min: no worker took it from queue '
+        '◐ Waiting for charge (step "charge"), which has been queued for 6 min: no worker took it from queue '
         '"payments".\nStart a worker: celery -A shop worker -Q payments'
     )
 
@@ -94,14 +98,14 @@ def test_a_parent_that_waits_for_several_steps_names_them() -> None:
 
 def test_a_sleeper_says_until_when() -> None:
     told = tell(execution("waiting"), step(kind="sleep", name="nap", child_id=None, deadline_at=ahead(3_000)))
-    assert told == '⧗ Sleeping (step "nap") until 14:55:00 (in 50 min). No worker is held.'
+    assert told == '◐ Sleeping (step "nap") until 14:55:00 (in 50 min). No worker is held.'
 
 
 def test_one_who_waits_for_an_event_says_so() -> None:
     waits = step(kind="event", name="approval", task="approved", child_id=None, execution_id=ROOT)
     hint = f"Send it: manage.py conductor send {ROOT} approved --payload JSON"
     assert tell(execution("waiting"), waits) == (
-        '⧗ Waiting for the event "approved" (step "approval") since 12 s ago. No worker is held. '
+        '◐ Waiting for the event "approved" (step "approval") since 12 s ago. No worker is held. '
         f"It resumes when the event is sent.\n{hint}"
     )
     waits.deadline_at = ahead(18)
@@ -129,6 +133,16 @@ def test_a_retry_says_what_failed_and_when_the_next_try_is() -> None:
 def test_a_queued_execution_says_how_long_and_where() -> None:
     assert tell(execution("queued", due_at=ago(3))) == '○ Queued for 3.0 s in queue "celery".'
     assert tell(execution("queued", due_at=ahead(600))) == "○ Scheduled for 14:15:00 (in 10 min)."
+
+
+def test_a_message_that_a_worker_cannot_read_is_named() -> None:
+    refused = error("Worker celery@web1 could not read its message: no", "kombu.exceptions.ContentDisallowed")
+    row = execution("queued", due_at=ago(3), error=refused)
+    line = headline(Situation(row, NOW))
+    assert line.text == 'Queued for 3.0 s in queue "celery". Worker celery@web1 could not read its message: no.'
+    assert "conductor.E032" in line.hints[0]
+    row.error = error("no route", "builtins.ConnectionError")
+    assert tell(row) == '○ Queued for 3.0 s in queue "celery".'
 
 
 @pytest.mark.parametrize("fields", [{"due_at": ago(120)}, {"due_at": ago(1), "dispatches": 8}])
@@ -260,8 +274,8 @@ def test_a_label_is_a_shape_and_a_word() -> None:
     assert str(label(execution("queued"), NOW)) == "○ queued"
     assert str(label(execution("queued", due_at=ahead(5)), NOW)) == "○ scheduled"
     assert str(label(execution("queued", due_at=ahead(5), attempt=2), NOW)) == "↻ retrying"
-    assert str(label(execution("waiting"), NOW, [step(kind="sleep")])) == "⧗ sleeping"
-    assert str(label(execution("waiting"), NOW, [step(kind="sleep"), step()])) == "⧗ waiting"
+    assert str(label(execution("waiting"), NOW, [step(kind="sleep")])) == "◐ sleeping"
+    assert str(label(execution("waiting"), NOW, [step(kind="sleep"), step()])) == "◐ waiting"
     shown = {status: label(execution(status), NOW).mark for status in ("running", "succeeded", "failed", "cancelled")}
     assert shown == {"running": "▶", "succeeded": "✓", "failed": "✕", "cancelled": "⊘"}
 
@@ -293,3 +307,41 @@ def test_small_words() -> None:
     assert first_line("x" * 30, 10) == "x" * 9 + "…"
     assert first_line("red \x1b[31m and \u202e back\r\nforged") == "red \\x1b[31m and \\u202e back"
     assert instant(ago(86_400), NOW) == "2026-11-21 14:05:00"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0, "+0.000 s"),
+        (0.1234, "+0.123 s"),
+        (-1.5, "-1.500 s"),
+        (12.34, "+12.3 s"),
+        (61, "+1 min 1 s"),
+        (3_599.9, "+1 h 0 min"),
+        (7_260, "+2 h 1 min"),
+        (259_234.443, "+3 d 0 h"),
+    ],
+)
+def test_an_offset_is_readable_at_any_length(seconds: float, said: str) -> None:
+    assert explain.offset(seconds) == said
+
+
+def test_a_hint_names_what_celery_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    acme = Celery("acme", set_as_current=False)
+    monkeypatch.setattr(explain, "current_app", SimpleNamespace(_get_current_object=lambda: acme))
+
+    def project(**modules: dict[str, object]) -> None:
+        for name, attributes in modules.items():
+            module = ModuleType(name.replace("__", "."))
+            vars(module).update(attributes)
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    assert explain.app_to_load() == "acme"  # nowhere to be found: its name is the best guess
+    project(acme_urls={"celery_app": acme, "app": "another thing"})
+    assert explain.app_to_load() == "acme"  # celery -A acme_urls would take what is called app
+    project(acme_cfg__celery_app={"app": acme})
+    assert explain.app_to_load() == "acme_cfg.celery_app"
+    project(acme_cfg={"__path__": [], "celery_app": acme})
+    assert explain.app_to_load() == "acme_cfg"
+    project(acme={"__path__": []}, acme__celery={"app": acme})
+    assert explain.app_to_load() == "acme"

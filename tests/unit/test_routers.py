@@ -17,6 +17,7 @@ from conductor_app import ChildFailed, ExecutionContext, api, clock
 from conductor_app.models import Execution, FailedExecution, Step, database
 from tests.support.bodies import durable, go_on
 
+OURS = {"Event", "Execution", "FailedExecution", "Step"}
 SOURCES = sorted(Path(conductor_app.__file__).parent.rglob("*.py"))
 
 
@@ -108,13 +109,15 @@ def test_without_routers_it_is_the_default_database() -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=[path.stem for path in SOURCES])
 def test_every_query_of_the_engine_names_its_database(path: Path) -> None:
     """``Model.objects`` alone would read from a replica, where a router has one."""
-    if {"admin", "management", "migrations"} & {*path.parts, path.stem}:
+    if "migrations" in path.parts:
         return
     tree = ast.parse(path.read_text())
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     for node in ast.walk(tree):
         if not (isinstance(node, ast.Attribute) and node.attr in ("objects", "_base_manager", "_default_manager")):
             continue
+        if "admin" in path.parts and ast.unparse(node.value) not in OURS:
+            continue  # Django's log, the rows of the result backend
         follows = parents.get(node)
         assert isinstance(follows, ast.Attribute), f"{path.name}:{node.lineno}: a manager that is not asked for rows"
         subquery = path.stem == "querysets"

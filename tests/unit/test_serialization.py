@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import decimal
 import json
 import math
+import time
 import uuid
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
+import kombu.utils.json
 import pytest
+from django.core.exceptions import ValidationError
+from django.utils.translation import gettext_lazy
 from hypothesis import given
 from hypothesis import strategies as st
+from kombu.utils.json import register_type
 
-from conductor_app.exceptions import Failure, NotSerializable, PayloadTooLarge, StepFailed
+from conductor_app.exceptions import Failure, NewerFormat, NotSerializable, PayloadTooLarge, StepFailed
 from conductor_app.serialization import (
     MAX_NESTING,
     clean_text,
@@ -125,6 +132,71 @@ def test_short_arguments_that_are_equal_and_not_the_same_are_told_apart() -> Non
         assert dump_call([1], {"n": 1}, limit=20) == '[[1],{"n":1}]'
         with pytest.raises(PayloadTooLarge):
             dump_call([1], {"n": 1}, limit=5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Money:
+    """As a project's own type."""
+
+    cents: int
+    currency: str
+
+
+class Opaque:
+    """A type that cannot tell whether it is the same."""
+
+    def __init__(self, inside: Any = None) -> None:
+        self.inside = inside
+
+
+@pytest.fixture
+def registering(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a test register types with kombu, and forget them."""
+    monkeypatch.setattr(kombu.utils.json, "_encoders", dict(kombu.utils.json._encoders))
+    monkeypatch.setattr(kombu.utils.json, "_decoders", dict(kombu.utils.json._decoders))
+
+
+@pytest.mark.usefixtures("registering")
+def test_a_type_that_is_registered_with_kombu_is_stored_as_it_says() -> None:
+    price = Money(1_250, "EUR")
+    with pytest.raises(NotSerializable, match="is a Money"):
+        dumps(price, "payload")
+    register_type(Money, "shop.money", lambda money: [money.cents, money.currency], lambda parts: Money(*parts))
+    value = {"price": price, "all": [price, Money(0, "USD")]}
+    text = dumps(value, "payload")
+    assert json.loads(text)["price"] == {"__type__": "shop.money", "__value__": [1_250, "EUR"]}
+    assert loads(text) == value
+    # Stored before the type was registered here, it is a newer version's.
+    kombu.utils.json._decoders.pop("shop.money")
+    with pytest.raises(NewerFormat, match=r"shop\.money"):
+        loads(text)
+
+
+@pytest.mark.usefixtures("registering")
+@pytest.mark.parametrize(
+    ("encoder", "decoder", "text"),
+    [
+        (lambda opaque: opaque.inside, Opaque, "Its class needs an __eq__"),
+        (lambda opaque: opaque.inside, lambda inside: inside, "comes back from what is registered for it as None"),
+        (lambda opaque: {1, 2}, Opaque, r'payload\["it"\] is a set'),
+        (lambda opaque: "\x00", Opaque, "contains a NUL character"),
+        (lambda opaque: opaque.missing, Opaque, "is an Opaque"),
+        (lambda opaque: 1, lambda inside: inside.missing, "cannot be decoded again: AttributeError"),
+        (lambda opaque: opaque, Opaque, "is nested deeper than 100 levels"),
+    ],
+)
+def test_a_registered_type_that_would_not_come_back_is_refused(encoder: Any, decoder: Any, text: str) -> None:
+    register_type(Opaque, "opaque", encoder, decoder)
+    with pytest.raises(NotSerializable, match=text):
+        dumps({"it": Opaque()}, "payload")
+
+
+@pytest.mark.usefixtures("registering")
+def test_a_type_that_is_registered_without_a_marker_is_refused() -> None:
+    """Nothing could tell what comes back."""
+    register_type(Opaque, None, lambda opaque: "opaque")
+    with pytest.raises(NotSerializable, match="is an Opaque"):
+        dumps(Opaque(), "payload")
 
 
 def test_a_call_is_its_arguments() -> None:
@@ -299,6 +371,85 @@ def test_a_revived_exception_ignores_attributes_that_it_cannot_take() -> None:
     )
     assert type(revived) is Custom
     assert vars(revived) == {"x": 1}
+
+
+class Calls(Exception):
+    """Notes each call of what a row must not call."""
+
+    made: ClassVar[list[str]] = []
+
+    def __new__(cls, *args: object) -> Any:
+        cls.made.append("__new__")
+        return super().__new__(cls, *args)
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        self.made.append("__init__")
+        self.handle = object()
+
+    def __setstate__(self, state: object) -> None:
+        self.made.append("__setstate__")
+
+
+@pytest.mark.parametrize("is_partial", [True, False])
+@pytest.mark.parametrize("args", [(), ("echo pwned",), None])
+def test_no_constructor_is_called_by_a_name_that_was_stored(is_partial: bool, args: Any) -> None:
+    name = f"{__name__}.Calls"
+    nested = {"failure": {"type": name, "message": "no", "args": ["x"], "is_partial": is_partial}}
+    Calls.made.clear()
+    revived: Any = revive(
+        load_failure(dump_failure(Failure(name, "no", "", args, {"code": 7}, is_partial, {"first": nested})))
+    )
+    assert Calls.made == []
+    assert (type(revived), type(revived.first), revived.code) == (Calls, Calls, 7)
+
+
+def remembered(error: Exception) -> Any:
+    return revive(load_failure(dump_failure(describe(raised(error), 10_000))))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ValidationError("no", code="x", params={"limit": 7}),
+        lambda: ValidationError(gettext_lazy("Enter a valid value."), code="invalid"),
+        lambda: ValidationError(["no", ValidationError("never", code="y")]),
+        lambda: ValidationError({"name": ["no", ValidationError("never")], "age": ["old"]}),
+    ],
+)
+def test_an_exception_that_holds_others_or_itself_is_remembered_with_them(make: Callable[[], ValidationError]) -> None:
+    first, again = make(), remembered(make())
+    assert (type(again), str(again), repr(again), again.messages) == (
+        ValidationError,
+        str(first),
+        repr(first),
+        first.messages,
+    )
+    assert hasattr(again, "error_dict") is hasattr(first, "error_dict")
+    assert again == first
+
+
+def test_what_an_exception_holds_is_remembered_as_far_as_it_goes() -> None:
+    error = ValueError("outer")
+    inner = KeyError("inner")
+    inner.back, inner.more = error, [error, object()]  # type: ignore[attr-defined]
+    error.cause, error.stream, error.large = inner, object(), [KeyError("x" * 5_000)]  # type: ignore[attr-defined]
+    again = remembered(error)
+    assert (type(again.cause), again.cause.args) == (KeyError, ("inner",))
+    assert again.stream is again.large is None
+    assert isinstance(again.cause.more, list)
+    assert len(dump_failure(describe(raised(error), 10_000))) < 10_000
+
+
+def test_an_exception_that_holds_more_than_can_be_told_is_told_in_no_time() -> None:
+    error = ValueError("outer")
+    wide: list[Any] = [object()]
+    for _ in range(6):
+        wide = [wide] * 90
+    error.wide, error.many = wide, [KeyError()] * 1_000_000  # type: ignore[attr-defined]
+    begun = time.monotonic()
+    assert remembered(error).many is None
+    assert time.monotonic() - begun < 5
 
 
 def test_a_remembered_decimal_stays_a_decimal() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from conductor_app.soft_limits import soft_limit, uninterrupted
+from tests.support.polling import wait_until
 
 
 @pytest.fixture
@@ -120,3 +121,26 @@ def test_other_threads_have_none(received: list[str]) -> None:
     with uninterrupted():
         send()
     assert received == ["signal", "signal"]
+
+
+class _Finalized:
+    def __del__(self) -> None:
+        send()
+        # Python looks for signals at calls.
+        len(str(self))
+
+
+def test_one_that_comes_in_a_finalizer_is_raised_after_it() -> None:
+    """Python drops what is raised in a finalizer: the body would go on without a limit."""
+
+    def limit(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGUSR1, limit)
+    soft_limit()
+    try:
+        with pytest.raises(TimeoutError):
+            _Finalized()
+            wait_until(lambda: False, 10)
+    finally:
+        signal.signal(signal.SIGUSR1, before)

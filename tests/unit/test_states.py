@@ -41,16 +41,19 @@ def test_the_words_are_the_ones_that_are_stored_and_shown() -> None:
 def test_a_final_status_is_left_by_an_operators_retry_alone() -> None:
     assert set(ALLOWED_MOVES) == set(ExecutionStatus)
     for status in FINAL_STATUSES:
-        assert ALLOWED_MOVES[status] <= {ExecutionStatus.QUEUED, ExecutionStatus.WAITING}
+        assert ALLOWED_MOVES[status] <= {ExecutionStatus.QUEUED, ExecutionStatus.WAITING, ExecutionStatus.SUCCEEDED}
+    assert ExecutionStatus.SUCCEEDED not in ALLOWED_MOVES[ExecutionStatus.FAILED]
     assert ALLOWED_MOVES[ExecutionStatus.SUCCEEDED] == frozenset()
 
 
-def test_an_execution_runs_only_after_it_was_queued_or_has_waited_and_succeeds_only_from_a_run() -> None:
+def test_an_execution_runs_only_after_it_was_queued_or_has_waited_and_succeeds_only_by_what_a_run_returned() -> None:
     into = {
         status: {before for before, after in ALLOWED_MOVES.items() if status in after} for status in ExecutionStatus
     }
     assert into[ExecutionStatus.RUNNING] == {ExecutionStatus.QUEUED, ExecutionStatus.WAITING}
-    assert into[ExecutionStatus.SUCCEEDED] == into[ExecutionStatus.FAILED] == {ExecutionStatus.RUNNING}
+    # A cancelled one may hold the result of a run.
+    assert into[ExecutionStatus.SUCCEEDED] == {ExecutionStatus.RUNNING, ExecutionStatus.CANCELLED}
+    assert into[ExecutionStatus.FAILED] == {ExecutionStatus.RUNNING}
     assert into[ExecutionStatus.CANCELLED] == OPEN_STATUSES
 
 

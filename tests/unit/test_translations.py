@@ -11,6 +11,7 @@ import json
 import re
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from gettext import NullTranslations
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,14 @@ def situations() -> Iterator[Situation]:
     yield situation(execution("queued", due_at=ahead(600)))
     yield situation(execution("queued"))
     yield situation(execution("queued", due_at=ago(600)))
+    yield replace(situation(execution("queued", due_at=ago(600))), at_work=3)
+    yield replace(waiting(step(), children=(child("queued", due_at=ago(600)),)), at_work=3)
+    refused = json.dumps({"type": "X", "message": "TOO OLD", "attributes": {"put_off_at_fence": 0}})
+    for due_at in (ahead(8), ago(1), ago(600)):
+        yield situation(execution("queued", due_at=due_at, error=refused))
+    yield waiting(step(), children=(child("queued", due_at=ago(1), error=refused),))
+    refusal = {"type": "kombu.exceptions.ContentDisallowed", "message": "REFUSING"}
+    yield situation(execution("queued", error=json.dumps(refusal)))
     for allowed in (4, None):
         error = json.dumps({"type": "SHOP.NO_STOCK", "message": "NONE LEFT"})
         yield situation(execution("queued", attempt=2, max_attempts=allowed, due_at=ahead(8), error=error))
@@ -137,6 +146,9 @@ def situations() -> Iterator[Situation]:
             yield waiting(step(kind=kind, deadline_at=deadline))
             yield waiting(step(kind=kind, deadline_at=deadline, total=3, remaining=2, fails_fast=False))
     yield waiting(step(kind="map", max_parallel=2))
+    for name in ("REST", None):
+        astray = {"woken_by": "CHARGE", "came_to": name, "fence": 2, "runs": 1}
+        yield situation(execution("waiting", options=json.dumps({"astray": astray})))
     # ended
     yield situation(execution("succeeded"))
     yield situation(failed(), failures=(failure(ROOT),))
@@ -146,8 +158,13 @@ def situations() -> Iterator[Situation]:
     yield situation(failed(), step("failed"), failures=(behind,))
     yield situation(failed(), step("failed"), failures=(behind, failure(CHILD)))
     yield situation(failed(), step("timed_out"), failures=(behind,), children=(child("waiting"),))
+    for outcome in ("failed", "timed_out"):  # for those who may not see messages
+        wordless = execution("failed", error=json.dumps({"type": "SHOP.DECLINED", "message": ""}))
+        yield situation(wordless, failures=(failure(ROOT),))
+        yield situation(wordless, step(outcome), failures=(failure(ROOT, step="CHARGE"),))
     done = [step("succeeded", "step", name=f"STEP-{number}") for number in range(7)]
     yield situation(execution("cancelled"), done[0])
+    yield situation(execution("cancelled", result="1"))
     yield situation(execution("cancelled", cancel_reason="NO!"), *done)
     yield situation(execution("cancelled"), step("cancelled"), children=(child("cancelled"),))
     yield situation(execution("cancelled"), step("cancelled"), children=(child("running"),))
@@ -174,6 +191,8 @@ def sentences() -> Iterator[str]:
         yield from (line.text, *line.hints)
         for item in awaited(told):
             yield from (item.what, *item.then)
+    yield explain.unclaimed({"APROVED": 1})
+    yield explain.unclaimed({f"EVENT-{number}": number for number in range(1, 8)})
     for read in stories():
         yield from (moment.text for moment in (*history(read), *shortened(history(read), 2)))
 

@@ -13,7 +13,7 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import Error as AnyDatabaseError
 from django.db import InterfaceError, OperationalError
 
-from conductor_app import checks
+from conductor_app import checks, eager
 from conductor_app.management.output import Output, clean
 from conductor_app.management.subcommands.acting import Cancel, Publish, Rerun, Retry, Send, Wake
 from conductor_app.management.subcommands.base import OK, PROBLEM, Subcommand
@@ -63,9 +63,10 @@ class Command(BaseCommand):
         """Run the subcommand, and turn what goes wrong into one line and an exit code."""
         del args
         colour = True if options["force_color"] else False if options["no_color"] else None
-        out = Output(self.stdout, as_json=options["json"], colour=colour)
+        out = Output(self.stdout, stderr=self.stderr, as_json=options["json"], colour=colour)
         try:
-            code = options["run"].run(out, options)
+            with eager.outside():
+                code = options["run"].run(out, options)
         except (CommandError, AnyDatabaseError, ImproperlyConfigured) as error:
             refusal = error if isinstance(error, CommandError) else CommandError(_explain(error))
             out.document({"error": str(refusal)})

@@ -14,10 +14,12 @@ from rich.text import Text
 
 from conductor_app import api
 from conductor_app.exceptions import ActionRefused, ConductorError, ExecutionFinished, IdempotencyConflict
+from conductor_app.explain import unclaimed
 from conductor_app.management.output import STYLES, Output, plain
 from conductor_app.management.subcommands.base import OK, PROBLEM, USAGE, Subcommand, execution_ids, not_found
 from conductor_app.models import Event, Execution, Step, database
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
+from conductor_app.story import mailbox_of
 
 _STYLES = {"refused": STYLES["FAIL"], "unchanged": STYLES["WARN"], "not found": STYLES["FAIL"]}
 
@@ -38,7 +40,7 @@ class Acting(Subcommand):
 
     def add_arguments(self, parser: CommandParser) -> None:
         """Declare the ids."""
-        parser.add_argument("ids", nargs="+", metavar="id", help="an execution's id; several may be given")
+        parser.add_argument("ids", nargs="+", metavar="id", help="an execution's id, or its beginning; several")
 
     def run(self, out: Output, options: dict[str, Any]) -> int:
         """Act on each id; one that is refused does not stop the others."""
@@ -162,7 +164,7 @@ class Send(Acting):
 
     def add_arguments(self, parser: CommandParser) -> None:
         """Declare the execution, the event and what it carries."""
-        parser.add_argument("execution", metavar="id", help="the execution's id")
+        parser.add_argument("execution", metavar="id", help="the execution's id, or its beginning")
         parser.add_argument("event", help="name of the event, as in ctx.wait_for")
         parser.add_argument("--payload", type=_json, metavar="JSON", help="what ctx.wait_for returns; null by default")
         parser.add_argument("--id", dest="key", metavar="KEY", help="your own id: sent twice, it is one event")
@@ -183,7 +185,12 @@ class Send(Acting):
             return Outcome(execution_id, True, "unchanged", f"An event with the id {options['key']!r} was sent before.")
         sent = Event.objects.using(database()).filter(execution_id=execution_id, name=options["event"])
         if sent.filter(taken_at__isnull=True).exists():
-            return Outcome(execution_id, True, "sent", "It is kept until a step waits for it.")
+            kept = "It is kept until a step waits for it."
+            if (event := _awaited_event(execution_id)) and event != options["event"]:
+                kept = f"{kept} The execution waits for the event {event!r} now."
+            if others := unclaimed(mailbox_of(execution_id)):
+                kept = f"{kept} It has {others}."
+            return Outcome(execution_id, True, "sent", kept)
         return Outcome(execution_id, True, "sent", "The step that waited for it has taken it.")
 
 

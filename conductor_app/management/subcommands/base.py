@@ -13,13 +13,20 @@ from celery import Celery, current_app
 from django.core.management.base import CommandError, CommandParser
 
 from conductor_app.durable import DurableTask
+from conductor_app.ids import range_of
 from conductor_app.management.output import Output
+from conductor_app.models import Execution, database
 
 #: Exit codes.
 OK = 0
 PROBLEM = 1
 USAGE = 2
 
+#: So much of an id is taken for the whole; of those that begin with less there are many.
+LEAST_DIGITS = 6
+_PREFIX = re.compile(rf"[0-9a-f]{{{LEAST_DIGITS},32}}", re.ASCII)
+#: Most ids that are shown of those that begin alike.
+_MOST_SHOWN = 5
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
 _DURATION = re.compile(r"(?P<number>\d+(?:\.\d+)?)(?P<unit>[smhdw])", re.ASCII)
 #: About 100 years: more than this is a slip, and more than databases can subtract.
@@ -45,21 +52,38 @@ class Subcommand:
 
 
 def execution_ids(texts: Iterable[str]) -> list[uuid.UUID]:
-    """Return the ids that the user gave, each once, in their order.
+    """Return the ids that the user gave, or the beginnings of, each once, in their order.
 
     Raises:
-        CommandError: One is not a UUID.
+        CommandError: One is not a UUID, nor the beginning of one alone.
     """
     found: dict[uuid.UUID, None] = {}
     for text in texts:
         try:
             found[uuid.UUID(text)] = None
         except ValueError:
-            raise CommandError(
-                f"{text!r} is not an execution's id. An id is a UUID; `manage.py conductor ls` shows them.",
-                returncode=USAGE,
-            ) from None
+            found[_begun(text)] = None
     return list(found)
+
+
+def _begun(text: str) -> uuid.UUID:
+    """Return the id that begins with what the user gave."""
+    prefix = text.replace("-", "").lower()
+    if _PREFIX.fullmatch(prefix) is None:
+        raise CommandError(
+            f"{text!r} is not an execution's id. An id is a UUID; `manage.py conductor ls` shows them. "
+            f"Its first {LEAST_DIGITS} digits or more do if no other begins with them.",
+            returncode=USAGE,
+        )
+    first, last = range_of(prefix)
+    rows = Execution.objects.using(database()).filter(pk__gte=first, pk__lte=last).order_by("pk")
+    keys = list(rows.values_list("pk", flat=True)[: _MOST_SHOWN + 1])
+    if len(keys) == 1:
+        return keys[0]
+    if not keys:
+        raise CommandError(f"There is no execution whose id begins with {text}.", returncode=PROBLEM)
+    shown = ", ".join(map(str, keys[:_MOST_SHOWN])) + (", …" if len(keys) > _MOST_SHOWN else "")
+    raise CommandError(f"More than one execution's id begins with {text}: {shown}. Give more of it.", returncode=USAGE)
 
 
 def not_found(execution_id: uuid.UUID) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -15,13 +16,13 @@ from django.core.exceptions import ImproperlyConfigured
 from django.db import Error as AnyDatabaseError
 from django.db import connections
 from django.db.migrations.executor import MigrationExecutor
-from django.db.models import Min
+from django.db.models import Count, Min
 from rich.table import Table
 from rich.text import Text
 
 from conductor_app import checks, clock, dispatch, steps
 from conductor_app.conf import conductor_settings
-from conductor_app.explain import UNDELIVERABLE_DISPATCHES, duration, worker_name
+from conductor_app.explain import UNDELIVERABLE_DISPATCHES, app_to_load, duration
 from conductor_app.management.output import STYLES, Output, clean, plain
 from conductor_app.management.subcommands.base import (
     OK,
@@ -32,6 +33,7 @@ from conductor_app.management.subcommands.base import (
     load_durable_tasks,
 )
 from conductor_app.models import Execution, Step, database
+from conductor_app.owners import node_name
 from conductor_app.states import ExecutionStatus, StepStatus
 
 T = TypeVar("T")
@@ -104,14 +106,16 @@ def _examine() -> Iterator[Finding]:
         yield tables
         yield _clock()
     yield _app()
+    served: frozenset[str] | None = None
     if checks.has_app(app):
         broker = _broker(app)
         yield broker
         yield _result_backend(app)
-        yield _workers(app, broker)
+        workers, served = _workers(app, broker)
+        yield workers
         yield _tasks(app)
     if tables is not None and tables.is_well and settings.is_well:
-        yield from _executions()
+        yield from _executions(served)
     yield from _other_checks()
 
 
@@ -231,27 +235,25 @@ def _result_backend(app: Celery) -> Finding:
     return Finding("result backend", "OK", f"{_without_password(str(app.conf.result_backend))} is configured.")
 
 
-def _workers(app: Celery, broker: Finding) -> Finding:
+def _workers(app: Celery, broker: Finding) -> tuple[Finding, frozenset[str] | None]:
+    """Return what is known of workers, and the queues that those who answered consume; ``None`` if none was asked."""
     if dispatch.is_embedded(app):
-        return Finding(
-            "workers", "OK", f"Not asked: with memory:// nobody can reach a worker. {_seen_in_database()}".rstrip()
-        )
+        text = f"Not asked: with memory:// nobody can reach a worker. {_seen_in_database()}".rstrip()
+        return Finding("workers", "OK", text), None
     if not broker.is_well:
-        return Finding("workers", "WARN", "Not asked: the broker does not answer.")
+        return Finding("workers", "WARN", "Not asked: the broker does not answer."), None
+    inspect = app.control.inspect(timeout=PING_SECONDS)
     try:
-        replies = _within(PING_SECONDS + BROKER_SECONDS, lambda: app.control.ping(timeout=PING_SECONDS))
+        replies = _within(PING_SECONDS + BROKER_SECONDS, inspect.active_queues) or {}
     except Exception as error:  # noqa: BLE001 - each client library raises its own errors
-        return Finding("workers", "WARN", f"They could not be asked: {_line(error)}")
-    names = sorted({name for reply in replies or () for name in reply})
+        return Finding("workers", "WARN", f"They could not be asked: {_line(error)}"), None
+    names = sorted(replies)
     if not names:
-        return Finding(
-            "workers",
-            "WARN",
-            f"No worker answered within {PING_SECONDS:g} s.",
-            f"Start one: celery -A {app.main or 'project'} worker",
-        )
+        text = f"No worker answered within {PING_SECONDS:g} s."
+        return Finding("workers", "WARN", text, f"Start one: celery -A {app_to_load()} worker"), frozenset()
+    served = frozenset(str(queue["name"]) for queues in replies.values() for queue in queues or ())
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return Finding("workers", "OK", f"{counted(len(names), 'worker')} answered: {shown}.")
+    return Finding("workers", "OK", f"{counted(len(names), 'worker')} answered: {shown}."), served
 
 
 def _seen_in_database() -> str:
@@ -260,7 +262,7 @@ def _seen_in_database() -> str:
         owners = set(running.filter(lease_expires_at__gt=clock.now()).values_list("lease_owner", flat=True)[:1_000])
     except AnyDatabaseError:
         return ""
-    names = sorted({worker_name(owner) for owner in owners})
+    names = sorted({node_name(owner) for owner in owners})
     return f"At work: {', '.join(names[:5])}." if names else "None is at work now."
 
 
@@ -282,30 +284,45 @@ def _tasks(app: Celery) -> Finding:
 # ----------------------------------------------------------------------------------------------------------- executions
 
 
-def _executions() -> Iterator[Finding]:
+def _executions(served: frozenset[str] | None) -> Iterator[Finding]:
+    """Look at what is queued and at what is stuck.
+
+    Args:
+        served: The queues that workers say they consume; ``None`` if none could be asked.
+    """
     using = database()
     settings = conductor_settings()
     rows = Execution.objects.using(using)
     now = clock.read(using)
 
     due = rows.with_status(ExecutionStatus.QUEUED).filter(due_at__lte=clock.now())
-    number = due.count()
-    oldest = due.aggregate(oldest=Min("due_at"))["oldest"]
+    at_work = {row["queue"]: row["number"] for row in _grouped(rows.at_work(), number=Count("pk"))}
+    waiting = _grouped(due, number=Count("pk"), oldest=Min("due_at"))
+    number = sum(row["number"] for row in waiting)
+    oldest = min((row["oldest"] for row in waiting), default=None)
     age = (now - oldest).total_seconds() if oldest else 0.0
     patience = settings.REDISPATCH_SECONDS + STUCK_SECONDS
+    late = [row["queue"] for row in waiting if (now - row["oldest"]).total_seconds() > patience]
+    unserved = [queue for queue in late if not _may_be_served(queue, served, at_work)]
+    text = f"{counted(number, 'execution')} queued and due, the oldest for {duration(age)}."
     if not number:
         yield Finding("queue", "OK", "No execution waits for a worker.")
-    elif age > patience:
-        yield Finding(
-            "queue",
-            "WARN",
-            f"{counted(number, 'execution')} queued and due, the oldest for {duration(age)}.",
-            "Are there workers for their queues, and enough of them? manage.py conductor ls --status queued",
-        )
+    elif unserved:
+        text = f"{text} No worker serves {_queues(unserved)}."
+        yield Finding("queue", "FAIL", text, f"Start a worker: {_worker_command(unserved)}")
+    elif busy := [queue for queue in late if queue in at_work]:
+        running = sum(at_work[queue] for queue in busy)
+        text = f"{text} The workers of {_queues(busy)} are busy: {counted(running, 'execution')} running."
+        yield Finding("queue", "WARN", text, f"If that takes too long, add workers: {_worker_command(busy)}")
+    elif late:
+        hint = "Are there workers for their queues, and enough of them? manage.py conductor ls --status queued"
+        yield Finding("queue", "WARN", text, hint)
     else:
-        yield Finding("queue", "OK", f"{counted(number, 'execution')} queued and due, the oldest for {duration(age)}.")
+        yield Finding("queue", "OK", text)
 
     unanswered = rows.with_status(ExecutionStatus.QUEUED).filter(dispatches__gte=UNDELIVERABLE_DISPATCHES)
+    # Behind others in a busy queue, a message is published again and again without anything being wrong.
+    unanswered = unanswered.exclude(queue__in=list(at_work))
     number = unanswered.count()
     if number:
         queues = sorted(set(unanswered.values_list("queue", flat=True)[:1_000]))
@@ -313,14 +330,33 @@ def _executions() -> Iterator[Finding]:
             "undeliverable",
             "FAIL",
             f"{counted(number, 'execution')} published {UNDELIVERABLE_DISPATCHES} times or more, taken by no worker, "
-            f"in {'queue' if len(queues) == 1 else 'queues'} {', '.join(queues[:5])}.",
-            f"Start a worker that knows their tasks: celery -A {celery_app().main or 'project'} worker "
-            f"-Q {','.join(queues[:5])}",
+            f"in {_queues(queues)}.",
+            f"Start a worker that knows their tasks: {_worker_command(queues)}",
         )
     else:
         yield Finding("undeliverable", "OK", "None.")
 
     yield _stuck(rows, settings.SWEEP_SECONDS + STUCK_SECONDS)
+
+
+def _grouped(rows: Any, **values: Any) -> list[dict[str, Any]]:
+    """Return ``values`` of the rows of each queue."""
+    return list(rows.order_by("queue").values("queue").annotate(**values))
+
+
+def _may_be_served(queue: str, served: frozenset[str] | None, at_work: Mapping[str, int]) -> bool:
+    """Tell whether there may be workers for a queue; one that runs a task in a solo pool answers nobody."""
+    if queue in at_work or (served and queue in served):
+        return True
+    return not served and bool(at_work)
+
+
+def _queues(names: Sequence[str]) -> str:
+    return f"{'queue' if len(names) == 1 else 'queues'} {', '.join(names[:5])}"
+
+
+def _worker_command(queues: Sequence[str]) -> str:
+    return f"celery -A {app_to_load()} worker -Q {','.join(queues[:5])}"
 
 
 def _stuck(rows: Any, grace: float) -> Finding:
@@ -354,6 +390,8 @@ _SHOWN = {"conductor.E001", "conductor.E003", "conductor.E017", "conductor.W009"
 
 def _other_checks() -> Iterator[Finding]:
     messages = system_checks.run_checks(tags=[checks.TAG], include_deployment_checks=True)
+    with contextlib.suppress(AnyDatabaseError):  # has a line of its own
+        messages += checks.session_warnings(database())
     shown = [message for message in messages if message.id not in _SHOWN and not message.is_silenced()]
     for message in sorted(shown, key=lambda message: (-message.level, str(message.id))):
         level = "FAIL" if message.level >= system_checks.ERROR else "WARN"

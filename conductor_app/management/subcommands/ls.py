@@ -109,7 +109,7 @@ class Ls(Subcommand):
             return OK
         out.print(_table(lines, out.width))
         if more:
-            out.print(Text(f"… and older ones: --limit {options['limit'] * 5} shows more.", style="dim"))
+            out.note(f"… and older ones: --limit {options['limit'] * 5} shows more.")
         return OK
 
 

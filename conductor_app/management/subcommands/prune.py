@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 from django.core.management.base import CommandParser
@@ -37,13 +39,20 @@ class Prune(Subcommand):
     def run(self, out: Output, options: dict[str, Any]) -> int:
         """Delete, or count."""
         age = options["older_than"]
+        held: list[pruner.Held] = []
         number = pruner.prune(
-            age, batch=options["batch"], keep_failed=options["keep_failed"], dry_run=options["dry_run"]
+            age,
+            batch=options["batch"],
+            keep_failed=options["keep_failed"],
+            dry_run=options["dry_run"],
+            on_held=held.append,
         )
+        holders = {by: [str(tree.root_id) for tree in trees] for by, trees in _by_holder(held)}
         out.document(
             {
                 "dry_run": options["dry_run"],
                 "executions": number,
+                "held": [{"by": by, "example": ids[0], "trees": len(ids)} for by, ids in holders.items()],
                 "keep_failed": options["keep_failed"],
                 "older_than_seconds": age.total_seconds(),
             }
@@ -52,4 +61,10 @@ class Prune(Subcommand):
         kept = ", not counting failed ones" if options["keep_failed"] else ""
         ended = f"whose root ended more than {duration(age.total_seconds())} ago{kept}"
         out.print(Text(f"{did} {counted(number, 'execution')} in trees {ended}."))
+        for by, ids in holders.items():
+            out.print(Text(f"Left {counted(len(ids), 'tree')} that something refers to: {by} (for example {ids[0]})."))
         return OK
+
+
+def _by_holder(held: list[pruner.Held]) -> Iterator[tuple[str, Iterator[pruner.Held]]]:
+    return itertools.groupby(sorted(held, key=lambda tree: (tree.by, tree.root_id)), key=lambda tree: tree.by)

@@ -13,9 +13,20 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from conductor_app.explain import STEP_MARKS, attempts, duration, exact, first_line, headline, label, short_name
+from conductor_app import explain, owners
+from conductor_app.explain import (
+    STEP_MARKS,
+    attempts,
+    duration,
+    exact,
+    first_line,
+    headline,
+    label,
+    offset,
+    short_name,
+)
 from conductor_app.management.output import STYLES, Output, clean, plain, status
-from conductor_app.management.subcommands.base import OK, Subcommand, celery_app, execution_ids, not_found
+from conductor_app.management.subcommands.base import OK, Subcommand, execution_ids, not_found
 from conductor_app.models import Execution, Step
 from conductor_app.redaction import decode, readable, redact
 from conductor_app.serialization import load_failure
@@ -36,13 +47,13 @@ class Show(Subcommand):
 
     def add_arguments(self, parser: CommandParser) -> None:
         """Declare the id."""
-        parser.add_argument("id", help="the execution's id")
+        parser.add_argument("id", help="the execution's id, or its beginning")
 
     def run(self, out: Output, options: dict[str, Any]) -> int:
         """Show it."""
         (execution_id,) = execution_ids([options["id"]])
         preview = None if out.as_json else LONG_PREVIEW
-        story = read(execution_id, preview=preview, whole=out.as_json, app=celery_app().main or "project")
+        story = read(execution_id, preview=preview, whole=out.as_json)
         if story is None:
             raise CommandError(not_found(execution_id))
         if out.as_json:
@@ -55,6 +66,8 @@ class Show(Subcommand):
         out.print(Padding(_timeline(story), (0, 0, 1, 2)))
         if story.steps:
             out.print(Text("Steps", style="bold"), Padding(_steps(story), (0, 0, 1, 2)))
+        if mailbox := explain.unclaimed(story.mailbox):
+            out.print(Text("Events", style="bold"), Padding(plain(mailbox), (0, 0, 1, 2)))
         if story.execution.error and story.execution.status != ExecutionStatus.CANCELLED:
             out.print(*_error(story))
         return OK
@@ -89,7 +102,7 @@ def _facts(story: Story) -> Table:
     if execution.idempotency_key:
         rows.append(("idempotency key", execution.idempotency_key))
     if execution.lease_owner:
-        rows.append(("worker", execution.lease_owner))
+        rows.append(("worker", owners.shown(execution.lease_owner)))
     for name, when in (
         ("created", execution.created_at),
         ("started", execution.started_at),
@@ -151,7 +164,7 @@ def _timeline(story: Story) -> Table:
     for moment in shortened(history(story), MOST_STEPS):
         after = (moment.at - begin).total_seconds()
         style = "dim" if moment.at > story.now else ""
-        table.add_row(Text(f"{after:+.3f} s", style="dim"), plain(moment.text, style=style))
+        table.add_row(Text(offset(after), style="dim"), plain(moment.text, style=style))
     return table
 
 
@@ -259,6 +272,7 @@ def _document(story: Story) -> dict[str, Any]:
             "result": _value(execution.result),
         },
         "steps": [_step_document(step) for step in story.steps],
+        "events_not_taken": dict(story.mailbox),
         "errors": [
             {
                 "execution": cause.execution_id,

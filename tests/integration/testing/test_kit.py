@@ -219,7 +219,7 @@ def test_a_failed_assertion_about_an_open_execution_says_what_it_does(conductor:
         conductor.assert_waiting(result)
     conductor.drain()
     with pytest.raises(
-        AssertionError, match=r'(?s) is waiting, expected succeeded\.\n⧗ Waiting for .*\(step "child"\)'
+        AssertionError, match=r'(?s) is waiting, expected succeeded\.\n◐ Waiting for .*\(step "child"\)'
     ):
         conductor.assert_succeeded(result)
     with pytest.raises(AssertionError, match='waits for "child", expected step "other"'):

@@ -1,0 +1,144 @@
+"""What Celery's result backend says of an execution is what its row says."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from celery import states
+from celery.exceptions import NotRegistered, TaskRevokedError
+from celery.result import AsyncResult
+from django.db import OperationalError, transaction
+
+from conductor_app import ExecutionContext, api, worker
+from conductor_app.maintenance import sweeper
+from conductor_app.models import Execution
+from project.celery import app
+from tests.app import plain, scenarios
+from tests.support.bodies import durable, go_on, reload
+from tests.support.results import using
+
+pytestmark = pytest.mark.django_db
+
+
+@pytest.fixture(autouse=True)
+def result_backend() -> Iterator[None]:
+    with using("django-db"):
+        yield
+
+
+def ended(task: Any, **payload: Any) -> Any:
+    """An execution that has ended and of which Celery was told."""
+    result = task.delay(**payload)
+    go_on()
+    sweeper.sweep(publish=False)
+    assert reload(result).announce_at is None
+    return result
+
+
+@pytest.mark.parametrize(
+    ("task", "payload", "status", "state"),
+    [(scenarios.echo, {"value": 7}, "succeeded", states.SUCCESS), (scenarios.boom, {}, "failed", states.FAILURE)],
+)
+def test_a_revoke_that_comes_too_late_changes_no_result(task: Any, payload: Any, status: str, state: str) -> None:
+    result = ended(task, **payload)
+    told = AsyncResult(result.id).result
+    app.backend.mark_as_revoked(result.id, reason="revoked", store_result=True)  # as Celery 5.6 does
+    worker._cancel_named(result.id)
+    assert (reload(result).status, AsyncResult(result.id).state) == (status, state)
+    assert repr(AsyncResult(result.id).result) == repr(told)
+
+
+def test_a_revoke_in_time_is_a_cancel_and_celery_is_told_of_that() -> None:
+    result = scenarios.echo.delay(value=7)
+    worker._cancel_named(result.id)
+    sweeper.sweep(publish=False)
+    assert reload(result).status == "cancelled"
+    assert isinstance(AsyncResult(result.id).result, TaskRevokedError)
+
+
+def test_a_result_backend_that_fails_does_not_keep_others_from_being_cancelled(monkeypatch: Any) -> None:
+    result = ended(scenarios.echo, value=7)
+
+    def refuse(*_args: Any, **_kwargs: Any) -> None:
+        raise ConnectionRefusedError("the result backend is away")
+
+    monkeypatch.setattr(app.backend, "mark_as_done", refuse)
+    worker._cancel_named(result.id)
+
+
+def test_a_result_that_is_gone_is_a_failure_to_celery() -> None:
+    result = scenarios.echo.delay(value=7)
+    go_on()
+    Execution.objects.filter(pk=result.id).update(result=None, announce_at=reload(result).created_at)
+    sweeper.sweep(publish=False)
+    assert AsyncResult(result.id).state == states.FAILURE
+    assert "has succeeded, and its result is gone" in str(AsyncResult(result.id).result)
+
+
+def test_a_failure_that_celery_has_stored_too_early_does_not_outlive_the_end() -> None:
+    result = scenarios.echo.delay(value=7)
+    app.backend.mark_as_failure(result.id, NotRegistered(scenarios.echo.name))
+    go_on()
+    sweeper.sweep(publish=False)
+    assert (AsyncResult(result.id).state, AsyncResult(result.id).result) == (states.SUCCESS, 7)
+
+
+@pytest.mark.parametrize(
+    ("task", "payload", "state"), [(scenarios.echo, {"value": 7}, states.SUCCESS), (scenarios.boom, {}, states.FAILURE)]
+)
+def test_a_callback_whose_queue_is_missing_keeps_nobody_from_the_result(
+    task: Any, payload: Any, state: str, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(app.amqp.queues, "create_missing", False)
+    monkeypatch.setattr(app.amqp, "router", app.amqp.Router(create_missing=False))
+    lost = plain.echo.s().set(queue="announcements-typo", task_id=str(uuid.uuid4()))
+    result = task.apply_async(kwargs=payload, link=lost, link_error=lost.clone())
+    go_on()
+    sweeper.sweep(publish=False)
+    assert reload(result).announce_at is None
+    assert AsyncResult(result.id).state == state
+    if state == states.SUCCESS:
+        assert AsyncResult(lost.options["task_id"]).state == states.FAILURE
+
+
+class Refusal(Exception):
+    """A driver's error."""
+
+    def __init__(self, sqlstate: str) -> None:
+        super().__init__(sqlstate)
+        self.sqlstate = sqlstate
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize(("sqlstate", "times"), [("40001", 2), ("23505", 1)], ids=["serialization", "unique"])
+def test_a_state_that_the_database_refuses_costs_no_attempt(
+    monkeypatch: pytest.MonkeyPatch, sqlstate: str, times: int
+) -> None:
+    """At SERIALIZABLE on the role, what breaks is the transaction in which the state is written."""
+    shown = []
+    store = app.backend.store_result
+
+    def refuse_first(task_id: str, result: Any, state: str, *args: Any, **kwargs: Any) -> Any:
+        if state == "SUSPENDED":
+            shown.append(task_id)
+            if len(shown) == 1:
+                with transaction.mark_for_rollback_on_error(using="default"):
+                    raise OperationalError("refused") from Refusal(sqlstate)
+        return store(task_id, result, state, *args, **kwargs)
+
+    monkeypatch.setattr(app.backend, "store_result", refuse_first)
+
+    @durable(ignore_result=False, max_retries=0)
+    def waits(ctx: ExecutionContext) -> str:
+        return ctx.wait_for("approval", "approved")
+
+    result = waits.delay()
+    go_on()
+    assert reload(result).status == "waiting"
+    assert len(shown) == times
+    api.send_event(result.id, "approved", "yes")
+    go_on()
+    assert (reload(result).attempt, reload(result).get_result()) == (1, "yes")
