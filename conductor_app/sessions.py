@@ -32,7 +32,7 @@ _SPEAKING = ("psycopg", "psycopg2", "MySQLdb", "pymysql")
 #: Modules in which a thread is while it waits for a database; Django's own around them, or if they are written in C.
 _DRIVERS = (*_SPEAKING, "django.db.backends")
 #: What these use to wait.
-_WAITING = ("selectors", "socket", "ssl")
+_WAITING = ("selectors", "socket", "ssl", "gevent", "eventlet")
 #: Longest time to connect the engine's own sessions, in seconds, unless the project's settings say another.
 _CONNECT_SECONDS = 5
 #: How often to look whether something has lasted too long, in seconds.
@@ -59,11 +59,12 @@ class at_work:  # noqa: N801 - a context manager, as those of contextlib
     """Note that this thread waits for statements of the engine's on a connection."""
 
     is_body = False
-    __slots__ = ("_before", "call", "connection", "in_call_since", "is_cut", "since", "thread")
+    __slots__ = ("_before", "_greenlet", "call", "connection", "in_call_since", "is_cut", "since", "thread")
 
     def __init__(self, connection: Any) -> None:
         self.connection = connection
         self.thread = threading.get_ident()
+        self._greenlet = _current_greenlet()
         self.since = time.monotonic()
         #: The call of the driver's in which the last look from another thread found it, and when the first one did.
         self.call: Any = None
@@ -98,7 +99,7 @@ class at_work:  # noqa: N801 - a context manager, as those of contextlib
 
         What is noted may be many statements, and between two of them the server works on none.
         """
-        call = _in_driver(sys._current_frames().get(self.thread))
+        call = _in_driver(_innermost(self.thread, self._greenlet))
         if call is not None and call is self.call:
             return True
         # Kept, so that no later call gets the same one.
@@ -135,6 +136,7 @@ class InBody:
     def __init__(self, connection: Any) -> None:
         self.connection = connection
         self.thread = threading.get_ident()
+        self._greenlet = _current_greenlet()
         self.is_cut = False
         self._frame: Any = None
         self._since = 0.0
@@ -159,7 +161,7 @@ class InBody:
     def _call(self) -> Any:
         if self.connection.vendor == "sqlite" or self.thread in _at_work:
             return None
-        frame = _in_driver(sys._current_frames().get(self.thread))
+        frame = _in_driver(_innermost(self.thread, self._greenlet))
         return frame if frame is not None and _is_about(frame, self.connection) else None
 
 
@@ -199,6 +201,19 @@ def overdue(seconds: float) -> list[at_work]:
         and wait.seconds > seconds
         and time.monotonic() - wait.in_call_since >= seconds / 2
     ]
+
+
+def _current_greenlet() -> Any:
+    """Return the greenlet that runs, which is what gevent and eventlet have in the place of threads."""
+    greenlet = sys.modules.get("greenlet")
+    return None if greenlet is None else greenlet.getcurrent()
+
+
+def _innermost(thread: int, greenlet: Any) -> FrameType | None:
+    """Return where a thread is, or a greenlet."""
+    # One that waits keeps its own frame: Python knows only where the one is that runs. To that one, and to the only one
+    # of a real thread, greenlet gives no frame.
+    return getattr(greenlet, "gr_frame", None) or sys._current_frames().get(thread)
 
 
 def _in_driver(frame: Any) -> Any:
