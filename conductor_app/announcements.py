@@ -27,7 +27,7 @@ from celery.canvas import group, maybe_signature
 from celery.exceptions import ChordError, QueueNotFound, TaskRevokedError
 from celery.utils.functional import arity_greater
 from celery.utils.serialization import get_pickleable_exception
-from django.db import IntegrityError, connections, router, transaction
+from django.db import DatabaseError, IntegrityError, InterfaceError, connections, router, transaction
 from kombu.exceptions import EncodeError
 
 from conductor_app import calls, transitions
@@ -96,8 +96,9 @@ def restore(execution: Execution) -> None:
         Exception: Whatever the result backend raises.
     """
     if execution.is_final and execution.announce_at is None and is_shown(execution):
-        with _watched():
-            _Announcement(execution, _outcome_of(execution), None).store_alone()
+        announcement = _Announcement(execution, _outcome_of(execution), None)
+        with _watched(announcement.shares_database):
+            announcement.store_alone()
 
 
 def cancelled(message: str) -> Outcome:
@@ -128,8 +129,9 @@ def tell(execution: Execution, outcome: Outcome, hostname: str | None = None) ->
     Raises:
         Exception: Whatever the broker or the result backend raises; it is to be told again.
     """
-    with _watched():
-        _tell(_Announcement(execution, outcome, hostname), execution)
+    announcement = _Announcement(execution, outcome, hostname)
+    with _watched(announcement.shares_database):
+        _tell(announcement, execution)
 
 
 def show(execution: Execution, state: str, info: Any = None, hostname: str | None = None) -> None:
@@ -143,15 +145,16 @@ def show(execution: Execution, state: str, info: Any = None, hostname: str | Non
     if not is_shown(execution):
         return
     backend = _backend_of(execution.task)
+    shares_database = _shares_database(backend)
     is_inside = connections[database()].in_atomic_block
     request = request_of(execution, hostname)
     try:
-        with _watched(), transaction.atomic(using=database()) if is_inside else nullcontext():
+        with _watched(shares_database), transaction.atomic(using=database()) if is_inside else nullcontext():
             backend.store_result(celery_id(execution), info, state, request=request)
     except Exception as error:
         # A result backend that is away must not stop the execution. But where the transaction is lost as a whole, no
         # savepoint helps, and whoever began it begins it again.
-        if is_inside and _shares_database(backend) and (is_undone(error) or is_outage(error)):
+        if is_inside and shares_database and (is_undone(error) or is_outage(error)):
             raise
         logger.warning("%s of execution %s was not written to the result backend: %s", state, execution.pk, error)
 
@@ -167,13 +170,15 @@ def is_resting() -> bool:
 
 
 @contextmanager
-def _watched() -> Iterator[None]:
+def _watched(shares_database: bool) -> Iterator[None]:
     global _rests_until  # noqa: PLW0603
     started = time.monotonic()
     try:
         yield
-    except Exception:
-        if time.monotonic() - started >= SLOW_SECONDS:
+    except Exception as error:
+        # For the executions' own database everything waits anyway, and goes on when it is back.
+        is_own = shares_database and isinstance(error, DatabaseError | InterfaceError)
+        if not is_own and time.monotonic() - started >= SLOW_SECONDS:
             _rests_until = time.monotonic() + REST_SECONDS
         raise
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from celery.exceptions import NotRegistered, TaskRevokedError
 from celery.result import AsyncResult
 from django.db import OperationalError, transaction
 
-from conductor_app import ExecutionContext, api, worker
+from conductor_app import ExecutionContext, announcements, api, worker
 from conductor_app.maintenance import sweeper
 from conductor_app.models import Execution
 from project.celery import app
@@ -142,3 +143,22 @@ def test_a_state_that_the_database_refuses_costs_no_attempt(
     api.send_event(result.id, "approved", "yes")
     go_on()
     assert (reload(result).attempt, reload(result).get_result()) == (1, "yes")
+
+
+@pytest.mark.parametrize(
+    ("error", "rests"),
+    [(OperationalError("server closed the connection"), False), (ConnectionRefusedError("it is away"), True)],
+    ids=["of the executions' database", "of another server"],
+)
+def test_only_what_another_server_takes_long_to_refuse_lets_announcements_rest(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, rests: bool
+) -> None:
+    def refuse(*_args: Any, **_kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(announcements, "SLOW_SECONDS", 0)
+    monkeypatch.setattr(app.backend, "store_result", refuse)
+    execution = reload(scenarios.echo.delay(value=7))
+    with suppress(OperationalError):  # which whoever began the transaction gets
+        announcements.show(execution, "SUSPENDED")
+    assert announcements.is_resting() is rests
