@@ -5,7 +5,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 # More pytest arguments: make test ARGS="-k invoke", or in one process: make test ARGS="-n0 -s"
 ARGS ?=
-# Some corners of make test-matrix: make test-matrix CORNERS="--only python3.12-django-6.0-celery-5.7"
+# Less of make test-matrix: CORNERS=--quick, or CORNERS="--only python3.12-django-6.0-celery-5.7"
 CORNERS ?=
 # How long make soak takes.
 HOURS ?= 2

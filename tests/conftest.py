@@ -12,13 +12,17 @@ from django.db import connection
 from conductor_app import announcements, dispatch, executor
 from conductor_app.context import body_logger
 from tests.support.broker import purge
-from tests.support.databases import end_other_sessions
+from tests.support.databases import empty_by_deleting, end_other_sessions
 from tests.support.worker import Worker
 
 ACCEPTANCE = Path(__file__).parent / "acceptance"
 #: Modules of it about what passes between a database and a broker.
 MESSAGING = {
-    f"test_{name}" for name in ("adoption", "broker_outage", "canvas", "messages", "origin", "results", "revoke")
+    f"test_{name}"
+    for name in (
+        *("adoption", "broker_outage", "canvas", "hand_off", "killed_processes", "messages", "origin", "results"),
+        *("revoke", "timeouts"),
+    )
 }
 CONTRACT = Path(__file__).parent / "celery_contract"
 BROWSER = Path(__file__).parent / "browser"
@@ -90,6 +94,7 @@ def _receivers() -> set[tuple[object, object]]:
 @pytest.fixture(scope="session")
 def django_db_setup(django_db_setup: None, django_db_blocker: Any) -> Iterator[None]:
     """As pytest-django's; but no session of a killed worker keeps the database from being dropped."""
+    empty_by_deleting()
     yield
     with django_db_blocker.unblock():
         end_other_sessions()
@@ -106,8 +111,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "worker" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.worker)
-        if item.get_closest_marker("worker") or item.path.is_relative_to(ACCEPTANCE):
-            item.add_marker(pytest.mark.combination)
         if item.path.is_relative_to(CONTRACT):
             item.add_marker(pytest.mark.contract)
         if item.path.parent == ACCEPTANCE and item.path.stem in MESSAGING:

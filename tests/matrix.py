@@ -1,13 +1,14 @@
 """Run the test suite on the other versions of Python, Django and Celery that README.md promises.
 
-    python -m tests.matrix [--only python3.12-django-6.0-celery-5.7 ...] [-- pytest arguments]
+    python -m tests.matrix [--quick] [--only python3.12-django-6.0-celery-5.7 ...] [-- pytest arguments]
 
 And on the gevent pool. ``requirements.txt`` is the base, on which ``make test`` and ``make test-services`` run. Each
 other corner has its pins in ``requirements/``, and a virtual environment of its own in ``var/matrix``, which is made
 when it is missing or the pins have changed. Interpreters are looked for on PATH and in pyenv. A corner whose
 interpreter or server is missing is skipped, or, with ``CI=true``, fails, but for a Python that CI need not have.
 
-Left out is what no version changes: see ``LEFT_OUT``.
+Left out is what no version changes: see ``LEFT_OUT``. ``--quick``, for CI, leaves out most tests that start workers,
+too, which take most of the time, and the corners of which another one has everything.
 
 Exit code: 0 if every corner that could run passed, 1 if one failed, 3 if none could run.
 """
@@ -39,6 +40,8 @@ REQUIREMENTS = ROOT / "requirements"
 VAR = ROOT / "var" / "matrix"
 #: About the pages and the scripts of this repository, the types, and the state machine, which is plain Python and SQL.
 LEFT_OUT = ("benchmarks", "docs", "model", "mutants", "typing")
+#: What Celery alone may change: what we rely on in it, and what it does with our messages.
+OF_CELERY = ("-m", "contract or messaging")
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Corner:
     servers: Combination | None = None
     #: The pytest arguments that choose the tests; none for all that versions may change.
     selection: tuple[str, ...] = ()
+    #: Those for ``--quick``; ``None`` if that leaves it out.
+    quick: tuple[str, ...] | None = None
     #: Whether CI has to have this Python.
     is_required: bool = True
     #: The worker's pools, for tests that have to hold on each; the usual ones if empty.
@@ -73,13 +78,12 @@ class Corner:
 ON_SERVERS = Combination("postgres-rabbitmq", POSTGRES, RABBITMQ)
 
 CORNERS = [
-    # Celery alone differs from the base: what we rely on in it, and what it does with our messages.
-    Corner("3.11", "django-5.2-celery-5.7", selection=("-m", "contract or messaging")),
-    Corner("3.12", "django-6.0-celery-5.7"),
-    Corner("3.13", "django-6.1-celery-5.7"),
-    Corner("3.13", "django-6.1-celery-5.7", ON_SERVERS),
+    Corner("3.11", "django-5.2-celery-5.7", selection=OF_CELERY),
+    Corner("3.12", "django-6.0-celery-5.7", quick=OF_CELERY),
+    Corner("3.13", "django-6.1-celery-5.7", quick=("-m", "not worker")),
+    Corner("3.13", "django-6.1-celery-5.7", ON_SERVERS, quick=("-m", "messaging")),
     Corner("3.14", "django-6.1-celery-5.7", is_required=False),
-    Corner("3.11", "gevent", selection=("-m", "gevent"), pools="gevent"),
+    Corner("3.11", "gevent", selection=("-m", "gevent"), quick=("-m", "gevent"), pools="gevent"),
     Corner("3.11", "gevent", ON_SERVERS, selection=("-m", "gevent"), pools="gevent"),
 ]
 
@@ -116,7 +120,7 @@ def environment(corner: Corner) -> Path:
 # Runs
 
 
-def run(corner: Corner, pytest_args: list[str]) -> Outcome:
+def run(corner: Corner, options: argparse.Namespace) -> Outcome:
     """Run a corner's tests, or tell why they cannot be run."""
     console.rule(corner.name)
     servers = corner.servers.servers if corner.servers else []
@@ -131,12 +135,17 @@ def run(corner: Corner, pytest_args: list[str]) -> Outcome:
         console.print(str(error), markup=False)
         return Outcome(corner.name, FAILED, str(error).splitlines()[0])
     left_out = [f"--ignore=tests/{name}" for name in LEFT_OUT]
-    return run_pytest(corner.name, python, [*left_out, *corner.selection, *pytest_args], corner.variables, is_part=True)
+    selection = corner.quick if options.quick and corner.quick else corner.selection
+    arguments = [*left_out, *selection, *options.pytest_args]
+    return run_pytest(corner.name, python, arguments, corner.variables, is_part=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__.splitlines()[0])
-    verdicts = run_chosen(parser, "Matrix", "corner", CORNERS, run)
+    parser.add_argument("--quick", action="store_true", help="leave out most tests that start workers")
+    verdicts = run_chosen(
+        parser, "Matrix", "corner", CORNERS, run, lambda corner, options: bool(corner.quick or not options.quick)
+    )
     return EXIT_FAILED if FAILED in verdicts else EXIT_SKIPPED if verdicts == {SKIPPED} else 0
 
 

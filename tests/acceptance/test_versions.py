@@ -54,7 +54,7 @@ def test_a_task_that_a_worker_does_not_know_waits_for_one_that_does(worker: Any,
         assert f'took its message and knows no task "{versions.introduced.name}"' in row.put_off_because
         assert "Put off, no attempt is used up: Worker" in shown(result) or "It was put off before" in shown(result)
         new = worker(pool="prefork", concurrency=1, env=env)
-        old.kill()
+        old.stop()
         assert result.get(timeout=60) == 7
         assert result.state == states.SUCCESS
         assert (count("new"), Execution.objects.get(pk=result.id).attempt) == (1, 1)
@@ -74,7 +74,7 @@ def test_a_payload_that_does_not_fit_an_older_worker_waits_for_a_newer_one(worke
     assert "does not fit" in shown(result)
     assert "is put off by" in old.log
     new = worker(pool=pool, concurrency=1)
-    old.kill()  # as at the end of a deployment; until then the two take turns
+    old.stop()  # as at the end of a deployment; until then the two take turns
     assert api.get_result(result, timeout=60) == "7 EUR"
     assert (count("old"), count("new"), Execution.objects.get(pk=result.id).attempt) == (0, 1, 1)
     invariants.check(old, new)
@@ -84,7 +84,7 @@ def test_children_of_newer_code_come_through_beside_older_workers(worker: Any) -
     workers = [worker(pool="prefork", concurrency=2, env=env) for env in (versions.OLD, {})]
     results = [versions.order.delay(number) for number in range(5)]
     wait_until(lambda: "is put off by" in workers[0].log, timeout=60, message="The older worker has taken nothing")
-    workers[0].kill()  # as at the end of a deployment; until then the two take turns
+    workers[0].stop()  # as at the end of a deployment; until then the two take turns
     assert [api.get_result(result, timeout=90) for result in results] == [[f"{n} EUR"] * 2 for n in range(5)]
     assert set(Execution.objects.values_list("attempt", flat=True)) == {1}
     assert (count("old"), count("new")) == (0, 10)
@@ -107,7 +107,7 @@ def test_a_plain_task_whose_payload_does_not_fit_an_older_worker_waits_for_a_new
     old = worker(pool="prefork", concurrency=1, env=versions.OLD)
     wait_until_put_off(child)
     worker(pool="prefork", concurrency=1)
-    old.kill()
+    old.stop()
     row = wait_for_status(child, "succeeded", 60)
     assert (row.get_result(), row.attempt, count("old")) == ("7 EUR", 1, 0)
     assert "Traceback" not in old.log

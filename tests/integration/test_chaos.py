@@ -14,6 +14,7 @@ import pytest
 
 # The drivers are there where the servers are: they come with `make test-services`.
 pytest.importorskip("psycopg")
+pytest.importorskip("redis")
 
 from conductor_app import transitions
 from conductor_app.models import Execution, Step

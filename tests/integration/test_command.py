@@ -36,7 +36,7 @@ from tests.support import executions
 from tests.support.polling import wait_until
 from tests.support.worker import ROOT
 
-pytestmark = [pytest.mark.django_db, pytest.mark.combination]
+pytestmark = pytest.mark.django_db
 EMBEDDED = dispatch.is_embedded(app)
 NOBODY = "01a204e4-550f-76ed-ae8b-b0cbcb0a4470"
 

@@ -20,7 +20,7 @@ from conductor_app.models import Execution
 from conductor_app.serialization import dump_options
 from tests.support.executions import TASK, committing, fresh, invoke, new, queued, running
 
-pytestmark = pytest.mark.combination
+pytestmark = pytest.mark.messaging
 #: As it is without the fixture ``broker``.
 is_embedded = dispatch.is_embedded
 

@@ -1,6 +1,8 @@
-"""The test database, freed from the sessions of killed workers."""
+"""The test database: freed from the sessions of killed workers, and emptied."""
 
+from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 from django.db import DatabaseError, connection
 
@@ -26,3 +28,19 @@ def end_other_sessions() -> None:
             for (session,) in cursor.fetchall():
                 with suppress(DatabaseError):  # It has ended by itself.
                     cursor.execute("KILL CONNECTION %s", [session])
+
+
+def empty_by_deleting() -> None:
+    """Let Django empty PostgreSQL's tables by ``DELETE`` after a test.
+
+    Its ``TRUNCATE`` makes new files for two dozen tables, each time, and waits for the disk: a tenth of a second.
+    """
+    if connection.vendor == "postgresql":
+        connection.ops.sql_flush = _deletions  # type: ignore[method-assign]
+
+
+def _deletions(style: Any, tables: Sequence[str], **_options: Any) -> list[str]:
+    names = [connection.ops.quote_name(table) for table in tables]
+    # Whoever is just about to commit does so first, as before a TRUNCATE.
+    lock = [f"LOCK TABLE {', '.join(names)} IN EXCLUSIVE MODE"] if names else []
+    return [*lock, *(f"DELETE FROM {name}" for name in names)]

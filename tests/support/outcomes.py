@@ -107,20 +107,24 @@ def run_chosen(
     title: str,
     kind: str,
     members: Sequence[Any],
-    run: Callable[[Any, list[str]], Outcome],
+    run: Callable[[Any, argparse.Namespace], Outcome],
+    is_wanted: Callable[[Any, argparse.Namespace], bool] = lambda _member, _options: True,
 ) -> set[str]:
     """Run those of ``members`` that the command line chooses by their names, all by default; return their verdicts.
 
     Args:
         title: Of the table.
         kind: What each of ``members`` is.
-        run: Gets one of them, and more pytest arguments.
+        run: Gets one of them, and what the parser found: ``pytest_args`` are more arguments of pytest.
+        is_wanted: Gets the same; whether one is to be run that is not chosen by its name.
     """
     parser.add_argument("--only", action="append", choices=[member.name for member in members], help="may be repeated")
     parser.add_argument("pytest_args", nargs="*", metavar="pytest arguments", help="after --")
     options = parser.parse_args()
 
-    chosen = [member for member in members if not options.only or member.name in options.only]
-    outcomes = [run(member, options.pytest_args) for member in chosen]
+    chosen = [
+        member for member in members if (member.name in options.only if options.only else is_wanted(member, options))
+    ]
+    outcomes = [run(member, options) for member in chosen]
     show(title, kind, outcomes)
     return {outcome.verdict for outcome in outcomes}
