@@ -66,10 +66,10 @@ def deliver(execution: Execution) -> None:
     Raises:
         Exception: Whatever the broker or the result backend raises; the sweeper then tries again.
     """
-    tell(execution, _outcome_of(execution))
+    tell(execution, outcome_of(execution))
 
 
-def _outcome_of(execution: Execution) -> Outcome:
+def outcome_of(execution: Execution) -> Outcome:
     """Return how a final execution ended, as its row says."""
     if execution.status == ExecutionStatus.CANCELLED:
         return cancelled(execution.error_message)
@@ -96,7 +96,7 @@ def restore(execution: Execution) -> None:
         Exception: Whatever the result backend raises.
     """
     if execution.is_final and execution.announce_at is None and is_shown(execution):
-        announcement = _Announcement(execution, _outcome_of(execution), None)
+        announcement = _Announcement(execution, outcome_of(execution), None)
         with _watched(announcement.shares_database):
             announcement.store_alone()
 
@@ -221,7 +221,7 @@ def request_of(execution: Execution, hostname: str | None = None) -> Context:
         group=options.get("group_id"),
         group_index=options.get("group_index"),
         root_id=options.get("root_id") or str(execution.root_id),
-        parent_id=options.get("parent_id"),
+        parent_id=options.get("parent_id") or (str(execution.parent_id) if execution.parent_id else None),
         ignore_result=bool(options.get("ignore_result", True)),
         called_directly=False,
         delivery_info={},

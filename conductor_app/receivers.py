@@ -9,7 +9,7 @@ from celery import signals as celery_signals
 from celery.utils.log import ColorFormatter
 from django.core.exceptions import ImproperlyConfigured
 
-from conductor_app import durable_runs, plain_runs, signals, tasks  # noqa: F401 - registers our own Celery tasks
+from conductor_app import durable_runs, ends, plain_runs, signals, tasks  # noqa: F401 - registers our own Celery tasks
 from conductor_app.conf import conductor_settings
 from conductor_app.context import body_logger
 from conductor_app.exceptions import Failure
@@ -131,5 +131,6 @@ celery_signals.worker_process_init.connect(
 celery_signals.after_setup_task_logger.connect(show_ids, dispatch_uid="conductor_app.logging", weak=False)
 celery_signals.task_postrun.connect(plain_runs.on_postrun, dispatch_uid="conductor_app.plain_runs", weak=False)
 signals.execution_finished.connect(log_finished, dispatch_uid="conductor_app.log_finished", weak=False)
+signals.execution_finished.connect(ends.tell, dispatch_uid="conductor_app.ends", weak=False)
 signals.execution_retrying.connect(log_retrying, dispatch_uid="conductor_app.log_retrying", weak=False)
 logging.getLogger("celery.app.trace").addFilter(SuspensionWording())

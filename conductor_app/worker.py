@@ -53,6 +53,7 @@ from conductor_app import (
     clock,
     dispatch,
     durable_runs,
+    ends,
     executor,
     hand_off,
     leases,
@@ -281,6 +282,7 @@ class DurableRequest(Request):
         self.send_event("task-revoked", terminated=terminated, signum=signum, expired=expired)
         self.acknowledge()
         self._already_revoked = True
+        ends.celery_told(self.id)
         signals.task_revoked.send(
             self.task, request=cast(Any, self)._context, terminated=terminated, signum=signum, expired=expired
         )
@@ -1324,7 +1326,7 @@ def _watch_plain_tasks() -> None:
 
 def _reported_child(task_id: object) -> uuid.UUID | None:
     """Return the child that a signal is about, if this is the main process and no run of it tells itself."""
-    is_main = _forks.thread is not None
+    is_main = _forks.thread is not None and not ends.is_telling()
     return as_child_id(task_id) if is_main and not plain_runs.is_running(task_id) else None
 
 
@@ -1333,6 +1335,7 @@ def _on_main_failure(task_id: str, exception: Any = None, **_kwargs: Any) -> Non
     child = _reported_child(task_id) if isinstance(error, (WorkerLostError, TimeLimitExceeded)) else None
     if child is None:
         return
+    ends.celery_told(task_id)
     failure = None
     if isinstance(error, TimeLimitExceeded):
         message = f"{error}: the hard time limit has ended its process."
@@ -1355,6 +1358,7 @@ def _on_main_revoked(request: Any = None, terminated: bool = False, expired: boo
     # cancelled the execution, and if that is queued now, an operator's retry has undone it.
     is_old = str(child) in worker_state.revoked and not terminated and not expired
     if not is_old:
+        ends.celery_told(child)
         news.revoked(str(child))
     _unrevoke(str(child))
     if terminated:

@@ -13,7 +13,7 @@ Locks are taken child before parent, everywhere, so two moves cannot wait for ea
 from __future__ import annotations
 
 from conductor_app.transitions.announcing import announce_now, announced, take_for_announcement
-from conductor_app.transitions.cancelling import cancel_flagged, cancel_running, expire, request_cancel
+from conductor_app.transitions.cancelling import EXPIRED, cancel_flagged, cancel_running, expire, request_cancel
 from conductor_app.transitions.claiming import HandOff, claim, claim_again
 from conductor_app.transitions.creating import NewExecution, create
 from conductor_app.transitions.failing import fail
@@ -59,6 +59,7 @@ from conductor_app.transitions.suspending import (
 )
 
 __all__ = [
+    "EXPIRED",
     "AwaitEvent",
     "Gather",
     "HandOff",

@@ -136,6 +136,10 @@ def cancel_flagged(execution_id: uuid.UUID) -> bool:
     return guards.persist_briefly(work)
 
 
+#: Why an execution is cancelled that Celery's ``expires`` has ended.
+EXPIRED = "it expired before it started"
+
+
 def expire(execution_id: uuid.UUID) -> bool:
     """queued → cancelled: Celery's ``expires`` has passed and it was never started."""
 
@@ -145,7 +149,7 @@ def expire(execution_id: uuid.UUID) -> bool:
             execution = guards.take(rows)
             if execution is None:
                 return False
-            execution.cancel_reason = "it expired before it started"
+            execution.cancel_reason = EXPIRED
             if not rows.update(**cancelled_values(execution), cancel_reason=execution.cancel_reason):
                 return False
             after_cancel(execution)

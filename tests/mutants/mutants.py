@@ -45,6 +45,7 @@ EAGER = "tests/integration/test_eager.py"
 CALLS = "tests/integration/test_calls.py"
 WAITING = "tests/integration/test_waiting.py"
 HEADERS = "tests/integration/test_headers.py"
+SIGNALS = "tests/integration/test_celery_signals.py"
 
 #: What PostgreSQL runs in the place of some of the other transitions.
 STATEMENTS = "transitions/statements.py"
@@ -1928,5 +1929,40 @@ MUTANTS = [
         '            if getattr(receiver, "__module__", None) in modules:\n',
         "            if False:\n",
         (HEADERS,),
+    ),
+    Mutant(
+        "let a result backend rest after an outage of the executions' own database",
+        "announcements.py",
+        "is_own = shares_database and isinstance(error, DatabaseError | InterfaceError)",
+        "is_own = False",
+        ("tests/integration/test_announcements.py",),
+    ),
+    Mutant(
+        "tell of an end that Celery tells of itself",
+        "ends.py",
+        "    return is_its_own and status == ExecutionStatus.FAILED",
+        "    return False",
+        (SIGNALS,),
+    ),
+    Mutant(
+        "leave a body's cancellation to Celery, which does not tell of it",
+        "ends.py",
+        "    return is_its_own and status == ExecutionStatus.FAILED",
+        "    return is_its_own",
+        (SIGNALS,),
+    ),
+    Mutant(
+        "read an execution again although nobody listens",
+        "ends.py",
+        "if signal is None or not _is_heard(signal) or",
+        "if signal is None or",
+        (SIGNALS,),
+    ),
+    Mutant(
+        "forget what Celery has told",
+        "ends.py",
+        "    _told[of_task_id(task_id)] = now",
+        "    pass",
+        (SIGNALS,),
     ),
 ]
