@@ -106,7 +106,9 @@ class Servers:
 
     def __init__(self, postgres: PrivatePostgres, broker: Broker) -> None:
         self.postgres, self.broker = postgres, broker
-        self.database_proxy, self.broker_proxy = Proxy(postgres.url), Proxy(broker.url)
+        # Workers notice long before their kernel does. The client, which has no heartbeat, is to notice at all.
+        self.database_proxy = Proxy(postgres.url, gives_up_after=20)
+        self.broker_proxy = Proxy(broker.url, gives_up_after=20)
 
 
 @contextmanager

@@ -20,9 +20,14 @@ class Proxy:
     Closed, it ends every connection and refuses new ones, as a server does that was shut down. Silenced, it takes
     connections and bytes and answers nothing, as a network does that drops packets. Abandoned, the connections that it
     has never say or end anything again, and new ones are served: the address belongs to another host by now.
+
+    Args:
+        url: The server's.
+        gives_up_after: After so many seconds the kernel of the client of an abandoned connection ends it, as
+            ``tcp_user_timeout`` lets it do; never, if not given.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, gives_up_after: float | None = None) -> None:
         parts = urlsplit(url)
         self._server = (parts.hostname or "127.0.0.1", parts.port or _DEFAULT_PORTS[parts.scheme.partition("+")[0]])
         self._listener = _listen(0)
@@ -40,6 +45,7 @@ class Proxy:
         self._sockets: set[socket.socket] = set()
         #: Connections that are older than this are abandoned.
         self._generation = 0
+        self._gives_up_after = gives_up_after
         self._is_over = threading.Event()
         self._speaks = threading.Event()
         self._speaks.set()
@@ -112,7 +118,7 @@ class Proxy:
             while True:
                 for key, _ in selector.select():
                     if generation != self._generation:
-                        self._is_over.wait()  # nor is an end passed on
+                        self._is_over.wait(self._gives_up_after)  # nor is an end passed on
                         return
                     if not (data := key.fileobj.recv(65_536)):  # type: ignore[union-attr]
                         return
