@@ -54,6 +54,7 @@ from conductor_app.retries import RetryPolicy
 from conductor_app.serialization import dump_call, dump_options, loads, shown
 from conductor_app.sql import drop_dead_connections, is_outage, once_more
 from conductor_app.validated import dump_models, load_models
+from conductor_app.validated import misfit as misfit_of_models
 from conductor_app.waiting import check_wait_for_result
 
 P = ParamSpec("P")
@@ -492,8 +493,11 @@ class DurableTask(_Task[P, R]):
         """
         if not self.typing:
             return ""
+        fn = inspect.unwrap(self.run)
         find = _misfit if len(kwargs) <= _MOST_NAMES else _misfit.__wrapped__
-        misfit = find(inspect.unwrap(self.run), len(args), tuple(kwargs))
+        misfit = find(fn, len(args), tuple(kwargs))
+        if not misfit and not self.has_validation:
+            misfit = misfit_of_models(fn, args, kwargs)
         return f"{self.name}{body_signature(self.run)}: {misfit}" if misfit else ""
 
     def _check_signature(self, args: list[Any], kwargs: Mapping[str, Any], what: str) -> None:

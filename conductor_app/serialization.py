@@ -422,7 +422,7 @@ def _advice(value: Any) -> str:
     if is_model(value):
         return 'Annotate the parameter with its class, or pass .model_dump(mode="json").'
     if dataclasses.is_dataclass(value):
-        return "Pass dataclasses.asdict(…)."
+        return "Annotate the parameter with its class, or pass dataclasses.asdict(…)."
     if isinstance(value, Iterable):
         return "Pass a list."
     return "Pass values that JSON knows, or convert it first."

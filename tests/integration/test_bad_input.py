@@ -277,7 +277,11 @@ NOT_JSON: list[tuple[str, Callable[[], Any], str]] = [
     ("dict keys", {"a": 1}.keys, 'payload["value"] is a dict_keys. Pass a list.'),
     ("deque", collections.deque, 'payload["value"] is a deque. Pass a list.'),
     ("enum", lambda: Colour.RED, 'payload["value"] is a Colour. Pass its .value.'),
-    ("dataclass", Point, 'payload["value"] is a Point. Pass dataclasses.asdict(…).'),
+    (
+        "dataclass",
+        Point,
+        'payload["value"] is a Point. Annotate the parameter with its class, or pass dataclasses.asdict(…).',
+    ),
     ("class of a dataclass", lambda: Point, 'payload["value"] is the class Point. Pass its name.'),
     ("function", lambda: run, 'payload["value"] is a function. Pass values that JSON knows, or convert it first.'),
     ("model instance", Ledger, 'payload["value"] is an instance of the model Ledger. Pass its primary key.'),
