@@ -20,7 +20,7 @@ from django.db.models import Count, Min
 from rich.table import Table
 from rich.text import Text
 
-from conductor_app import checks, clock, dispatch, steps
+from conductor_app import checks, clock, dispatch, sessions, steps
 from conductor_app.conf import conductor_settings
 from conductor_app.explain import UNDELIVERABLE_DISPATCHES, app_to_load, duration
 from conductor_app.management.output import STYLES, Output, clean, plain
@@ -46,6 +46,8 @@ PING_SECONDS = 1.0
 SKEW_SECONDS = 5.0
 #: Something that has been due for this many seconds longer than a sweep takes shows that nobody sweeps.
 STUCK_SECONDS = 60.0
+#: A session that waits longer than this for a lock of another one is worth a line.
+LOCK_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ def _examine() -> Iterator[Finding]:
         yield _tasks(app)
     if tables is not None and tables.is_well and settings.is_well:
         yield from _executions(served)
+        yield _locks()
     yield from _other_checks()
 
 
@@ -357,6 +360,31 @@ def _queues(names: Sequence[str]) -> str:
 
 def _worker_command(queues: Sequence[str]) -> str:
     return f"celery -A {app_to_load()} worker -Q {','.join(queues[:5])}"
+
+
+def _locks() -> Finding:
+    """Look who keeps others waiting: a host that is gone does, until its server notices."""
+    connection = connections[database()]
+    try:
+        found = sessions.holders(LOCK_SECONDS, database())
+    except AnyDatabaseError as error:
+        return Finding("locks", "OK", f"Not looked at: {_line(error)}")
+    if not found:
+        return Finding("locks", "OK", f"No session has waited for a lock for {LOCK_SECONDS:g} s.")
+    worst = found[0]
+    text = (
+        f"{counted(worst.waiting, 'session')} waiting, the first for {duration(worst.longest)}, for locks of session "
+        f"{worst.session} of {worst.client} ({worst.state}, its transaction is open for {duration(worst.seconds)})."
+    )
+    if others := len(found) - 1:
+        text = f"{text} {counted(others, 'other session')} {'keeps' if others == 1 else 'keep'} others waiting, too."
+    end = "SELECT pg_terminate_backend(%d)" if connection.vendor == "postgresql" else "KILL %d"
+    return Finding(
+        "locks",
+        "WARN",
+        text,
+        f"If its client is gone, end it: {end % worst.session}. How the server notices: docs/howto/deployment.md.",
+    )
 
 
 def _stuck(rows: Any, grace: float) -> Finding:
