@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import uuid
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 from billiard.einfo import ExceptionInfo
+from billiard.exceptions import WorkerLostError
 from celery import Celery, signals, states
 from celery.app.trace import TraceInfo, build_tracer, fast_trace_task, trace_ok_t
 from celery.concurrency import prefork
@@ -141,11 +143,54 @@ def test_a_retry_says_when_and_with_which_arguments(app: Celery, postruns: Postr
 
 
 def test_tracers_are_attributes_of_tasks_built_where_bodies_run() -> None:
-    assert "__trace__(" in inspect.getsource(fast_trace_task)
+    # To be called, this would need a process of its own.
     source = inspect.getsource(prefork.process_initializer)
     assert source.index("__trace__ = build_tracer") < source.index("worker_process_init.send")
-    assert "__trace__ = build_tracer" in inspect.getsource(consumer.Consumer.update_strategies)
-    assert "update_strategies()" in inspect.getsource(consumer.Tasks.start)
+
+
+def test_a_pool_process_asks_the_task_for_its_tracer(app: Celery) -> None:
+    task: Any = app.task(seven, bind=True, name="body", shared=False)
+    asked: list[Any] = []
+    task.__trace__ = lambda *given: asked.append(given) or trace_ok_t(7, None, 0.5, "7")
+    where = (app.tasks, {"json"}, "host")
+    assert fast_trace_task("body", ID, {}, ((), {}, {}), None, None, _loc=where) == (0, "7", 0.5)
+    ((task_id, args, kwargs, request),) = asked
+    assert (task_id, args, kwargs, request["hostname"]) == (ID, (), {}, "host")
+
+
+def test_the_main_process_builds_tracers_anew_on_each_connection(app: Celery) -> None:
+    app.task(seven, bind=True, name="body", shared=False)
+    app.finalize()
+    begun: list[str] = []
+
+    class Connected(Exception):
+        """What comes next needs a broker."""
+
+    class Starting:
+        def __init__(self) -> None:
+            self.app, self.hostname, self.strategies = app, "host", dict[str, Any]()
+            self.pool = self.event_dispatcher = self.controller = self.connection = None
+            self.qos = self.task_consumer = None
+
+        def __getattr__(self, name: str) -> Any:
+            raise Connected(name)
+
+        def update_strategies(self) -> None:
+            begun.append("strategies")
+            raise Connected
+
+    with pytest.raises(Connected):
+        consumer.Tasks.start(SimpleNamespace(), Starting())  # type: ignore[arg-type]
+    assert begun == ["strategies"]
+    task: Any = app.tasks["body"]
+    task.start_strategy = lambda *_args, **_options: "a strategy"
+    task.__trace__ = "an old one"
+    for other in app.tasks.values():
+        vars(other)["start_strategy"] = lambda *_args, **_options: "a strategy"
+    starting = Starting()
+    consumer.Consumer.update_strategies(starting)
+    assert starting.strategies["body"] == "a strategy"
+    assert callable(task.__trace__)
 
 
 def test_a_tracer_answers_an_ignore_in_the_form_that_a_dropped_delivery_has() -> None:
@@ -153,13 +198,38 @@ def test_a_tracer_answers_an_ignore_in_the_form_that_a_dropped_delivery_has() ->
     assert TraceInfo(states.IGNORED, None).state == "IGNORED"
 
 
-def test_the_main_process_speaks_of_what_no_pool_process_can_tell() -> None:
-    failure = inspect.getsource(Request.on_failure)
-    assert "signals.task_failure.send(sender=self.task, task_id=self.id" in failure
-    assert "send_revoked(self.task, request=self._context" in inspect.getsource(Request._announce_revoked)
-    unknown = inspect.getsource(consumer.Consumer.on_unknown_task)
-    assert "signals.task_unknown.send" in unknown
-    assert "message=message, exc=exc, name=name, id=id_" in unknown
+def test_the_main_process_speaks_of_what_no_pool_process_can_tell(app: Celery) -> None:
+    task_id = str(uuid.uuid4())  # of which the result backend has no success
+    told: list[tuple[str, str]] = []
+
+    def on_failure(task_id: str, exception: Any, **_kwargs: Any) -> None:
+        told.append((type(getattr(exception, "exc", exception)).__name__, task_id))
+
+    def on_revoked(request: Any, terminated: bool, **_kwargs: Any) -> None:
+        told.append((f"revoked, terminated {terminated}", request.id))
+
+    signals.task_failure.connect(on_failure)
+    signals.task_revoked.connect(on_revoked)
+    try:
+        try:
+            raise WorkerLostError("signal 9")
+        except WorkerLostError:
+            request_of(app, task_id).on_failure(ExceptionInfo())
+        request_of(app, task_id)._announce_revoked("terminated", True, 15, False)
+    finally:
+        signals.task_failure.disconnect(on_failure)
+        signals.task_revoked.disconnect(on_revoked)
+    assert told == [("WorkerLostError", task_id), ("revoked, terminated True", task_id)]
+
+
+def request_of(app: Celery, task_id: str = ID, **options: Any) -> Request:
+    """A request in the main process, whose message has just been delivered."""
+    task = app.task(seven, bind=True, name="body", shared=False, **options)
+    headers = {"id": task_id, "task": "body", "lang": "py", "argsrepr": "()", "kwargsrepr": "{}"}
+    body = ((), {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None})
+    message = Message(body="", headers=headers, delivery_info={}, properties={})
+    ignored: Any = {"on_ack": lambda *_args: None, "on_reject": lambda *_args: None}
+    return Request(message, app=app, task=task, body=body, decoded=True, headers=headers, **ignored)
 
 
 @pytest.mark.parametrize("acks_late", [True, False])
@@ -170,12 +240,7 @@ def test_a_hard_time_limit_is_told_of_as_a_failure_in_the_main_process(app: Cele
     def receiver(task_id: str, exception: Any, **_kwargs: Any) -> None:
         told.append((task_id, type(getattr(exception, "exc", exception))))
 
-    task = app.task(seven, bind=True, name="body", shared=False, acks_late=acks_late)
-    headers = {"id": ID, "task": "body", "lang": "py", "argsrepr": "()", "kwargsrepr": "{}"}
-    body = ((), {}, {"callbacks": None, "errbacks": None, "chain": None, "chord": None})
-    message = Message(body="", headers=headers, delivery_info={}, properties={})
-    ignored = {"on_ack": lambda *_args: None, "on_reject": lambda *_args: None}
-    request = Request(message, app=app, task=task, body=body, decoded=True, headers=headers, **ignored)
+    request = request_of(app, acks_late=acks_late)
     signals.task_failure.connect(receiver)
     try:
         request.on_timeout(soft=False, timeout=1)
@@ -189,15 +254,53 @@ def test_a_hard_time_limit_is_told_of_as_a_failure_in_the_main_process(app: Cele
     assert set(told) == {(ID, TimeLimitExceeded)}
 
 
+class Stub:
+    """A consumer that does nothing but what a test lets it do."""
+
+    app: Any
+    connection_errors: Any = ()
+    event_dispatcher: Any
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_args: pytest.fail(f"{name} was called")
+
+
 def test_a_consumer_asks_its_class_what_to_do_with_an_unknown_task() -> None:
     """``worker`` puts its own in the place of that: Celery's records a failure."""
-    method = consumer.Consumer.on_unknown_task
-    assert list(inspect.signature(method).parameters) == ["self", "body", "message", "exc"]
-    assert "backend.mark_as_failure(" in inspect.getsource(method)
-    assert "reject_log_error(logger, self.connection_errors)" in inspect.getsource(method)
-    handler = inspect.getsource(consumer.Consumer.create_task_handler)
-    assert "on_unknown_task = self.on_unknown_task" in handler
-    assert "return on_unknown_task(None, message, exc)" in handler
+    assert list(inspect.signature(consumer.Consumer.on_unknown_task).parameters) == ["self", "body", "message", "exc"]
+    asked: list[Any] = []
+
+    class One(Stub):
+        strategies: ClassVar[dict[str, Any]] = {}
+
+        def on_unknown_task(self, body: Any, message: Any, exc: Exception) -> None:
+            asked.append((body, message, type(exc)))
+
+    message = Message(body="", headers={"id": ID, "task": "nobody's"}, delivery_info={}, properties={})
+    handler = consumer.Consumer.create_task_handler(One())  # type: ignore[arg-type]
+    handler(message)
+    assert asked == [(None, message, KeyError)]
+
+
+def test_celery_itself_records_a_failure_of_an_unknown_task(app: Celery) -> None:
+    rejected: list[Any] = []
+    task_id = str(uuid.uuid4())
+    message = Message(body="", headers={"id": task_id, "task": "nobody's"}, delivery_info={}, properties={})
+    message.reject_log_error = lambda *given: rejected.append(given)
+    one = Stub()
+    one.app, one.connection_errors, one.event_dispatcher = app, (OSError,), None
+    told: list[Any] = []
+
+    def on_unknown(message: Any, exc: Any, name: str, id: str, **_kwargs: Any) -> None:  # noqa: A002 - Celery's word
+        told.append((name, id))
+
+    signals.task_unknown.connect(on_unknown)
+    try:
+        consumer.Consumer.on_unknown_task(one, None, message, KeyError("nobody's"))  # type: ignore[arg-type]
+    finally:
+        signals.task_unknown.disconnect(on_unknown)
+    assert (told, app.backend.get_state(task_id)) == ([("nobody's", task_id)], states.FAILURE)
+    assert [errors for _logger, errors in rejected] == [(OSError,)]
 
 
 def test_a_header_may_say_what_becomes_of_the_result(app: Celery, monkeypatch: pytest.MonkeyPatch) -> None:
