@@ -7,6 +7,7 @@ such an execution started, or pending, for ever.
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 import weakref
@@ -23,6 +24,10 @@ from conductor_app.models import Execution, database
 from conductor_app.states import ExecutionStatus
 from conductor_app.transitions import EXPIRED
 
+logger = logging.getLogger("conductor_app.worker")
+
+#: Receivers that take longer are told of: the sweeper, or a run, waits for them.
+SLOW_SECONDS = 1.0
 #: For so many seconds it is remembered that Celery has sent a signal itself: the database hears of it soon after.
 _REMEMBERED_SECONDS = 600.0
 _told: dict[uuid.UUID, float] = {}
@@ -42,10 +47,15 @@ def tell(execution: Execution, status: str, **_kwargs: Any) -> None:
     if task is None or row is None:
         return
     token = _is_telling.set(True)
+    started = time.monotonic()
     try:
         _SENDERS[status](task, row)
     finally:
         _is_telling.reset(token)
+    took = time.monotonic() - started
+    if took >= SLOW_SECONDS:
+        name = "task_revoked" if signal is celery_signals.task_revoked else "task_failure"
+        logger.warning("Receivers of Celery's %s took %.1f s; what ended the execution waits for them.", name, took)
 
 
 def is_telling() -> bool:

@@ -169,6 +169,14 @@ def test_a_receiver_that_raises_changes_nothing(told: Told, caplog: pytest.LogCa
     assert "the tracker is away" in caplog.text
 
 
+def test_receivers_that_take_long_are_told_of(
+    told: Told, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(ends, "SLOW_SECONDS", 0)
+    assert api.cancel(start(scenarios.naps, seconds=86_400).pk)
+    assert "Receivers of Celery's task_revoked took 0.0 s" in caplog.text
+
+
 @pytest.mark.parametrize("is_heard", [False, True], ids=["nobody", "somebody"])
 def test_where_nobody_listens_nothing_is_read_for_it(request: pytest.FixtureRequest, is_heard: bool) -> None:
     if is_heard:
