@@ -189,6 +189,8 @@ class Combination:
     selection: tuple[str, ...] = ()
     #: Whether PostgreSQL prepares the statements.
     prepares: bool = False
+    #: Celery's result backend, unless the database is it.
+    results: Server | None = None
 
     @property
     def servers(self) -> list[Server]:
@@ -200,13 +202,14 @@ class Combination:
             "DATABASE_URL": self.database.url,
             "CELERY_BROKER_URL": self.broker.url if self.broker else "memory://",
             "CONDUCTOR_TEST_PREPARED": "1" if self.prepares else "",
+            "CELERY_RESULT_BACKEND": self.results.url if self.results else "django-db",
         }
 
 
 COMBINATIONS = [
     Combination("postgres-rabbitmq", POSTGRES, RABBITMQ),
     Combination("mariadb-redis", MARIADB, REDIS),
-    Combination("postgres-redis", POSTGRES, REDIS, ("-m", "messaging"), prepares=True),
+    Combination("postgres-redis", POSTGRES, REDIS, ("-m", "messaging"), prepares=True, results=REDIS),
     Combination("postgres-memory", POSTGRES, None, ("-m", "messaging"), prepares=True),
 ]
 

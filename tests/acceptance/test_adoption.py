@@ -53,17 +53,19 @@ def test_a_message_becomes_one_execution_however_often_it_is_delivered(db: None)
     run_until_idle(app)
     deliveries.deliver(message)
     assert app.AsyncResult(task_id).get(timeout=PATIENCE) == 3
-    assert (count("body", task_id), Execution.objects.count(), TaskResult.objects.count()) == (2, 2, 1)
+    assert (count("body", task_id), Execution.objects.count()) == (2, 2)
+    assert TaskResult.objects.count() == results.IN_DATABASE
 
 
 @pytest.mark.parametrize("task_id", ["order-7", "D3B07384-D113-4EC6-A1B2-8E0F6D1C2A3B", "urn:uuid:c157a790" * 8])
 def test_the_publishers_task_id_names_the_result_whatever_it_looks_like(db: None, task_id: str) -> None:
+    app.AsyncResult(task_id).forget()  # of an earlier run of this test, if a server keeps it
     for _ in range(2):
         deliveries.deliver(publish(1, 2, task_id=task_id))
     assert app.AsyncResult(task_id).state == "SUSPENDED"
     run_until_idle(app)
     assert app.AsyncResult(task_id).get(timeout=PATIENCE) == 3
-    assert list(TaskResult.objects.values_list("task_id", flat=True)) == [task_id]
+    assert list(TaskResult.objects.values_list("task_id", flat=True)) == [task_id][: results.IN_DATABASE]
     assert api.get_result(adopted()) == 3
 
 

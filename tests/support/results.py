@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 from celery.backends.base import Backend
+from django.conf import settings
 
 from conductor_app.dispatch import is_embedded
 from conductor_app.models import Execution
@@ -26,8 +27,14 @@ class AwayBackend(Backend):
         raise ConnectionRefusedError("the result backend is away")
 
 
+#: Whether results are kept in the executions' database, unless a test switches to another backend.
+IN_DATABASE = settings.CELERY_RESULT_BACKEND == "django-db"
+
+
 def available() -> list[str]:
     """The result backends that can be tested without another server than the broker."""
+    if not IN_DATABASE:
+        return [settings.CELERY_RESULT_BACKEND]
     broker = str(app.conf.broker_url)
     return ["django-db", *([broker] if broker.startswith("redis") else [])]
 
