@@ -270,9 +270,9 @@ class Holder(NamedTuple):
     """A session that others wait for, since it holds locks that they want."""
 
     session: int
-    #: Where its client is.
+    #: Where its client is; empty if the server does not tell.
     client: str
-    #: What it does, in the server's words.
+    #: What it does, in the server's words; empty if another user's is not for this one to see.
     state: str
     #: For how many seconds its transaction has been open.
     seconds: float
@@ -294,7 +294,7 @@ def holders(seconds: float, using: str) -> list[Holder]:
     with connection.cursor() as cursor:
         cursor.execute(statement, [seconds])
         return [
-            Holder(int(session), str(client or "this host"), str(state), float(age or 0), int(waiting), float(longest))
+            Holder(int(session), str(client or ""), str(state or ""), float(age or 0), int(waiting), float(longest))
             for session, client, state, age, waiting, longest in cursor.fetchall()
         ]
 

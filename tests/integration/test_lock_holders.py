@@ -65,6 +65,14 @@ def test_doctor_names_whose_locks_others_wait_for(monkeypatch: pytest.MonkeyPatc
     assert locks()["level"] == "OK"
 
 
+def test_what_another_user_s_session_does_may_be_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = sessions.Holder(session=7, client="", state="", seconds=0, waiting=2, longest=30)
+    monkeypatch.setattr(sessions, "holders", lambda *_args: [hidden, hidden])
+    assert locks()["message"] == (
+        "2 sessions waiting, the first for 30 s, for locks of session 7. 1 other session keeps others waiting, too."
+    )
+
+
 def test_a_session_may_wait_for_a_while() -> None:
     execution = running()
     with ThreadPoolExecutor() as pool:

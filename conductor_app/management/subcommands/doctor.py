@@ -374,8 +374,11 @@ def _locks() -> Finding:
     worst = found[0]
     text = (
         f"{counted(worst.waiting, 'session')} waiting, the first for {duration(worst.longest)}, for locks of session "
-        f"{worst.session} of {worst.client} ({worst.state}, its transaction is open for {duration(worst.seconds)})."
     )
+    text += f"{worst.session}{f' of {worst.client}' if worst.client else ''}"
+    if worst.state:
+        text += f" ({worst.state}, its transaction is open for {duration(worst.seconds)})"
+    text += "."
     if others := len(found) - 1:
         text = f"{text} {counted(others, 'other session')} {'keeps' if others == 1 else 'keep'} others waiting, too."
     end = "SELECT pg_terminate_backend(%d)" if connection.vendor == "postgresql" else "KILL %d"
