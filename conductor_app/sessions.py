@@ -319,9 +319,10 @@ _HOLDERS = {
             COUNT(*), MAX(TIMESTAMPDIFF(SECOND, waiter.trx_wait_started, SYSDATE())) AS longest
         FROM information_schema.innodb_lock_waits blocking
         JOIN information_schema.innodb_trx waiter ON waiter.trx_id = blocking.requesting_trx_id
+        JOIN information_schema.processlist waiting ON waiting.id = waiter.trx_mysql_thread_id
         JOIN information_schema.innodb_trx holder ON holder.trx_id = blocking.blocking_trx_id
         LEFT JOIN information_schema.processlist process ON process.id = holder.trx_mysql_thread_id
-        WHERE TIMESTAMPDIFF(SECOND, waiter.trx_wait_started, SYSDATE()) >= %s
+        WHERE waiting.db = DATABASE() AND TIMESTAMPDIFF(SECOND, waiter.trx_wait_started, SYSDATE()) >= %s
         GROUP BY 1 ORDER BY longest DESC LIMIT 10
     """,
 }

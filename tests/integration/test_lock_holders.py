@@ -44,10 +44,14 @@ def somebody_waits(seconds: float) -> None:
     wait_until(lambda: sessions.holders(seconds, "default"), 40, interval=0.3, message="Nobody waits")
 
 
+def nobody_waits() -> None:
+    wait_until(lambda: locks()["level"] == "OK", 40, interval=0.3, message="Somebody waits")
+
+
 def test_doctor_names_whose_locks_others_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "LOCK_SECONDS", 1)
     execution = running()
-    assert locks()["level"] == "OK"
+    nobody_waits()
     with ThreadPoolExecutor() as pool:
         with locked(execution.pk):
             waiting = pool.submit(touch, execution)
@@ -62,7 +66,7 @@ def test_doctor_names_whose_locks_others_wait_for(monkeypatch: pytest.MonkeyPatc
     )
     (session,) = re.findall(r"session (\d+) of", line["message"])
     assert re.search(rf"(pg_terminate_backend\({session}\)|KILL {session})\.", line["hint"])
-    assert locks()["level"] == "OK"
+    nobody_waits()
 
 
 def test_what_another_user_s_session_does_may_be_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
