@@ -202,7 +202,8 @@ class Combination:
             "DATABASE_URL": self.database.url,
             "CELERY_BROKER_URL": self.broker.url if self.broker else "memory://",
             "CONDUCTOR_TEST_PREPARED": "1" if self.prepares else "",
-            "CELERY_RESULT_BACKEND": self.results.url if self.results else "django-db",
+            # Celery itself reads this one, before any setting.
+            **({"CELERY_RESULT_BACKEND": self.results.url} if self.results else {}),
         }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -61,6 +62,9 @@ def using(url: str) -> Iterator[dict[str, str]]:
 
 
 def _switch(url: str) -> None:
+    # Where it is in the environment, Celery takes it from there.
+    if "CELERY_RESULT_BACKEND" in os.environ:
+        os.environ["CELERY_RESULT_BACKEND"] = url
     # By its name in Django's settings, which Celery 5.6 looks for first.
     app.conf.changes["CELERY_RESULT_BACKEND"] = url
     app._backend_cache = None
