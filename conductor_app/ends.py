@@ -11,6 +11,7 @@ import logging
 import time
 import uuid
 import weakref
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -39,8 +40,8 @@ def tell(execution: Execution, status: str, **_kwargs: Any) -> None:
 
     It comes in the process that made the change, as our own signals do, and not from one that died before it could.
     """
-    signal = _SIGNALS.get(status)
-    if signal is None or not _is_heard(signal) or _celery_tells(execution, status):
+    name, send = _SENDERS.get(status, ("", None))
+    if send is None or not _is_heard(getattr(celery_signals, name)) or _celery_tells(execution, status):
         return
     task = current_app.tasks.get(execution.task)
     row = Execution.objects.using(database()).filter(pk=execution.pk, status=status).first()
@@ -49,12 +50,11 @@ def tell(execution: Execution, status: str, **_kwargs: Any) -> None:
     token = _is_telling.set(True)
     started = time.monotonic()
     try:
-        _SENDERS[status](task, row)
+        send(task, row)
     finally:
         _is_telling.reset(token)
     took = time.monotonic() - started
     if took >= SLOW_SECONDS:
-        name = "task_revoked" if signal is celery_signals.task_revoked else "task_failure"
         logger.warning("Receivers of Celery's %s took %.1f s; what ended the execution waits for them.", name, took)
 
 
@@ -119,8 +119,8 @@ def _send_failure(task: Any, execution: Execution) -> None:
     )
 
 
-_SIGNALS = {
-    ExecutionStatus.CANCELLED.value: celery_signals.task_revoked,
-    ExecutionStatus.FAILED.value: celery_signals.task_failure,
+#: By the status: the signal's name, and what sends it.
+_SENDERS: dict[str, tuple[str, Callable[[Any, Execution], None]]] = {
+    ExecutionStatus.CANCELLED: ("task_revoked", _send_revoked),
+    ExecutionStatus.FAILED: ("task_failure", _send_failure),
 }
-_SENDERS = {ExecutionStatus.CANCELLED.value: _send_revoked, ExecutionStatus.FAILED.value: _send_failure}

@@ -183,10 +183,9 @@ def test_the_main_process_builds_tracers_anew_on_each_connection(app: Celery) ->
         consumer.Tasks.start(SimpleNamespace(), Starting())  # type: ignore[arg-type]
     assert begun == ["strategies"]
     task: Any = app.tasks["body"]
-    task.start_strategy = lambda *_args, **_options: "a strategy"
     task.__trace__ = "an old one"
-    for other in app.tasks.values():
-        vars(other)["start_strategy"] = lambda *_args, **_options: "a strategy"
+    for each in app.tasks.values():
+        vars(each)["start_strategy"] = lambda *_args, **_options: "a strategy"
     starting = Starting()
     consumer.Consumer.update_strategies(starting)
     assert starting.strategies["body"] == "a strategy"

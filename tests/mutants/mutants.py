@@ -1954,8 +1954,8 @@ MUTANTS = [
     Mutant(
         "read an execution again although nobody listens",
         "ends.py",
-        "if signal is None or not _is_heard(signal) or",
-        "if signal is None or",
+        "if send is None or not _is_heard(getattr(celery_signals, name)) or",
+        "if send is None or",
         (SIGNALS,),
     ),
     Mutant(
