@@ -222,13 +222,16 @@ def end_own_session() -> None:
     if connection.vendor == "postgresql":
         query("SELECT pg_terminate_backend(pg_backend_pid())")
     elif connection.vendor == "mysql":
-        with connection.cursor() as cursor:
-            cursor.execute("SELECT CONNECTION_ID()")
-            (session,) = cursor.fetchone()
-        thread = threading.Thread(target=lambda: (query(f"KILL CONNECTION {session}"), connections.close_all()))
-        thread.start()
-        thread.join()
+        end_session_from_elsewhere()
         query("SELECT 1")
+
+
+def end_session_from_elsewhere() -> None:
+    kill = {"postgresql": "SELECT pg_terminate_backend(%s)", "mysql": "KILL CONNECTION %s"}[connection.vendor]
+    kill %= sessions._session_id(connection.connection)
+    thread = threading.Thread(target=lambda: (query(kill), connections.close_all()))
+    thread.start()
+    thread.join()
 
 
 @pytest.mark.parametrize("where", ["before", "inside", "at the end"])
@@ -269,11 +272,7 @@ def test_an_atomic_step_whose_session_ends_at_its_commit_is_run_again(monkeypatc
 
     def end_and_commit() -> None:
         if not ended and count("work"):
-            kill = {"postgresql": "SELECT pg_terminate_backend(%s)", "mysql": "KILL CONNECTION %s"}[connection.vendor]
-            kill %= sessions._session_id(connection.connection)
-            thread = threading.Thread(target=lambda: (query(kill), connections.close_all()))
-            thread.start()
-            thread.join()
+            end_session_from_elsewhere()
             try:
                 commit()
             except DatabaseError as error:
