@@ -36,7 +36,7 @@ from conductor_app.ids import of_task_id
 from conductor_app.models import Execution, FailedExecution, database
 from conductor_app.plain import is_invocable
 from conductor_app.serialization import read_failure, revive
-from conductor_app.sql import is_outage, is_transaction, is_undone, together
+from conductor_app.sql import is_outage, is_transaction, is_undone, locked, together
 from conductor_app.states import ExecutionStatus
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,8 @@ def tell(execution: Execution, outcome: Outcome, hostname: str | None = None) ->
     """
     announcement = _Announcement(execution, outcome, hostname)
     with _watched(announcement.shares_database):
-        _tell(announcement, execution)
+        # A row that was read after the end says what is stored; a run's own execution is still running to it.
+        _tell(announcement, execution, ExecutionStatus(execution.status) if execution.is_final else outcome.status)
 
 
 def show(execution: Execution, state: str, info: Any = None, hostname: str | None = None) -> None:
@@ -183,18 +184,35 @@ def _watched(shares_database: bool) -> Iterator[None]:
         raise
 
 
-def _tell(announcement: _Announcement, execution: Execution) -> None:
+def _tell(announcement: _Announcement, execution: Execution, status: ExecutionStatus) -> None:
     announcement.send_messages()
     if not announcement.shares_database:
         announcement.write()
-        transitions.announced(execution.pk)  # not to be repeated lightly: it may have counted down a chord
+        # Not to be repeated lightly: it may have counted down a chord.
+        if not transitions.announced(execution, status):
+            _show_as_it_stands(execution)
         return
     is_alone = is_transaction(database())
 
     def write() -> None:
         # First, since it takes the row's lock: of two that tell at the same time, one counts the chord down.
-        if transitions.announced(execution.pk, is_alone=is_alone):
+        if transitions.announced(execution, status, is_alone=is_alone):
             announcement.write()
+
+    together(database(), write)
+
+
+def _show_as_it_stands(execution: Execution) -> None:
+    """Write what holds over the result of an end that somebody has retried before it was written."""
+    if not is_shown(execution):
+        return
+
+    def write() -> None:
+        row = locked(Execution.objects.using(database()).filter(pk=execution.pk)).first()
+        if row is not None and row.is_final:
+            _Announcement(row, outcome_of(row), None).store_alone()
+        elif row is not None:
+            show(row, states.PENDING)
 
     together(database(), write)
 
@@ -282,7 +300,10 @@ class _Announcement:
 
     def _repeatably(self) -> AbstractContextManager[None]:
         """What is called for this end is called on its behalf, however often it is announced."""
-        return calls.on_behalf_of(self._execution.pk, self._execution.created_at)
+        execution, status = self._execution, self._outcome.status
+        # An execution succeeds once. After a retry it may fail again, and its error callbacks are called again.
+        end = "" if status == ExecutionStatus.SUCCEEDED else f" {status} {execution.fence}"
+        return calls.on_behalf_of(f"{execution.pk}{end}", execution.created_at)
 
     def _as_chord(self) -> AbstractContextManager[None]:
         """A chord's body is called on behalf of its whole header: two parts may each be the last one."""

@@ -10,25 +10,32 @@ from conductor_app import clock
 from conductor_app.conf import conductor_settings
 from conductor_app.models import Execution, database
 from conductor_app.sql import locked
+from conductor_app.states import ExecutionStatus
 from conductor_app.transitions import guards, statements
 
 
-def announced(execution_id: uuid.UUID, *, is_alone: bool = False) -> bool:
-    """Note that Celery has been told of a final status.
+def announced(execution: Execution, status: ExecutionStatus, *, is_alone: bool = False) -> bool:
+    """Note that Celery has been told of an end, and of no other: a retry may have brought the next one meanwhile.
 
     Args:
+        execution: As whoever told Celery knows it: to the run that brought the end about it is still running.
+        status: How it ended.
         is_alone: Whether the transaction holds nothing but that, and what Celery's result backend writes. A crash of
             the database may undo it then, and Celery is told again.
 
     Returns:
-        ``False`` if it is noted already, or the execution was reopened.
+        ``False`` if it is noted already, or the execution was reopened since.
     """
+    # Two cancels may come with no run between them, and so with the same fence.
+    ended_at = execution.finished_at if execution.is_final else None
 
     def work() -> bool:
         if statements.are_at_hand():
-            return statements.announced(execution_id, is_alone=is_alone)
-        untold = Execution.objects.using(database()).filter(pk=execution_id, announce_at__isnull=False)
-        return bool(untold.update(announce_at=None))
+            return statements.announced(execution, status, ended_at, is_alone=is_alone)
+        rows = Execution.objects.using(database()).filter(pk=execution.pk, status=status, fence=execution.fence)
+        # Not "at": SQLite compares texts, and has stored fewer digits.
+        ended = rows if ended_at is None else rows.filter(finished_at__lte=ended_at)
+        return bool(ended.filter(announce_at__isnull=False).update(announce_at=None))
 
     return guards.persist_briefly(work)
 

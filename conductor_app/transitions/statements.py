@@ -300,7 +300,8 @@ _SUCCEED_CHILD = {kind: _succeed_child(kind) for kind in _SETTLED}
 
 _ANNOUNCED = f"""
     UPDATE {_EXECUTIONS} SET announce_at = NULL
-    WHERE id = %(id)s::uuid AND announce_at IS NOT NULL
+    WHERE id = %(id)s::uuid AND announce_at IS NOT NULL AND status || '' = %(status)s AND fence = %(fence)s
+        AND (%(ended_at)s::timestamptz IS NULL OR finished_at <= %(ended_at)s)
     RETURNING {_waits_unless("%(is_alone)s::boolean")}
 """  # noqa: S608
 
@@ -568,9 +569,10 @@ def succeed(
     return Ended(queued=found if found.status == ExecutionStatus.QUEUED else None)
 
 
-def announced(execution_id: uuid.UUID, *, is_alone: bool) -> bool:
+def announced(execution: Execution, status: ExecutionStatus, ended_at: dt.datetime | None, *, is_alone: bool) -> bool:
     """Note that Celery was told, as ``announcing.announced``."""
-    return bool(_fetch(_ANNOUNCED, id=execution_id, is_alone=is_alone))
+    end = {"id": execution.pk, "status": status, "fence": execution.fence, "ended_at": ended_at}
+    return bool(_fetch(_ANNOUNCED, **end, is_alone=is_alone))
 
 
 def take_for_dispatch(limit: int, queues: Sequence[str] | None, pause: float) -> list[Execution]:

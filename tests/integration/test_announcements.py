@@ -162,3 +162,103 @@ def test_only_what_another_server_takes_long_to_refuse_lets_announcements_rest(
     with suppress(OperationalError):  # which whoever began the transaction gets
         announcements.show(execution, "SUSPENDED")
     assert announcements.is_resting() is rests
+
+
+# What is told late
+
+
+@pytest.fixture(params=["django-db", "cache+memory://"], ids=["in the same database", "elsewhere"])
+def any_backend(request: Any) -> Iterator[None]:
+    with using(request.param):
+        yield
+
+
+@durable(ignore_result=False, max_retries=0)
+def ends_as_told(ctx: ExecutionContext, end: str) -> str:
+    if end == "failed" and Execution.objects.get(pk=ctx.execution_id).fence == 1:
+        raise ValueError(end)
+    if end == "cancelled":
+        ctx.wait_for("approval", "approved")
+    if end == "cancelled with a result":
+        api.cancel(ctx.execution_id)
+    return "done"
+
+
+@pytest.mark.usefixtures("any_backend")
+@pytest.mark.parametrize("teller", ["run", "sweeper"])
+@pytest.mark.parametrize("end", ["cancelled", "cancelled with a result", "failed"])
+def test_whoever_tells_celery_late_does_not_tell_of_the_next_end(
+    end: str, teller: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run or a sweeper that is slow to tell Celery of an end, while an operator retries it, and it ends again."""
+    tell = announcements.tell
+    monkeypatch.setattr(announcements, "tell", lambda *_args: None)
+    result = ends_as_told.apply_async(kwargs={"end": end}, link=scenarios.echo.s())
+    go_on()
+    if end == "cancelled":
+        api.cancel(result)
+    late = reload(result)
+    outcome = announcements.outcome_of(late)
+    assert late.announce_at is not None
+    if teller == "run":  # it knows of the end what it has brought about
+        late.status, late.finished_at = "running", None
+    api.retry(result)
+    if end == "cancelled":
+        tell(late, outcome)
+        assert AsyncResult(result.id).state == states.PENDING
+        api.send_event(result.id, "approved", None)
+    go_on()
+    tell(late, outcome)
+    row = reload(result)
+    assert (row.status, row.get_result()) == ("succeeded", "done")
+    assert row.announce_at is not None, "of which nobody has told"
+    tell(row, announcements.outcome_of(row))
+    assert reload(result).announce_at is None
+    tell(late, outcome)
+    assert (AsyncResult(result.id).state, AsyncResult(result.id).result) == (states.SUCCESS, "done")
+    assert Execution.objects.filter(task=scenarios.echo.name).count() == 1
+
+
+@pytest.mark.usefixtures("any_backend")
+def test_of_two_cancels_in_a_row_the_second_is_told_of_too() -> None:
+    result = ends_as_told.delay(end="cancelled")
+    api.cancel(result, reason="first")
+    late = reload(result)
+    api.retry(result)
+    api.cancel(result, reason="second")
+    announcements.deliver(late)
+    assert reload(result).announce_at is not None
+    sweeper.sweep(publish=False)
+    assert "second" in str(AsyncResult(result.id).result)
+
+
+@durable
+def notes_failure(ctx: ExecutionContext, task_id: str) -> str:
+    return task_id
+
+
+@pytest.mark.usefixtures("any_backend")
+def test_an_error_callback_is_called_once_for_each_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    @durable(ignore_result=False, max_retries=0)
+    def fails(ctx: ExecutionContext) -> None:
+        raise ValueError("card declined")
+
+    tell, told = announcements.tell, []
+
+    def tell_twice(execution: Execution, *args: Any) -> None:
+        tell(execution, *args)
+        if execution.task != fails.name:
+            return
+        told.append(execution.pk)
+        Execution.objects.filter(pk=execution.pk).update(announce_at=execution.created_at)
+        tell(reload(execution), announcements.outcome_of(reload(execution)))
+
+    monkeypatch.setattr(announcements, "tell", tell_twice)
+    result = fails.apply_async(link_error=notes_failure.s())
+    called = Execution.objects.filter(task=notes_failure.name)
+    for ends in (1, 2):
+        go_on()
+        assert (len(told), called.count()) == (ends, ends)
+        if ends == 1:
+            api.retry(result)
+    assert {execution.get_result() for execution in called} == {str(result.id)}

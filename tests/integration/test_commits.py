@@ -17,7 +17,7 @@ from conductor_app.ids import new_root_id
 from conductor_app.leases import keeper
 from conductor_app.maintenance import pruner
 from conductor_app.models import Execution, FailedExecution, Step
-from conductor_app.states import OnTimeout
+from conductor_app.states import ExecutionStatus, OnTimeout
 from conductor_app.transitions import Gather, HandOff, Map, Sleep, waking
 from conductor_app.transitions.suspending import Wait
 from tests.app.scenarios import echo
@@ -565,7 +565,7 @@ def test_an_outage_longer_than_a_lease_abandons_a_run_and_is_an_error_to_everybo
             lambda: transitions.take_for_dispatch(10),
             lambda: transitions.put_back([run], 1),
             lambda: transitions.take_for_announcement(10),
-            lambda: transitions.announced(run.pk),
+            lambda: transitions.announced(run, ExecutionStatus.SUCCEEDED),
             lambda: transitions.wake_stranded(waiting.pk),
             lambda: transitions.request_cancel(run.pk, ""),
             lambda: transitions.cancel_flagged(run.pk),

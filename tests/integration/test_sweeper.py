@@ -358,7 +358,7 @@ def test_a_run_that_ends_has_a_lease_to_tell_celery_itself(told: list[Any]) -> N
     assert sweeper.sweep(publish=False) == {}
     pass_seconds(1_100)
     assert sweeper.sweep(publish=False) == {"announced": 1}
-    transitions.announced(run.pk)
+    assert transitions.announced(run, ExecutionStatus.SUCCEEDED)
     pass_seconds(100_000)
     assert sweeper.sweep(publish=False) == {}
 

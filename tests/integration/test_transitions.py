@@ -157,7 +157,7 @@ ASKED: dict[str, tuple[Callable[[Execution], object], set[str]]] = {
         {"queued and flagged", "waiting and flagged"},
     ),
     "expire": (lambda execution: transitions.expire(execution.pk), {"queued and expired"}),
-    "announce": (lambda execution: transitions.announced(execution.pk), set()),
+    "announce": (lambda execution: transitions.announced(execution, ExecutionStatus(execution.status)), set()),
 }
 
 

@@ -46,6 +46,7 @@ CALLS = "tests/integration/test_calls.py"
 WAITING = "tests/integration/test_waiting.py"
 HEADERS = "tests/integration/test_headers.py"
 SIGNALS = "tests/integration/test_celery_signals.py"
+ANNOUNCEMENTS = "tests/integration/test_announcements.py"
 
 #: What PostgreSQL runs in the place of some of the other transitions.
 STATEMENTS = "transitions/statements.py"
@@ -811,8 +812,8 @@ MUTANTS = [
     Mutant(
         "tell Celery of an end twice",
         "transitions/announcing.py",
-        "announce_at__isnull=False)\n        return bool",
-        "pk__isnull=False)\n        return bool",
+        "return bool(ended.filter(announce_at__isnull=False).update",
+        "return bool(ended.update",
         (TRANSITIONS, OUTCOMES, SWEEPERS),
     ),
     # --- messages
@@ -1016,7 +1017,12 @@ MUTANTS = [
         on_postgres=True,
     ),
     Mutant(
-        "write at once whatever the fence", STATEMENTS, " AND fence = %(fence)s", "", (TRANSITIONS,), on_postgres=True
+        "write at once whatever the fence",
+        STATEMENTS,
+        "AND fence = %(fence)s AND lease_owner",
+        "AND lease_owner",
+        (TRANSITIONS,),
+        on_postgres=True,
     ),
     Mutant(
         "write at once whatever the status",
@@ -1935,7 +1941,53 @@ MUTANTS = [
         "announcements.py",
         "is_own = shares_database and isinstance(error, DatabaseError | InterfaceError)",
         "is_own = False",
-        ("tests/integration/test_announcements.py",),
+        (ANNOUNCEMENTS,),
+    ),
+    Mutant(
+        "take one end's announcement for the next one's",
+        "transitions/announcing.py",
+        "filter(pk=execution.pk, status=status, fence=execution.fence)",
+        "filter(pk=execution.pk)",
+        (ANNOUNCEMENTS,),
+    ),
+    Mutant(
+        "take one end's announcement for the next one's, in one statement",
+        STATEMENTS,
+        """AND status || '' = %(status)s AND fence = %(fence)s
+        AND (%(ended_at)s""",
+        """AND %(status)s::text IS NOT NULL AND %(fence)s::bigint IS NOT NULL
+        AND (%(ended_at)s""",
+        (ANNOUNCEMENTS,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "take the announcement of one cancel for that of the next",
+        "transitions/announcing.py",
+        "rows if ended_at is None else",
+        "rows if True else",
+        (ANNOUNCEMENTS,),
+    ),
+    Mutant(
+        "take the announcement of one cancel for that of the next, in one statement",
+        STATEMENTS,
+        "(%(ended_at)s::timestamptz IS NULL OR finished_at <= %(ended_at)s)",
+        "(%(ended_at)s::timestamptz IS NULL OR TRUE)",
+        (ANNOUNCEMENTS,),
+        on_postgres=True,
+    ),
+    Mutant(
+        "call an error callback for the first end alone",
+        "announcements.py",
+        'end = "" if status == ExecutionStatus.SUCCEEDED else f" {status} {execution.fence}"',
+        'end = ""',
+        (ANNOUNCEMENTS,),
+    ),
+    Mutant(
+        "leave the result of an end that was retried over the one that followed",
+        "announcements.py",
+        "            _show_as_it_stands(execution)\n",
+        "            pass\n",
+        (ANNOUNCEMENTS,),
     ),
     Mutant(
         "tell of an end that Celery tells of itself",
