@@ -15,7 +15,7 @@ from conductor_app.conf import ConductorSettings
 from conductor_app.context import ExecutionContext
 from conductor_app.models import Event, Execution, FailedExecution, Step
 from conductor_app.retries import RetryPolicy
-from conductor_app.states import CELERY_STATES, ExecutionStatus, StepKind, StepStatus
+from conductor_app.states import ALLOWED_MOVES, CELERY_STATES, FINAL_STATUSES, ExecutionStatus, StepKind, StepStatus
 from tests.docs.pages import blocks, pages, prose, read
 
 API = "docs/reference/api.md"
@@ -92,6 +92,16 @@ def test_every_status_is_in_the_reference_with_celerys_state() -> None:
         assert any(f"`{status}`" in row and f"`{CELERY_STATES[status]}`" in row for row in rows), status
     for name in [*StepStatus, *StepKind]:
         assert f"`{name}`" in read(MODELS), name
+
+
+def test_the_diagram_of_statuses_shows_each_move() -> None:
+    (diagram,) = re.findall(
+        r"```mermaid\nstateDiagram-v2\n(.*?)```", read("docs/explanation/how-it-works.md"), re.DOTALL
+    )
+    shown = set(re.findall(r"^ +(\S+) --> (\w+|\[\*\])", diagram, re.MULTILINE))
+    moves = {(before.value, after.value) for before, targets in ALLOWED_MOVES.items() for after in targets}
+    begins = {("[*]", "queued"), ("[*]", "running")}
+    assert shown == moves | begins | {(status.value, "[*]") for status in FINAL_STATUSES}
 
 
 @pytest.mark.parametrize("page", pages())
