@@ -10,10 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from conductor_app.context import ChildHandle as ChildHandle
-    from conductor_app.context import ExecutionContext as ExecutionContext
-    from conductor_app.durable import DurableTask as DurableTask
-    from conductor_app.durable import durable_task as durable_task
+    from conductor_app.body.context import ChildHandle as ChildHandle
+    from conductor_app.body.context import ExecutionContext as ExecutionContext
     from conductor_app.exceptions import ChildCancelled as ChildCancelled
     from conductor_app.exceptions import ChildError as ChildError
     from conductor_app.exceptions import ChildFailed as ChildFailed
@@ -22,6 +20,8 @@ if TYPE_CHECKING:
     from conductor_app.exceptions import EventTimedOut as EventTimedOut
     from conductor_app.exceptions import LeaseLost as LeaseLost
     from conductor_app.exceptions import SuspendExecution as SuspendExecution
+    from conductor_app.tasks.durable import DurableTask as DurableTask
+    from conductor_app.tasks.durable import durable_task as durable_task
 
 __version__ = "0.1.0"
 
@@ -29,15 +29,15 @@ _EXPORTS = {
     "ChildCancelled": "conductor_app.exceptions",
     "ChildError": "conductor_app.exceptions",
     "ChildFailed": "conductor_app.exceptions",
-    "ChildHandle": "conductor_app.context",
+    "ChildHandle": "conductor_app.body.context",
     "ChildTimedOut": "conductor_app.exceptions",
     "ConductorError": "conductor_app.exceptions",
-    "DurableTask": "conductor_app.durable",
+    "DurableTask": "conductor_app.tasks.durable",
     "EventTimedOut": "conductor_app.exceptions",
-    "ExecutionContext": "conductor_app.context",
+    "ExecutionContext": "conductor_app.body.context",
     "LeaseLost": "conductor_app.exceptions",
     "SuspendExecution": "conductor_app.exceptions",
-    "durable_task": "conductor_app.durable",
+    "durable_task": "conductor_app.tasks.durable",
 }
 
 __all__ = [*sorted(_EXPORTS), "__version__"]  # noqa: PLE0604 - names, each a string

@@ -11,10 +11,11 @@ from typing import Any, Union
 from celery import states
 from celery.result import AsyncResult
 
-from conductor_app import announcements, eager, transitions
-from conductor_app.arguments import MESSAGE_OPTIONS, check_duration
+from conductor_app import transitions
+from conductor_app.body.context import check_key, check_name, current_context
 from conductor_app.conf import conductor_settings
-from conductor_app.context import check_key, check_name, current_context
+from conductor_app.engine import announcements
+from conductor_app.engine.waiting import check_wait
 from conductor_app.exceptions import (
     ActionRefused,
     BlockingCallInTask,
@@ -24,12 +25,13 @@ from conductor_app.exceptions import (
     InvalidArgument,
     InvalidArgumentType,
 )
-from conductor_app.ids import new_root_id
 from conductor_app.models import Execution, database
-from conductor_app.serialization import dump_options, dumps, shown
-from conductor_app.sql import persist_briefly
 from conductor_app.states import ExecutionStatus
-from conductor_app.waiting import check_wait
+from conductor_app.store import eager
+from conductor_app.store.ids import new_root_id
+from conductor_app.store.sql import persist_briefly
+from conductor_app.values.arguments import MESSAGE_OPTIONS, check_duration
+from conductor_app.values.serialization import dump_options, dumps, shown
 
 #: How an execution may be named: itself, its id, or the ``AsyncResult`` that ``.delay()`` returned.
 ExecutionRef = Union[Execution, "AsyncResult[Any]", uuid.UUID, str]

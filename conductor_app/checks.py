@@ -35,10 +35,11 @@ from django.db import Error as AnyDatabaseError
 from django.db import connections
 from kombu import serialization
 
-from conductor_app import dispatch, scopes
+from conductor_app.body import scopes
 from conductor_app.conf import conductor_settings
-from conductor_app.durable import DurableTask
 from conductor_app.models import Execution, FailedExecution, Step, database
+from conductor_app.tasks.durable import DurableTask
+from conductor_app.transitions import dispatch
 
 logger = logging.getLogger("conductor_app.worker")
 

@@ -25,10 +25,12 @@ from django.utils import timezone
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_safe
 
-from conductor_app import clock, observing, owners, signals, steps
+from conductor_app import signals
 from conductor_app.conf import conductor_settings, host_and_port
 from conductor_app.models import Execution, database
 from conductor_app.states import ExecutionStatus
+from conductor_app.store import clock, observing, owners
+from conductor_app.transitions import steps
 
 try:
     from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram, start_http_server

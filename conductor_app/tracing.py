@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from conductor_app import observing, signals
+from conductor_app import signals
+from conductor_app.engine.executor import RunEnded
 from conductor_app.exceptions import Failure
-from conductor_app.executor import RunEnded
 from conductor_app.models import Execution
+from conductor_app.store import observing
 
 try:
     from opentelemetry import context, propagate, trace

@@ -9,8 +9,9 @@ import pytest
 from celery import _state, current_app, signals
 from django.db import connection
 
-from conductor_app import announcements, dispatch, executor
-from conductor_app.context import body_logger
+from conductor_app.body.context import body_logger
+from conductor_app.engine import announcements, executor
+from conductor_app.transitions import dispatch
 from tests.support.broker import purge
 from tests.support.databases import empty_by_deleting, end_other_sessions
 from tests.support.worker import Worker

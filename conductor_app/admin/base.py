@@ -17,13 +17,13 @@ from django.urls import NoReverseMatch, URLPattern, path, reverse
 from django.utils.html import format_html
 from django.utils.translation import gettext_lazy as _
 
-from conductor_app import clock
 from conductor_app.admin import access, refresh, twins
 from conductor_app.admin.access import VIEW_PAYLOAD, may_see_payloads
 from conductor_app.admin.changelist import BoundedChangeList
 from conductor_app.admin.paginator import BoundedPaginator
 from conductor_app.admin.text import ago
 from conductor_app.models import Execution, database
+from conductor_app.store import clock
 
 #: Stands where something is left out.
 NEEDS_PERMISSION: Any = _("Hidden: seeing it takes the permission “%(permission)s”.")

@@ -15,17 +15,17 @@ from django.utils.translation import gettext as _now
 from django.utils.translation import gettext_lazy as _
 from django.utils.translation import ngettext
 
-from conductor_app import clock
 from conductor_app.admin import access, filters, names, overview, twins
 from conductor_app.admin.actions import ExecutionActions
 from conductor_app.admin.page import ExecutionPage
 from conductor_app.admin.text import pill, shown, task_name
-from conductor_app.explain import Situation, attempts, document, duration, headline, label
 from conductor_app.models import Execution, FailedExecution, Step, database
-from conductor_app.owners import node_name
-from conductor_app.serialization import load_failure
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
-from conductor_app.story import with_queue, withhold
+from conductor_app.store import clock
+from conductor_app.store.owners import node_name
+from conductor_app.telling.explain import Situation, attempts, document, duration, headline, label
+from conductor_app.telling.story import with_queue, withhold
+from conductor_app.values.serialization import load_failure
 
 KEY_PREFIX = "key:"
 #: Children that an execution's JSON document has.

@@ -15,8 +15,8 @@ from conductor_app.admin.access import VIEW_PAYLOAD, may_see_payloads
 from conductor_app.admin.actions import FailureActions
 from conductor_app.admin.base import ReadOnlyAdmin
 from conductor_app.admin.text import shown, task_name
-from conductor_app.explain import first_line, short_name
 from conductor_app.models import FailedExecution
+from conductor_app.telling.explain import first_line, short_name
 
 #: Characters of an error message that a list reads.
 MESSAGE_LENGTH = 200

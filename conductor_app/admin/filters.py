@@ -14,12 +14,12 @@ from django.http import HttpRequest
 from django.utils import timezone
 from django.utils.translation import gettext_lazy as _
 
-from conductor_app import clock, ids
 from conductor_app.admin import access, causes, names
-from conductor_app.explain import clean, first_line, short_name
 from conductor_app.models import Execution, FailedExecution, Step, database
-from conductor_app.sql import Literal
 from conductor_app.states import OPEN_STATUSES, ExecutionStatus, StepStatus
+from conductor_app.store import clock, ids
+from conductor_app.store.sql import Literal
+from conductor_app.telling.explain import clean, first_line, short_name
 
 #: The latest so many failures tell which error classes there are to choose from.
 LATEST_FAILURES = 1_000

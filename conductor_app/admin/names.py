@@ -6,8 +6,8 @@ import logging
 
 from celery import Celery, current_app
 
-from conductor_app.durable import DurableTask
-from conductor_app.explain import short_name
+from conductor_app.tasks.durable import DurableTask
+from conductor_app.telling.explain import short_name
 
 logger = logging.getLogger(__name__)
 

@@ -15,13 +15,14 @@ from django.utils.text import capfirst
 from django.utils.translation import gettext
 from django.utils.translation import gettext_lazy as _
 
-from conductor_app import api, clock
+from conductor_app import api
+from conductor_app.body.context import check_name
 from conductor_app.conf import conductor_settings
-from conductor_app.context import check_name
 from conductor_app.exceptions import ActionRefused, ConductorError, ExecutionFinished
 from conductor_app.models import Execution, Step, database
-from conductor_app.serialization import dumps
 from conductor_app.states import FINAL_STATUSES, OPEN_STATUSES, ExecutionStatus, StepKind, StepStatus
+from conductor_app.store import clock
+from conductor_app.values.serialization import dumps
 
 #: A due execution whose message may have been lost: nobody has taken it for so many seconds.
 OVERDUE_SECONDS = 60

@@ -23,13 +23,17 @@ from django.template.response import TemplateResponse
 from django.urls import URLPattern, path
 from django.utils.translation import gettext as _
 
-from conductor_app import clock
 from conductor_app.admin import access, causes, refresh, twins
 from conductor_app.admin.grouping import as_stored, grouped
 from conductor_app.admin.sparkline import sparkline
 from conductor_app.admin.text import pill, shown, task_name
 from conductor_app.conf import conductor_settings
-from conductor_app.explain import (
+from conductor_app.models import Execution, FailedExecution, Step, database
+from conductor_app.states import ExecutionStatus, StepKind, StepStatus
+from conductor_app.store import clock
+from conductor_app.store.owners import node_name
+from conductor_app.store.sql import Literal
+from conductor_app.telling.explain import (
     MARKS,
     UNANSWERED_SECONDS,
     Label,
@@ -37,10 +41,6 @@ from conductor_app.explain import (
     first_line,
     short_name,
 )
-from conductor_app.models import Execution, FailedExecution, Step, database
-from conductor_app.owners import node_name
-from conductor_app.sql import Literal
-from conductor_app.states import ExecutionStatus, StepKind, StepStatus
 
 if TYPE_CHECKING:
     from conductor_app.admin.base import ReadOnlyAdmin

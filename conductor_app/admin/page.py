@@ -24,15 +24,16 @@ from django.utils.http import urlencode
 from django.utils.safestring import SafeString
 from django.utils.translation import gettext as _
 
-from conductor_app import explain, owners
 from conductor_app.admin import refresh, timeline, tree
 from conductor_app.admin.access import VIEW_PAYLOAD, may_see_payloads
 from conductor_app.admin.base import NEEDS_PERMISSION, ReadOnlyAdmin
 from conductor_app.models import Event, Execution, Step, database
-from conductor_app.redaction import decode, readable, redact
-from conductor_app.serialization import load_failure
 from conductor_app.states import ExecutionStatus, StepStatus
-from conductor_app.story import Branch, Story, history, shortened, tell
+from conductor_app.store import owners
+from conductor_app.telling import explain
+from conductor_app.telling.story import Branch, Story, history, shortened, tell
+from conductor_app.values.redaction import decode, readable, redact
+from conductor_app.values.serialization import load_failure
 
 #: Characters of a payload or result on the page; the download has all of it.
 LONG_PREVIEW = 65_536

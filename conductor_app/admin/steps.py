@@ -12,9 +12,9 @@ from conductor_app.admin import filters, twins
 from conductor_app.admin.access import may_see_payloads
 from conductor_app.admin.base import ReadOnlyAdmin
 from conductor_app.admin.text import readable_value, shown, step_pill, task_name
-from conductor_app.explain import duration
 from conductor_app.models import Step
-from conductor_app.serialization import load_failure
+from conductor_app.telling.explain import duration
+from conductor_app.values.serialization import load_failure
 
 
 @admin.register(Step)

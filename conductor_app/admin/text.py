@@ -9,9 +9,9 @@ from django.utils.html import format_html
 from django.utils.safestring import SafeString
 from django.utils.translation import gettext_lazy as _
 
-from conductor_app.explain import STEP_MARKS, Label, clean, duration, exact, short_name, visible
-from conductor_app.redaction import readable
 from conductor_app.states import StepStatus
+from conductor_app.telling.explain import STEP_MARKS, Label, clean, duration, exact, short_name, visible
+from conductor_app.values.redaction import readable
 
 #: Every word that ``explain.label`` says, and those of steps, for translators.
 WORDS: dict[str, Any] = {

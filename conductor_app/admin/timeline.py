@@ -15,10 +15,10 @@ from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
 from django.utils.translation import gettext as _
 
-from conductor_app.explain import MARKS, STEP_MARKS, WAITING_KINDS, duration, short_name, visible
 from conductor_app.models import Execution, Step
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
-from conductor_app.story import Story, attempts_begun
+from conductor_app.telling.explain import MARKS, STEP_MARKS, WAITING_KINDS, duration, short_name, visible
+from conductor_app.telling.story import Story, attempts_begun
 
 #: Most lanes that are drawn.
 MOST_LANES = 30

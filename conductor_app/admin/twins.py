@@ -10,7 +10,7 @@ from django.contrib.admin.utils import unquote
 from django.core.exceptions import PermissionDenied, SuspiciousOperation
 from django.http import HttpRequest, HttpResponse, JsonResponse
 
-from conductor_app import redaction
+from conductor_app.values import redaction
 
 if TYPE_CHECKING:
     from conductor_app.admin.base import ReadOnlyAdmin

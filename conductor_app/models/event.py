@@ -11,11 +11,11 @@ from django.utils.translation import gettext_lazy as _
 from conductor_app.models.execution import Execution
 from conductor_app.models.fields import ExactCharField, PartialIndex
 from conductor_app.models.step import Step
-from conductor_app.serialization import loads
+from conductor_app.values.serialization import loads
 
 
 class Event(models.Model):
-    """One event, kept until a step of kind ``event`` takes it. Rows change only in ``conductor_app.mailbox``."""
+    """One event, kept until a step of kind ``event`` takes it. Rows change only in ``transitions.mailbox``."""
 
     id = models.BigAutoField(primary_key=True)
     execution = models.ForeignKey(
@@ -24,7 +24,7 @@ class Event(models.Model):
     name = ExactCharField(_("name"), max_length=128)
     #: The sender's own id, or one made up for the occasion: sent twice, it is one event.
     key = ExactCharField(_("key"), max_length=255)
-    #: As ``conductor_app.serialization`` stores it.
+    #: As ``conductor_app.values.serialization`` stores it.
     payload = models.TextField(_("payload"))
     #: The step that has taken it; null while nobody has.
     step = models.ForeignKey(

@@ -12,8 +12,8 @@ from django.utils.translation import gettext_lazy as _
 from conductor_app.exceptions import OutcomeLost
 from conductor_app.models.fields import ExactCharField, PartialIndex
 from conductor_app.models.querysets import ExecutionQuerySet
-from conductor_app.serialization import load_failure, loads, read_result
 from conductor_app.states import FINAL_STATUSES, ExecutionStatus
+from conductor_app.values.serialization import load_failure, loads, read_result
 
 _STATUS_CHOICES = [
     (ExecutionStatus.QUEUED.value, _("queued")),
@@ -31,8 +31,7 @@ PUT_OFF_AT_FENCE = "put_off_at_fence"
 class Execution(models.Model):
     """What a durable task *is*: the truth behind every message, lease and result.
 
-    Rows change only in ``conductor_app.transitions`` (``lease_expires_at`` also in ``conductor_app.leases``), each
-    time by a compare-and-set on ``status`` and ``fence``.
+    Rows change only in ``conductor_app.transitions``, each time by a compare-and-set on ``status`` and ``fence``.
     """
 
     #: What its claim has read of its steps, for the run that begins (``steps.MEMORY_FIELDS`` of each); ``None`` if it
@@ -44,7 +43,7 @@ class Execution(models.Model):
     task = ExactCharField(_("task"), max_length=255)
     queue = ExactCharField(_("queue"), max_length=255)
     priority = models.SmallIntegerField(_("priority"), null=True, blank=True)
-    #: ``[args, kwargs]``, as ``conductor_app.serialization`` stores it.
+    #: ``[args, kwargs]``, as ``conductor_app.values.serialization`` stores it.
     payload = models.TextField(_("payload"))
     status = models.CharField(_("status"), max_length=16, choices=_STATUS_CHOICES)
     #: The current attempt, counted from 1. Failures and crashes count it up, suspensions do not.

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Self
 from django.db import connections, models
 from django.db.models import Exists, OuterRef, Q
 
-from conductor_app import clock
-from conductor_app.sql import Literal
 from conductor_app.states import LATE_REASON, OPEN_STATUSES, ExecutionStatus
+from conductor_app.store import clock
+from conductor_app.store.sql import Literal
 
 if TYPE_CHECKING:
     from conductor_app.models.execution import Execution

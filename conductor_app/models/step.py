@@ -10,8 +10,8 @@ from django.utils.translation import gettext_lazy as _
 
 from conductor_app.models.execution import Execution
 from conductor_app.models.fields import ExactCharField, PartialIndex
-from conductor_app.serialization import loads
 from conductor_app.states import OnTimeout, StepKind, StepStatus
+from conductor_app.values.serialization import loads
 
 _KIND_CHOICES = [
     (StepKind.STEP.value, _("step")),
@@ -35,7 +35,7 @@ class Step(models.Model):
     """One named outcome of an execution: what the *parent* knows, while the child's own row is what the child *is*.
 
     An invocation's result is not copied: a succeeded step of kind ``invoke`` reads it from its child.
-    Rows change only in ``conductor_app.steps``.
+    Rows change only in ``conductor_app.transitions.steps``.
     """
 
     id = models.BigAutoField(primary_key=True)
@@ -113,6 +113,6 @@ class Step(models.Model):
     def get_result(self) -> Any:
         """Return the decoded result of a step of kind ``step`` or ``event``; ``None`` if there is none.
 
-        What a body gets is read in ``conductor_app.steps``, which tells a result that is gone from ``None``.
+        What a body gets is read in ``transitions.steps``, which tells a result that is gone from ``None``.
         """
         return loads(self.result)

@@ -6,13 +6,13 @@ from typing import Any
 
 from celery import Task
 
-from conductor_app import clock
 from conductor_app.api import ExecutionRef, find
 from conductor_app.exceptions import class_path
-from conductor_app.explain import Situation, headline
 from conductor_app.models import Execution, FailedExecution, Step, database
-from conductor_app.serialization import load_failure, revive, round_trip, shown
 from conductor_app.states import CHILD_KINDS, ExecutionStatus, StepKind, StepStatus
+from conductor_app.store import clock
+from conductor_app.telling.explain import Situation, headline
+from conductor_app.values.serialization import load_failure, revive, round_trip, shown
 
 #: How many children of a map a failure shows.
 _SHOWN_CHILDREN = 5

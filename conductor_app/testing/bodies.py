@@ -12,10 +12,9 @@ from typing import Any, ParamSpec, TypeVar
 
 from django.db import connections, transaction
 
-from conductor_app import apart, scopes
+from conductor_app.body import apart, scopes
+from conductor_app.body.context import SWALLOWED_ADVICE, ExecutionContext, resolve_child, swallowed_suspension, unclean
 from conductor_app.conf import conductor_settings
-from conductor_app.context import SWALLOWED_ADVICE, ExecutionContext, resolve_child, swallowed_suspension, unclean
-from conductor_app.durable import DurableTask
 from conductor_app.exceptions import (
     EndAttempt,
     Failure,
@@ -23,13 +22,14 @@ from conductor_app.exceptions import (
     InvalidArgumentType,
     SuspendExecution,
 )
-from conductor_app.leases import Lease
 from conductor_app.models import Execution, database
-from conductor_app.serialization import dump_failure, loads, round_trip, shown
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
-from conductor_app.steps import ChildOutcome, Memory
+from conductor_app.tasks.durable import DurableTask
 from conductor_app.testing.outcomes import BodyError, Outcomes, StepCall, remember
 from conductor_app.transitions import Invocation, Together
+from conductor_app.transitions.leases import Lease
+from conductor_app.transitions.steps import ChildOutcome, Memory
+from conductor_app.values.serialization import dump_failure, loads, round_trip, shown
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -11,10 +11,12 @@ from django.db import connections
 from django.db.backends.base.creation import TEST_DATABASE_PREFIX
 from django.test.utils import _TestState
 
-from conductor_app import clock, dispatch, eager, inline
-from conductor_app.arguments import check_duration
 from conductor_app.exceptions import NotATestDatabase
+from conductor_app.host import inline
 from conductor_app.models import database
+from conductor_app.store import clock, eager
+from conductor_app.transitions import dispatch
+from conductor_app.values.arguments import check_duration
 
 #: More runs than this in one call are taken for a loop.
 MAX_RUNS = 10_000

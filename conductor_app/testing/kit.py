@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Self
 
 from django.test import TestCase
 
-from conductor_app import clock, dispatch
+from conductor_app.store import clock
 from conductor_app.testing import assertions, bodies, driving
+from conductor_app.transitions import dispatch
 
 if TYPE_CHECKING:
     from unittest import TestCase as _Base

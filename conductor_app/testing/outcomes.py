@@ -10,7 +10,6 @@ from typing import Any, ParamSpec, TypeVar
 from celery import Task
 
 from conductor_app.conf import conductor_settings
-from conductor_app.durable import DurableTask
 from conductor_app.exceptions import (
     ChildCancelled,
     ChildError,
@@ -21,10 +20,11 @@ from conductor_app.exceptions import (
     InvalidArgument,
     InvalidArgumentType,
 )
-from conductor_app.serialization import describe, dump_failure, dumps, loads, round_trip, shown
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
-from conductor_app.steps import ChildOutcome, Memory
+from conductor_app.tasks.durable import DurableTask
 from conductor_app.transitions import AwaitEvent, Gather, Invocation, Map, NewExecution, Sleep, Wait
+from conductor_app.transitions.steps import ChildOutcome, Memory
+from conductor_app.values.serialization import describe, dump_failure, dumps, loads, round_trip, shown
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -8,18 +8,19 @@ from typing import Any
 
 from django.db import transaction
 
-from conductor_app import clock, signals, steps
+from conductor_app import signals
 from conductor_app.exceptions import (
     CancelExecution,
     Failure,
 )
-from conductor_app.leases import keeper
 from conductor_app.models import Execution, database
 from conductor_app.models.querysets import ExecutionQuerySet
-from conductor_app.serialization import clean_text, dump_failure
-from conductor_app.sql import locked
 from conductor_app.states import ExecutionStatus, StepStatus
-from conductor_app.transitions import claiming, guards, running, waking
+from conductor_app.store import clock
+from conductor_app.store.sql import locked
+from conductor_app.transitions import claiming, guards, running, steps, waking
+from conductor_app.transitions.leases import keeper
+from conductor_app.values.serialization import clean_text, dump_failure
 
 
 def cancel_running(

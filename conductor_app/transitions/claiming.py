@@ -11,12 +11,13 @@ from django.db import connections, transaction
 from django.db.models import F, QuerySet
 from django.db.models.functions import Coalesce
 
-from conductor_app import clock, dispatch, sessions, signals
+from conductor_app import signals
 from conductor_app.conf import conductor_settings
 from conductor_app.models import Execution, database
-from conductor_app.sql import update_returning
 from conductor_app.states import ExecutionStatus
-from conductor_app.transitions import guards, statements
+from conductor_app.store import clock, sessions
+from conductor_app.store.sql import update_returning
+from conductor_app.transitions import dispatch, guards, statements
 from conductor_app.transitions.statements import CLAIM_FIELDS
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 from django.db import IntegrityError
 
-from conductor_app import clock, dispatch, forks, signals
+from conductor_app import signals
 from conductor_app.models import Execution, database
-from conductor_app.sql import note_created, one_statement
 from conductor_app.states import ExecutionStatus
-from conductor_app.transitions import guards
+from conductor_app.store import clock, forks
+from conductor_app.store.sql import note_created, one_statement
+from conductor_app.transitions import dispatch, guards
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,15 @@ from typing import Any
 
 from django.db import transaction
 
-from conductor_app import clock, signals
+from conductor_app import signals
 from conductor_app.exceptions import (
     Failure,
 )
 from conductor_app.models import Execution, FailedExecution, database
-from conductor_app.serialization import clean_text, dump_failure
 from conductor_app.states import ExecutionStatus, StepStatus
+from conductor_app.store import clock
 from conductor_app.transitions import claiming, guards, waking
+from conductor_app.values.serialization import clean_text, dump_failure
 
 
 def fail(

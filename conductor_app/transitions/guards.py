@@ -11,13 +11,14 @@ from django.db.models import QuerySet
 from django.db.models.expressions import Combinable
 from django.dispatch import Signal
 
-from conductor_app import clock, dispatch, sql
 from conductor_app.conf import conductor_settings
 from conductor_app.exceptions import (
     CancelExecution,
     LeaseLost,
 )
 from conductor_app.models import Execution, database
+from conductor_app.store import clock, sql
+from conductor_app.transitions import dispatch
 
 T = TypeVar("T")
 

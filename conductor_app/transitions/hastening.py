@@ -7,12 +7,12 @@ import uuid
 from django.db import transaction
 from django.db.models import F
 
-from conductor_app import clock, dispatch
 from conductor_app.exceptions import ActionRefused
 from conductor_app.models import Execution, Step, database
-from conductor_app.sql import locked
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
-from conductor_app.transitions import guards, waking
+from conductor_app.store import clock
+from conductor_app.store.sql import locked
+from conductor_app.transitions import dispatch, guards, waking
 
 
 def hasten(execution_id: uuid.UUID) -> None:

@@ -13,13 +13,13 @@ from typing import Any
 
 from django.db import transaction
 
-from conductor_app import clock, dispatch
 from conductor_app.exceptions import Failure
 from conductor_app.models import Execution, database
 from conductor_app.models.execution import PUT_OFF_AT_FENCE
-from conductor_app.serialization import dump_failure, load_failure
 from conductor_app.states import ExecutionStatus
-from conductor_app.transitions import guards
+from conductor_app.store import clock
+from conductor_app.transitions import dispatch, guards
+from conductor_app.values.serialization import dump_failure, load_failure
 
 #: The pause is a second, and grows by this factor up to so many seconds.
 PAUSE_FACTOR, MAX_PAUSE_SECONDS = 1.5, 60.0

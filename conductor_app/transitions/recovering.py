@@ -9,7 +9,7 @@ from typing import Any
 from django.db import transaction
 from django.db.models import F, QuerySet
 
-from conductor_app import clock, dispatch, owners, signals, steps
+from conductor_app import signals
 from conductor_app.conf import conductor_settings
 from conductor_app.exceptions import (
     Failure,
@@ -17,10 +17,11 @@ from conductor_app.exceptions import (
     class_path,
 )
 from conductor_app.models import Execution, Step, database
-from conductor_app.serialization import dump_failure
-from conductor_app.sql import locked
 from conductor_app.states import LATE_REASON, ExecutionStatus, OnTimeout, StepKind, StepStatus
-from conductor_app.transitions import cancelling, failing, guards, statements, waking
+from conductor_app.store import clock, owners
+from conductor_app.store.sql import locked
+from conductor_app.transitions import cancelling, dispatch, failing, guards, statements, steps, waking
+from conductor_app.values.serialization import dump_failure
 
 
 def lose(

@@ -10,14 +10,14 @@ from typing import Any
 from django.db import transaction
 from django.db.models import QuerySet
 
-from conductor_app import dispatch, signals, steps
+from conductor_app import signals
 from conductor_app.exceptions import (
     RetryRefused,
 )
 from conductor_app.models import Execution, FailedExecution, Step, database
-from conductor_app.serialization import loads
 from conductor_app.states import CHILD_KINDS, ExecutionStatus, StepKind, StepStatus
-from conductor_app.transitions import guards, sending
+from conductor_app.transitions import dispatch, guards, sending, steps
+from conductor_app.values.serialization import loads
 
 #: How often an operator's retry looks again at a tree that changes while it is reopened.
 _REOPEN_TRIES = 5

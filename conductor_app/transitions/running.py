@@ -12,7 +12,7 @@ from typing import Any
 from django.db import DatabaseError, IntegrityError, InterfaceError, connections, transaction
 from django.db.models import F
 
-from conductor_app import clock, dispatch, signals, sql, steps
+from conductor_app import signals
 from conductor_app.conf import conductor_settings
 from conductor_app.exceptions import (
     CancelExecution,
@@ -21,11 +21,12 @@ from conductor_app.exceptions import (
     LeaseLost,
 )
 from conductor_app.models import Execution, database
-from conductor_app.serialization import dump_failure, dump_options
-from conductor_app.soft_limits import SoftLimit, soft_limit
-from conductor_app.sql import locked
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
-from conductor_app.transitions import claiming, guards, statements, waking
+from conductor_app.store import clock, sql
+from conductor_app.store.soft_limits import SoftLimit, soft_limit
+from conductor_app.store.sql import locked
+from conductor_app.transitions import claiming, dispatch, guards, statements, steps, waking
+from conductor_app.values.serialization import dump_failure, dump_options
 
 logger = logging.getLogger("conductor_app.execution")
 

@@ -7,12 +7,11 @@ import uuid
 from django.db import transaction
 from django.db.models import F
 
-from conductor_app import mailbox, steps
 from conductor_app.exceptions import ExecutionFinished, IdempotencyConflict
 from conductor_app.models import Event, Execution, Step, database
-from conductor_app.serialization import digest
 from conductor_app.states import ExecutionStatus, StepStatus
-from conductor_app.transitions import guards, waking
+from conductor_app.transitions import guards, mailbox, steps, waking
+from conductor_app.values.serialization import digest
 
 _ENDED = {
     ExecutionStatus.SUCCEEDED: "has succeeded",

@@ -20,11 +20,12 @@ from typing import Any
 
 from django.db import connections
 
-from conductor_app import clock, dispatch, steps
 from conductor_app.conf import conductor_settings
 from conductor_app.models import Execution, Step, database
-from conductor_app.sql import fetch, is_transaction
 from conductor_app.states import ExecutionStatus, OnTimeout, StepKind, StepStatus
+from conductor_app.store import clock
+from conductor_app.store.sql import fetch, is_transaction
+from conductor_app.transitions import dispatch, steps
 
 #: What a run needs to know of the execution that it claims, in the order of the model's fields (as ``from_db`` takes
 #: them); steps are read separately, and only if there can be any.

@@ -11,13 +11,14 @@ from typing import Any
 
 from django.db import IntegrityError, transaction
 
-from conductor_app import clock, dispatch, signals, steps
+from conductor_app import signals
 from conductor_app.exceptions import CancelExecution, OutcomeLost
 from conductor_app.models import Execution, database
-from conductor_app.serialization import dump_options, loads
-from conductor_app.sql import is_transaction
 from conductor_app.states import ExecutionStatus, OnTimeout, StepKind, StepStatus
-from conductor_app.transitions import claiming, creating, guards, running, sending, statements
+from conductor_app.store import clock
+from conductor_app.store.sql import is_transaction
+from conductor_app.transitions import claiming, creating, dispatch, guards, running, sending, statements, steps
+from conductor_app.values.serialization import dump_options, loads
 
 #: Children of a map that one INSERT stores.
 _INSERT_BATCH = 500

@@ -9,13 +9,14 @@ from django.db import transaction
 from django.db.models import Case, F, QuerySet, Value, When
 from django.db.models.expressions import Combinable
 
-from conductor_app import clock, dispatch, signals, steps
+from conductor_app import signals
 from conductor_app.exceptions import Failure
 from conductor_app.models import Execution, Step, database
-from conductor_app.serialization import dump_failure
-from conductor_app.sql import locked, update_returning
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
-from conductor_app.transitions import claiming, guards
+from conductor_app.store import clock
+from conductor_app.store.sql import locked, update_returning
+from conductor_app.transitions import claiming, dispatch, guards, steps
+from conductor_app.values.serialization import dump_failure
 
 
 def settle_parent(child: Execution, status: StepStatus, *, error: str | None = None) -> None:

@@ -12,9 +12,10 @@ from celery.exceptions import ChordError, TaskRevokedError
 from django_celery_results.models import TaskResult
 from kombu import Exchange, Queue
 
-from conductor_app import api, dispatch
-from conductor_app.inline import run_until_idle
+from conductor_app import api
+from conductor_app.host.inline import run_until_idle
 from conductor_app.models import Execution
+from conductor_app.transitions import dispatch
 from project.celery import app
 from tests.app import canvas, scenarios
 from tests.app.ledger import count

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 from django.db import transaction
 
-from conductor_app import api, clock, dispatch
-from conductor_app.maintenance import sweeper
+from conductor_app import api
+from conductor_app.engine import sweeper
 from conductor_app.models import Execution
+from conductor_app.store import clock
+from conductor_app.transitions import dispatch
 from project.celery import app
 from tests.app import plain, scenarios
 from tests.support import invariants

@@ -12,7 +12,7 @@ import celery
 import pytest
 from celery.exceptions import TimeoutError as LateError
 
-from conductor_app.dispatch import is_embedded
+from conductor_app.transitions.dispatch import is_embedded
 from project.celery import app
 from tests.app import shapes
 from tests.app.models import Ledger

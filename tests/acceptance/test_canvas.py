@@ -10,9 +10,9 @@ from celery import chain, chord, group
 from celery.exceptions import ChordError, TaskRevokedError
 
 from conductor_app import ChildFailed, api
-from conductor_app.dispatch import is_embedded
 from conductor_app.exceptions import WorkerLost
 from conductor_app.models import Execution
+from conductor_app.transitions.dispatch import is_embedded
 from project.celery import app
 from tests.app import canvas, scenarios
 from tests.app.ledger import count

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 from django.db import connection
 
-from conductor_app import api, explain
+from conductor_app import api
 from conductor_app.models import Execution
-from conductor_app.story import read
+from conductor_app.telling import explain
+from conductor_app.telling.story import read
 from project.celery import app
 from tests.app import scenarios
 from tests.app.ledger import count

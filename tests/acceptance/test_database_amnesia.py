@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 import pytest
 from django.db import connections, transaction
 
-from conductor_app import announcements, api, transitions
+from conductor_app import api, transitions
+from conductor_app.engine import announcements
 from conductor_app.exceptions import LeaseLost
-from conductor_app.leases import Lease, renew
 from conductor_app.models import Execution
-from conductor_app.serialization import dump_options
 from conductor_app.states import ExecutionStatus
+from conductor_app.transitions.leases import Lease, renew
+from conductor_app.values.serialization import dump_options
 from project.celery import app
 from tests.app import scenarios
 from tests.support import invariants

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from conductor_app import api
-from conductor_app.dispatch import is_embedded
 from conductor_app.models import Event, Execution, FailedExecution, Step
+from conductor_app.transitions.dispatch import is_embedded
 from project.celery import app
 from tests.app import plain, scenarios
 from tests.support.polling import wait_until

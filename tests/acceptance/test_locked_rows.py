@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from conductor_app import api, clock, transitions
+from conductor_app import api, transitions
 from conductor_app.models import Execution, Step
+from conductor_app.store import clock
 from project.celery import app
 from tests.app import scenarios
 from tests.support import invariants, results

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from celery import states
 
-from conductor_app import api, dispatch, transitions
+from conductor_app import api, transitions
 from conductor_app.exceptions import Failure
 from conductor_app.models import Execution
+from conductor_app.transitions import dispatch
 from project.celery import app
 from tests.app import scenarios
 from tests.app.ledger import count

@@ -9,9 +9,9 @@ from typing import Any, cast
 import pytest
 
 from conductor_app import api
-from conductor_app.dispatch import is_embedded
 from conductor_app.models import Execution, Step
 from conductor_app.states import ExecutionStatus
+from conductor_app.transitions.dispatch import is_embedded
 from project.celery import app
 from tests.app import parallel
 from tests.app.ledger import count

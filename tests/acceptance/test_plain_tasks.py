@@ -9,10 +9,11 @@ from celery import current_app
 from django.conf import settings
 from django_celery_results.models import TaskResult
 
-from conductor_app import api, dispatch
+from conductor_app import api
+from conductor_app.body.plain import django_tasks
 from conductor_app.exceptions import ExecutionFailed
 from conductor_app.models import Execution, FailedExecution
-from conductor_app.plain import django_tasks
+from conductor_app.transitions import dispatch
 from tests.app import plain
 from tests.app.ledger import count
 from tests.app.models import Ledger

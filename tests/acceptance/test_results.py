@@ -10,10 +10,12 @@ from celery.exceptions import TaskRevokedError
 from celery.exceptions import TimeoutError as CeleryTimeoutError
 from django_celery_results.models import TaskResult
 
-from conductor_app import ChildFailed, announcements, api, clock
+from conductor_app import ChildFailed, api
+from conductor_app.engine import announcements
 from conductor_app.exceptions import ExecutionCancelled, ExecutionFailed
-from conductor_app.inline import run_until_idle
+from conductor_app.host.inline import run_until_idle
 from conductor_app.models import Execution
+from conductor_app.store import clock
 from project.celery import app
 from tests.app import canvas, origin, scenarios
 from tests.app.ledger import count, note

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from conductor_app import api, clock, dispatch, inline
+from conductor_app import api
 from conductor_app.exceptions import ChildTimedOut, ExecutionFailed
+from conductor_app.host import inline
 from conductor_app.models import Execution, FailedExecution, Step
-from conductor_app.transitions import waking
+from conductor_app.store import clock
+from conductor_app.transitions import dispatch, waking
 from project.celery import app
 from tests.app import scenarios
 from tests.app.ledger import count

@@ -9,9 +9,10 @@ import pytest
 from celery.app.routes import prepare
 from celery.events.state import State
 
-from conductor_app import api, dispatch
-from conductor_app.inline import run_until_idle
+from conductor_app import api
+from conductor_app.host.inline import run_until_idle
 from conductor_app.models import Execution
+from conductor_app.transitions import dispatch
 from project.celery import app
 from tests.app import canvas, origin, scenarios
 from tests.app.ledger import count

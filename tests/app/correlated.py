@@ -9,7 +9,7 @@ from typing import Any
 from celery import shared_task, signals
 
 from conductor_app import ExecutionContext, durable_task
-from conductor_app.ids import of_task_id
+from conductor_app.store.ids import of_task_id
 from tests.app.ledger import note
 
 #: The id of the request or the run that is at work.

@@ -15,7 +15,8 @@ from celery import shared_task
 from celery.signals import task_prerun, worker_process_init
 from django.db import connection, transaction
 
-from conductor_app import ExecutionContext, durable_runs, durable_task, plain_runs
+from conductor_app import ExecutionContext, durable_task
+from conductor_app.host import durable_runs, plain_runs
 from tests.app.ledger import note
 
 #: The environment variable that names the directory of the files.

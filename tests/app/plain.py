@@ -12,7 +12,7 @@ from celery import Task, shared_task
 from celery.exceptions import Ignore, Reject
 
 from conductor_app import ChildCancelled, ChildError, ExecutionContext, durable_task
-from conductor_app.ids import as_child_id
+from conductor_app.store.ids import as_child_id
 from tests.app import scenarios
 from tests.app.ledger import count, note
 

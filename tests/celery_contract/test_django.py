@@ -14,8 +14,8 @@ from django.db.models import F
 from django.db.models.sql import UpdateQuery
 from django.dispatch import Signal
 
-from conductor_app import sessions
 from conductor_app.models import Execution, FailedExecution
+from conductor_app.store import sessions
 from project.celery import app
 from tests.support.executions import queued as new
 

@@ -14,7 +14,7 @@ from billiard import common as billiard_common
 from billiard import pool as billiard_pool
 from billiard.compat import mem_rss
 
-from conductor_app import executor
+from conductor_app.engine import executor
 
 
 def test_these_are_the_limits_of_a_process() -> None:

@@ -7,7 +7,7 @@ import time
 
 from kombu.asynchronous import Hub
 
-from conductor_app import loops
+from conductor_app.host import loops
 
 
 def test_another_thread_wakes_a_loop_that_waits() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from celery import shared_task
 
 from conductor_app import ChildFailed, ChildTimedOut, ExecutionContext, durable_task
-from conductor_app.ids import as_child_id
+from conductor_app.store.ids import as_child_id
 from tests.app.ledger import note
 
 #: Kills cost attempts, and must not decide what becomes of an execution. Ended sessions fail attempts by the dozen; the

@@ -36,8 +36,11 @@ def main(path: str) -> None:
 
 
 def _store() -> None:
-    from conductor_app import api, clock, dispatch, inline, transitions
+    from conductor_app import api, transitions
+    from conductor_app.host import inline
     from conductor_app.models import Execution
+    from conductor_app.store import clock
+    from conductor_app.transitions import dispatch
     from project.celery import app
     from tests.app import stored
 

@@ -15,8 +15,8 @@ from django.core.management import call_command
 
 from conductor_app import api
 from conductor_app.models import Execution, FailedExecution, Step
-from conductor_app.serialization import dumps, loads
 from conductor_app.testing import advance, drain
+from conductor_app.values.serialization import dumps, loads
 from tests.app import stored
 
 pytestmark = pytest.mark.django_db
@@ -111,7 +111,7 @@ def test_what_was_queued_runs() -> None:
 
 
 def test_the_run_of_a_worker_that_is_gone_is_taken_over() -> None:
-    from conductor_app.maintenance import sweeper
+    from conductor_app.engine import sweeper
 
     sweeper.sweep(publish=False)
     drain()

@@ -17,7 +17,9 @@ from typing import Any
 from celery import _state, signals
 from celery.utils.dispatch import Signal
 
-from conductor_app import clock, durable, inline
+from conductor_app.host import inline
+from conductor_app.store import clock
+from conductor_app.tasks import durable
 from conductor_app.testing import Conductor
 from project.celery import app
 from tests.docs.pages import Block

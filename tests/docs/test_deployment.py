@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from django.db import OperationalError
 
-from conductor_app import inline, transitions
+from conductor_app import transitions
+from conductor_app.host import inline
 from conductor_app.models import Execution
 from project.celery import app
 from tests.app.scenarios import echo

@@ -11,11 +11,11 @@ from django.dispatch import Signal
 
 import conductor_app
 from conductor_app import api, signals, testing
+from conductor_app.body.context import ExecutionContext
 from conductor_app.conf import ConductorSettings
-from conductor_app.context import ExecutionContext
 from conductor_app.models import Event, Execution, FailedExecution, Step
-from conductor_app.retries import RetryPolicy
 from conductor_app.states import ALLOWED_MOVES, CELERY_STATES, FINAL_STATUSES, ExecutionStatus, StepKind, StepStatus
+from conductor_app.values.retries import RetryPolicy
 from tests.docs.pages import blocks, pages, prose, read
 
 API = "docs/reference/api.md"

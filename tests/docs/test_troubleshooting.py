@@ -14,11 +14,14 @@ import pytest
 from django.core.management import call_command
 from django.db import transaction
 
-from conductor_app import ExecutionContext, api, clock, dispatch, durable_task, executor, explain, story, transitions
+from conductor_app import ExecutionContext, api, durable_task, transitions
+from conductor_app.engine import executor
 from conductor_app.exceptions import Failure
 from conductor_app.models import Execution
-from conductor_app.serialization import load_failure
-from conductor_app.transitions import AwaitEvent
+from conductor_app.store import clock
+from conductor_app.telling import explain, story
+from conductor_app.transitions import AwaitEvent, dispatch
+from conductor_app.values.serialization import load_failure
 from tests.app import scenarios
 from tests.docs.pages import ROOT, prose
 from tests.support import executions

@@ -18,10 +18,11 @@ from django.test import Client, override_settings
 from django.test.utils import CaptureQueriesContext
 from django.urls import clear_url_caches, include, path, reverse
 
-from conductor_app import api, ids, transitions
+from conductor_app import api, transitions
 from conductor_app.admin import ExecutionAdmin, changelist, paginator
 from conductor_app.exceptions import Failure
 from conductor_app.models import Event, Execution, FailedExecution, Step
+from conductor_app.store import ids
 from tests.support import executions
 
 LISTS = {model: f"/admin/conductor_app/{model}/" for model in ("execution", "step", "event", "failedexecution")}

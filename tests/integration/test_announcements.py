@@ -13,8 +13,9 @@ from celery.exceptions import NotRegistered, TaskRevokedError
 from celery.result import AsyncResult
 from django.db import OperationalError, transaction
 
-from conductor_app import ExecutionContext, announcements, api, worker
-from conductor_app.maintenance import sweeper
+from conductor_app import ExecutionContext, api
+from conductor_app.engine import announcements, sweeper
+from conductor_app.host import worker
 from conductor_app.models import Execution
 from project.celery import app
 from tests.app import plain, scenarios

@@ -11,7 +11,8 @@ import pytest
 from celery import shared_task, signals
 from django.utils import timezone, translation
 
-from conductor_app import ExecutionContext, clock, testing
+from conductor_app import ExecutionContext, testing
+from conductor_app.store import clock
 from tests.app import scenarios
 from tests.support.bodies import child, durable, run
 

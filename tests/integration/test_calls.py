@@ -9,10 +9,12 @@ import pytest
 from celery import chain, current_app
 from django_celery_results.models import TaskResult
 
-from conductor_app import ExecutionContext, api, calls, worker
+from conductor_app import ExecutionContext, api
+from conductor_app.engine import calls
 from conductor_app.exceptions import IdempotencyConflict
-from conductor_app.ids import derive_namesake_id, namesakes_range
+from conductor_app.host import worker
 from conductor_app.models import Execution
+from conductor_app.store.ids import derive_namesake_id, namesakes_range
 from tests.app.scenarios import echo
 from tests.support.bodies import durable, go_on, reload
 from tests.support.deliveries import deliver, stranger, take

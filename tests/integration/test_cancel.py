@@ -10,12 +10,14 @@ import pytest
 from django.contrib.auth.models import User
 from django.test import Client
 
-from conductor_app import ChildCancelled, ExecutionContext, api, clock, story
+from conductor_app import ChildCancelled, ExecutionContext, api
 from conductor_app.admin import overview
 from conductor_app.exceptions import ExecutionCancelled
-from conductor_app.explain import headline
 from conductor_app.models import Execution, FailedExecution
-from conductor_app.serialization import load_failure
+from conductor_app.store import clock
+from conductor_app.telling import story
+from conductor_app.telling.explain import headline
+from conductor_app.values.serialization import load_failure
 from tests.app import scenarios
 from tests.app.ledger import count, note
 from tests.support import executions
@@ -196,7 +198,7 @@ def test_a_body_that_swallows_its_cancellation_gets_no_further() -> None:
 
 
 def test_a_checkpoint_notices_a_cancel(monkeypatch: Any) -> None:
-    monkeypatch.setattr("conductor_app.context.CHECKPOINT_INTERVAL_SECONDS", 0)
+    monkeypatch.setattr("conductor_app.body.context.CHECKPOINT_INTERVAL_SECONDS", 0)
 
     @durable
     def body(ctx: ExecutionContext) -> str:

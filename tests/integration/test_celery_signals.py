@@ -12,9 +12,11 @@ from celery import signals
 from django.db import connection
 from django.test.utils import CaptureQueriesContext
 
-from conductor_app import ExecutionContext, api, clock, ends
-from conductor_app.maintenance import sweeper
+from conductor_app import ExecutionContext, api
+from conductor_app.engine import sweeper
+from conductor_app.host import ends
 from conductor_app.models import Execution
+from conductor_app.store import clock
 from tests.app import plain, scenarios
 from tests.support.bodies import advance, child, durable, go_on, reload, start
 from tests.support.executions import claimed, invoke, running

@@ -24,12 +24,16 @@ from django.core.management.base import CommandError, CommandParser
 from django.db import connection
 from django.test.utils import CaptureQueriesContext
 
-from conductor_app import api, checks, clock, dispatch, inline, story, transitions
+from conductor_app import api, checks, transitions
 from conductor_app.exceptions import Failure
+from conductor_app.host import inline
 from conductor_app.management.commands.conductor import SUBCOMMANDS, Command
 from conductor_app.management.subcommands import doctor
 from conductor_app.models import Event, Execution, FailedExecution, Step
 from conductor_app.states import ExecutionStatus
+from conductor_app.store import clock
+from conductor_app.telling import story
+from conductor_app.transitions import dispatch
 from project.celery import app
 from tests.app import origin, scenarios
 from tests.support import executions

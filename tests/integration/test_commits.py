@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 from django.db import IntegrityError, OperationalError, connection, transaction
 
-from conductor_app import clock, dispatch, executor, signals, sql, transitions
+from conductor_app import signals, transitions
 from conductor_app.conf import conductor_settings
+from conductor_app.engine import executor, pruner
 from conductor_app.exceptions import AbandonRun, LeaseLost
-from conductor_app.ids import new_root_id
-from conductor_app.leases import keeper
-from conductor_app.maintenance import pruner
 from conductor_app.models import Execution, FailedExecution, Step
 from conductor_app.states import ExecutionStatus, OnTimeout
-from conductor_app.transitions import Gather, HandOff, Map, Sleep, waking
+from conductor_app.store import clock, sql
+from conductor_app.store.ids import new_root_id
+from conductor_app.transitions import Gather, HandOff, Map, Sleep, dispatch, waking
+from conductor_app.transitions.leases import keeper
 from conductor_app.transitions.suspending import Wait
 from tests.app.scenarios import echo
 from tests.support.executions import (

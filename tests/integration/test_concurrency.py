@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from django.db import OperationalError, connection, connections
 
-from conductor_app import api, dispatch, steps, transitions
+from conductor_app import api, transitions
+from conductor_app.engine import sweeper
 from conductor_app.exceptions import CancelExecution, LeaseLost
-from conductor_app.maintenance import sweeper
 from conductor_app.models import Execution
-from conductor_app.sql import is_conflict
 from conductor_app.states import ALLOWED_MOVES, FINAL_STATUSES, ExecutionStatus
-from conductor_app.transitions import Pending, waking
+from conductor_app.store.sql import is_conflict
+from conductor_app.transitions import Pending, dispatch, steps, waking
 from tests.support import history
 from tests.support.executions import OWNER, committing, families
 from tests.support.polling import wait_until

@@ -12,7 +12,7 @@ import pytest
 from celery import chain
 from django.db import IntegrityError, connection, connections, transaction
 
-from conductor_app import ExecutionContext, LeaseLost, api, clock, steps, transitions
+from conductor_app import ExecutionContext, LeaseLost, api, transitions
 from conductor_app.exceptions import (
     BlockingCallInTask,
     CancelExecution,
@@ -24,8 +24,10 @@ from conductor_app.exceptions import (
     SuspendExecution,
     WrongThread,
 )
-from conductor_app.leases import Lease
 from conductor_app.models import Execution
+from conductor_app.store import clock
+from conductor_app.transitions import steps
+from conductor_app.transitions.leases import Lease
 from tests.app import scenarios
 from tests.app.ledger import count, note
 from tests.support.bodies import advance, class_name, counts, durable, failure, redeploy, reload, run, start
@@ -204,7 +206,7 @@ def test_the_writes_of_an_atomic_step_are_undone_if_another_run_has_taken_over()
 
 def test_a_run_that_was_taken_over_records_no_step_and_no_outcome(monkeypatch: pytest.MonkeyPatch) -> None:
     # Otherwise a slow run asks before its step, and has no effect at all.
-    monkeypatch.setattr("conductor_app.context.STEP_FRESH_SECONDS", 600)
+    monkeypatch.setattr("conductor_app.body.context.STEP_FRESH_SECONDS", 600)
 
     @durable
     def body(ctx: ExecutionContext, how: str) -> str:
@@ -433,7 +435,7 @@ def test_waiting_for_a_result_inside_a_body_is_refused() -> None:
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> Callable[[], list[str]]:
-    monkeypatch.setattr("conductor_app.context._told_of_calls", set())
+    monkeypatch.setattr("conductor_app.body.context._told_of_calls", set())
     return lambda: [text for record in caplog.records if "outside of a step" in (text := record.getMessage())]
 
 
@@ -756,8 +758,8 @@ def test_recorded_calls_are_replayed_during_a_shutdown_and_what_suspends_suspend
 def test_no_function_begins_after_a_cancel_that_is_older_than_the_last_word_of_the_database(
     monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    monkeypatch.setattr("conductor_app.context.STEP_FRESH_SECONDS", 0)
-    monkeypatch.setattr("conductor_app.context.CHECKPOINT_INTERVAL_SECONDS", 0)
+    monkeypatch.setattr("conductor_app.body.context.STEP_FRESH_SECONDS", 0)
+    monkeypatch.setattr("conductor_app.body.context.CHECKPOINT_INTERVAL_SECONDS", 0)
     run = running()
     ctx = context_of(run)
     assert transitions.request_cancel(run.pk, "enough")
@@ -768,7 +770,7 @@ def test_no_function_begins_after_a_cancel_that_is_older_than_the_last_word_of_t
 
 
 def test_steps_in_quick_succession_do_not_ask_whether_they_may_begin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("conductor_app.context.STEP_FRESH_SECONDS", 600)
+    monkeypatch.setattr("conductor_app.body.context.STEP_FRESH_SECONDS", 600)
     monkeypatch.setattr(transitions, "check_held", lambda run: pytest.fail("asked"))
     ctx = context_of(running())
     for number in range(3):

@@ -17,9 +17,10 @@ from celery.app.routes import prepare
 from django.core.exceptions import ImproperlyConfigured
 from django.db import transaction
 
-from conductor_app import DurableTask, ExecutionContext, api, clock, durable_task
+from conductor_app import DurableTask, ExecutionContext, api, durable_task
 from conductor_app.exceptions import ExecutionFailed, InvalidArgument
 from conductor_app.models import Execution
+from conductor_app.store import clock
 from project.celery import app
 from tests.app import scenarios
 from tests.support.bodies import advance, counts, durable, go_on, reload, run

@@ -11,7 +11,7 @@ from django.db import transaction
 from django.db.models import F
 from rich.console import Console
 
-from conductor_app.inline import run_until_idle
+from conductor_app.host.inline import run_until_idle
 from conductor_app.models import Event, Execution
 from project.celery import app
 from project.demo import approver

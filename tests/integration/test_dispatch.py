@@ -14,10 +14,12 @@ from celery import Celery, current_app
 from django.db import transaction
 from kombu.exceptions import OperationalError, SerializerNotInstalled
 
-from conductor_app import clock, dispatch, transitions
-from conductor_app.maintenance import sweeper
+from conductor_app import transitions
+from conductor_app.engine import sweeper
 from conductor_app.models import Execution
-from conductor_app.serialization import dump_options
+from conductor_app.store import clock
+from conductor_app.transitions import dispatch
+from conductor_app.values.serialization import dump_options
 from tests.support.executions import TASK, committing, fresh, invoke, new, queued, running
 
 pytestmark = pytest.mark.messaging
@@ -187,7 +189,7 @@ def test_a_broker_that_is_away_is_nobodys_business(sent: Messages, caplog: pytes
         transaction.on_commit(lambda: later.append("still called"))
     assert later == ["still called"]
     assert fresh(execution).status == "queued"
-    (record,) = [record for record in caplog.records if record.name == "conductor_app.dispatch"]
+    (record,) = [record for record in caplog.records if record.name == "conductor_app.transitions.dispatch"]
     assert record.levelno == logging.WARNING
     assert f"The execution {execution.pk} is saved as queued" in record.getMessage()
     assert "secret" not in caplog.text

@@ -14,12 +14,13 @@ from django.core.management import call_command
 from django.db import connection, transaction
 from django.db.models import F
 
-from conductor_app import ExecutionContext, api, clock, dispatch, eager, testing, transitions
+from conductor_app import ExecutionContext, api, testing, transitions
 from conductor_app.exceptions import BlockingCallInTask, NotATestDatabase
-from conductor_app.ids import new_root_id
 from conductor_app.models import Event, Execution, FailedExecution, Step
+from conductor_app.store import clock, eager
+from conductor_app.store.ids import new_root_id
 from conductor_app.testing import driving
-from conductor_app.transitions import AwaitEvent
+from conductor_app.transitions import AwaitEvent, dispatch
 from tests.app import scenarios
 from tests.support.bodies import class_name, durable, failure, reload, start
 from tests.support.deliveries import deliver, doorbell

@@ -9,12 +9,14 @@ from celery.app.trace import build_tracer
 from celery.signals import task_postrun
 from django.db import DatabaseError, IntegrityError, OperationalError, connection, transaction
 
-from conductor_app import ExecutionContext, durable_runs, executor, hand_off, transitions
-from conductor_app.dispatch import DOORBELL, HEADER
+from conductor_app import ExecutionContext, transitions
+from conductor_app.engine import executor, hand_off
+from conductor_app.engine.executor import RunEnded
 from conductor_app.exceptions import InvokeInsideTransaction, StepFailed, UncleanConnection
-from conductor_app.executor import RunEnded
+from conductor_app.host import durable_runs
 from conductor_app.models import Execution
 from conductor_app.testing import run as run_alone
+from conductor_app.transitions.dispatch import DOORBELL, HEADER
 from project.celery import app
 from tests.app import endings
 from tests.app.ledger import count, note

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from django.db import transaction
 
-from conductor_app import EventTimedOut, ExecutionContext, api, clock, sql, transitions
+from conductor_app import EventTimedOut, ExecutionContext, api, transitions
+from conductor_app.engine import pruner
 from conductor_app.exceptions import (
     ExecutionFinished,
     IdempotencyConflict,
@@ -23,9 +24,9 @@ from conductor_app.exceptions import (
     StepMismatch,
     StepNameReused,
 )
-from conductor_app.maintenance import pruner
 from conductor_app.models import Event, Execution, Step
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
+from conductor_app.store import clock, sql
 from conductor_app.transitions import AwaitEvent, Pending
 from tests.app import scenarios
 from tests.app.ledger import count, note

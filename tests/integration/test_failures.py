@@ -10,18 +10,11 @@ from typing import Any
 
 import pytest
 
-from conductor_app import (
-    ChildCancelled,
-    ChildError,
-    ChildFailed,
-    ChildTimedOut,
-    ConductorError,
-    ExecutionContext,
-    clock,
-)
+from conductor_app import ChildCancelled, ChildError, ChildFailed, ChildTimedOut, ConductorError, ExecutionContext
 from conductor_app.exceptions import InvalidArgument, NotSerializable, ProgrammingError, RetryExecution
 from conductor_app.models import Execution, FailedExecution
 from conductor_app.states import StepStatus
+from conductor_app.store import clock
 from tests.app import scenarios
 from tests.app.ledger import count, note
 from tests.support.bodies import advance, child, class_name, durable, failure, reload, run, start
@@ -129,7 +122,7 @@ def test_what_is_stored_of_a_failure() -> None:
     assert stored.traceback.startswith("Traceback (most recent call last):\n")
     assert 'raise ConnectionError("the bank is away")' in stored.traceback
     assert stored.traceback.endswith("ConnectionError: the bank is away\n")
-    assert "conductor_app/executor.py" not in stored.traceback
+    assert "conductor_app/engine/executor.py" not in stored.traceback
     assert "s3cret" not in stored.traceback
 
 

@@ -16,9 +16,10 @@ import pytest
 from django.db import ProgrammingError, connection, transaction
 from kombu import Connection, pools
 
-from conductor_app import ExecutionContext, forks, transitions
+from conductor_app import ExecutionContext, transitions
 from conductor_app.exceptions import WrongThread
 from conductor_app.models import Execution
+from conductor_app.store import forks
 from tests.app import scenarios
 from tests.support.bodies import durable, run
 from tests.support.executions import committing, new, queued

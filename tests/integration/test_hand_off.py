@@ -19,11 +19,14 @@ from celery.exceptions import WorkerShutdown
 from django.db import OperationalError, connection
 from django.test.utils import CaptureQueriesContext
 
-from conductor_app import clock, dispatch, durable_runs, executor, hand_off, owners, signals, transitions, worker
+from conductor_app import signals, transitions
+from conductor_app.engine import executor, hand_off
 from conductor_app.exceptions import ChildFailed
-from conductor_app.leases import keeper
+from conductor_app.host import durable_runs, worker
 from conductor_app.models import Execution, Step
-from conductor_app.transitions import statements
+from conductor_app.store import clock, owners
+from conductor_app.transitions import dispatch, statements
+from conductor_app.transitions.leases import keeper
 from project.celery import app
 from tests.app import plain, scenarios
 from tests.support import history, invariants

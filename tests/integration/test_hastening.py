@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 from django.db import transaction
 
-from conductor_app import api, clock, dispatch, inline, steps, transitions
+from conductor_app import api, transitions
 from conductor_app.exceptions import ActionRefused, IdempotencyConflict, InvalidArgument, RetryRefused
+from conductor_app.host import inline
 from conductor_app.models import Execution, Step
-from conductor_app.serialization import dump_options
 from conductor_app.states import ExecutionStatus, StepStatus
+from conductor_app.store import clock
+from conductor_app.transitions import dispatch, steps
+from conductor_app.values.serialization import dump_options
 from project.celery import app
 from tests.app import scenarios
 from tests.support import executions

@@ -24,8 +24,12 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from conductor_app import ExecutionContext, api, clock, dispatch, headers, inline, plain_runs
+from conductor_app import ExecutionContext, api
+from conductor_app.body import headers
+from conductor_app.host import inline, plain_runs
 from conductor_app.models import Execution
+from conductor_app.store import clock
+from conductor_app.transitions import dispatch
 from tests.support.bodies import advance, child, durable, go_on, reload, run, start
 from tests.support.broker import purge
 from tests.support.deliveries import deliver, doorbell, take
@@ -381,7 +385,7 @@ def test_what_cannot_be_stored_is_left_out_with_one_warning(caplog: pytest.LogCa
         result = leaf.delay()
         with caplog.at_level(logging.WARNING, logger="conductor_app"):
             go_on()
-    warnings = [record for record in caplog.records if record.name == "conductor_app.headers"]
+    warnings = [record for record in caplog.records if record.name == "conductor_app.body.headers"]
     assert [record.levelname for record in warnings] == ["WARNING"]
     assert "Header 'bad' of " + leaf.name in warnings[0].getMessage()
     assert reload(result).get_result() == "a"

@@ -16,8 +16,9 @@ import pytest
 from celery.exceptions import SoftTimeLimitExceeded
 from django.db import Error, connection, transaction
 
-from conductor_app import left_open, sessions
-from conductor_app.soft_limits import soft_limit
+from conductor_app.body import left_open
+from conductor_app.store import sessions
+from conductor_app.store.soft_limits import soft_limit
 from tests.app.ledger import count, note
 from tests.app.models import Ledger
 from tests.support.polling import wait_until

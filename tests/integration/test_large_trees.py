@@ -10,11 +10,11 @@ import pytest
 from django.db import connection
 from django.test.utils import CaptureQueriesContext
 
-from conductor_app import ExecutionContext, api, dispatch, transitions
-from conductor_app.ids import derive_child_id
-from conductor_app.maintenance import sweeper
+from conductor_app import ExecutionContext, api, transitions
+from conductor_app.engine import sweeper
 from conductor_app.models import Execution, FailedExecution, Step
-from conductor_app.transitions import reopening
+from conductor_app.store.ids import derive_child_id
+from conductor_app.transitions import dispatch, reopening
 from tests.support.bodies import durable, start
 from tests.support.executions import FAILURE, claimed, family, fresh, invocation, mapping, step_of
 

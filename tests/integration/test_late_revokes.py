@@ -15,8 +15,9 @@ from celery.worker import control
 from celery.worker import state as worker_state
 from celery.worker.control import Panel
 
-from conductor_app import api, worker
-from conductor_app.maintenance import sweeper
+from conductor_app import api
+from conductor_app.engine import sweeper
+from conductor_app.host import worker
 from conductor_app.models import Execution
 from conductor_app.testing import advance
 from project.celery import app

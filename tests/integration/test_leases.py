@@ -10,9 +10,11 @@ import pytest
 from django.db import OperationalError, connection
 from django.test.utils import CaptureQueriesContext
 
-from conductor_app import clock, dispatch, leases, transitions
-from conductor_app.leases import Lease, LeaseKeeper, renew
+from conductor_app import transitions
 from conductor_app.models import Execution
+from conductor_app.store import clock
+from conductor_app.transitions import dispatch, leases
+from conductor_app.transitions.leases import Lease, LeaseKeeper, renew
 from tests.support.executions import OWNER, claimed, committing, fresh, running
 from tests.support.polling import wait_until
 

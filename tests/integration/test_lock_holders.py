@@ -13,9 +13,9 @@ import pytest
 from django.core.management import call_command
 from django.db import OperationalError, connection, connections
 
-from conductor_app import sessions
 from conductor_app.management.subcommands import doctor
 from conductor_app.models import Execution
+from conductor_app.store import sessions
 from tests.support.executions import running
 from tests.support.locks import locked
 from tests.support.polling import wait_until

@@ -10,7 +10,8 @@ import pytest
 from celery.app.log import TaskFormatter
 from celery.utils.log import ColorFormatter
 
-from conductor_app import ExecutionContext, receivers
+from conductor_app import ExecutionContext
+from conductor_app.host import receivers
 from tests.support.bodies import durable, run
 
 pytestmark = pytest.mark.django_db

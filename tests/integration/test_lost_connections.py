@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from django.db import DatabaseError, InterfaceError, OperationalError, connection, transaction
 
-from conductor_app import api, dispatch, transitions
+from conductor_app import api, transitions
 from conductor_app.exceptions import Failure
-from conductor_app.ids import new_root_id
 from conductor_app.models import Execution
+from conductor_app.store.ids import new_root_id
+from conductor_app.transitions import dispatch
 from tests.app import scenarios
 from tests.support.executions import committing, new, queued, running
 from tests.support.messages import deliver

@@ -17,11 +17,13 @@ from django.test import RequestFactory
 from django.test.utils import CaptureQueriesContext
 from prometheus_client import CollectorRegistry
 
-from conductor_app import ChildFailed, ExecutionContext, clock, dispatch, metrics, receivers, transitions
+from conductor_app import ChildFailed, ExecutionContext, apps, metrics, transitions
 from conductor_app.conf import ConductorSettings
-from conductor_app.maintenance import sweeper
+from conductor_app.engine import sweeper
 from conductor_app.metrics import DatabaseCollector, EngineMetrics
 from conductor_app.models import Execution, Step
+from conductor_app.store import clock
+from conductor_app.transitions import dispatch
 from tests.support.bodies import advance, durable, start
 from tests.support.executions import FAILURE as FAILURE_OF_A_RUN
 from tests.support.executions import OWNER, TASK, claimed, committing, family, napping, queued, running
@@ -333,7 +335,7 @@ def test_the_view_is_not_sent_to_a_login_form(settings: Any, token: str) -> None
 def test_without_the_settings_neither_package_is_imported() -> None:
     code = (
         "import django, sys; django.setup()\n"
-        "from conductor_app import executor, inline, worker\n"
+        "from conductor_app.host import inline, worker\n"
         "assert 'django' in sys.modules\n"
         "print([name for name in sys.modules if name.split('.')[0] in ('prometheus_client', 'opentelemetry')])"
     )
@@ -361,7 +363,7 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
     monkeypatch.delattr(f"conductor_app.{name}", raising=False)
     settings.CONDUCTOR = {**settings.CONDUCTOR, key: True}
     with pytest.raises(ModuleNotFoundError, match=rf'pip install "conductor-app\[{extra}\]"'):
-        receivers.observe()
+        apps.observe()
 
 
 def test_where_to_listen_is_checked() -> None:

@@ -10,9 +10,12 @@ import pytest
 from celery import current_app
 from celery.app.trace import build_tracer
 
-from conductor_app import ExecutionContext, clock, dispatch, durable_runs
-from conductor_app.maintenance import sweeper
+from conductor_app import ExecutionContext
+from conductor_app.engine import sweeper
+from conductor_app.host import durable_runs
 from conductor_app.models import Execution, Step
+from conductor_app.store import clock
+from conductor_app.transitions import dispatch
 from tests.app.scenarios import echo
 from tests.support.bodies import durable, go_on, reload
 

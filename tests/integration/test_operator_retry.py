@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from conductor_app import ChildFailed, ChildTimedOut, ExecutionContext, api, clock
+from conductor_app import ChildFailed, ChildTimedOut, ExecutionContext, api
 from conductor_app.exceptions import RetryRefused
 from conductor_app.models import Execution, FailedExecution
+from conductor_app.store import clock
 from tests.app import scenarios
 from tests.app.ledger import count, note
 from tests.support.bodies import advance, child, durable, failure, go_on, redeploy, reload, run, start

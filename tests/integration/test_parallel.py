@@ -12,7 +12,8 @@ from django.conf import settings
 from django.db import connection
 from django.test.utils import CaptureQueriesContext, override_settings
 
-from conductor_app import ChildCancelled, ChildFailed, ChildTimedOut, ExecutionContext, api, clock, dispatch
+from conductor_app import ChildCancelled, ChildFailed, ChildTimedOut, ExecutionContext, api
+from conductor_app.engine import sweeper
 from conductor_app.exceptions import (
     InvalidArgument,
     InvalidArgumentType,
@@ -23,9 +24,10 @@ from conductor_app.exceptions import (
     TooManyChildren,
     UnknownTask,
 )
-from conductor_app.maintenance import sweeper
 from conductor_app.models import Execution, FailedExecution, Step
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
+from conductor_app.store import clock
+from conductor_app.transitions import dispatch
 from tests.app import parallel
 from tests.app.ledger import count
 from tests.app.scenarios import echo, flaky

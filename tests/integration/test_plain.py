@@ -10,8 +10,10 @@ from celery.app.trace import build_tracer
 from django.utils import timezone
 from kombu import Connection
 
-from conductor_app import ExecutionContext, api, clock, dispatch, durable_task, plain_runs, transitions
-from conductor_app.context import ExecutionContext as Context
+from conductor_app import ExecutionContext, api, durable_task, transitions
+from conductor_app.body.context import ExecutionContext as Context
+from conductor_app.body.plain import PlainTask, django_tasks
+from conductor_app.engine import sweeper
 from conductor_app.exceptions import (
     Failure,
     InvalidArgumentType,
@@ -20,11 +22,12 @@ from conductor_app.exceptions import (
     UnknownTask,
     WorkerLost,
 )
-from conductor_app.explain import Situation, headline
-from conductor_app.inline import run_once
-from conductor_app.maintenance import sweeper
+from conductor_app.host import plain_runs
+from conductor_app.host.inline import run_once
 from conductor_app.models import Execution, FailedExecution
-from conductor_app.plain import PlainTask, django_tasks
+from conductor_app.store import clock
+from conductor_app.telling.explain import Situation, headline
+from conductor_app.transitions import dispatch
 from tests.app import plain
 from tests.app.ledger import count
 from tests.app.tasks import add

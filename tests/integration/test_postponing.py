@@ -12,12 +12,14 @@ from celery import current_app
 from celery.app.trace import build_tracer
 from celery.worker.consumer import Consumer
 
-from conductor_app import DurableTask, ExecutionContext, clock, dispatch, durable_runs, transitions, worker
+from conductor_app import DurableTask, ExecutionContext, transitions
 from conductor_app.exceptions import CancelExecution, Failure, LeaseLost, PayloadMismatch
-from conductor_app.explain import Situation, headline
+from conductor_app.host import durable_runs, worker
 from conductor_app.models import Execution
+from conductor_app.store import clock
+from conductor_app.telling.explain import Situation, headline
 from conductor_app.testing import drain
-from conductor_app.transitions import postponing
+from conductor_app.transitions import dispatch, postponing
 from tests.support.bodies import class_name, durable, failure, redeploy, reload, run, start
 from tests.support.executions import FAILURE, TASK, claimed, fresh, queued, running, snapshot
 

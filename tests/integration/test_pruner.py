@@ -9,10 +9,11 @@ import pytest
 from django.db import connection
 from django.test.utils import CaptureQueriesContext
 
-from conductor_app import clock, transitions
-from conductor_app.maintenance import pruner
-from conductor_app.maintenance.pruner import prune
+from conductor_app import transitions
+from conductor_app.engine import pruner
+from conductor_app.engine.pruner import prune
 from conductor_app.models import Execution, FailedExecution, Step
+from conductor_app.store import clock
 from tests.support.executions import FAILURE, claimed, family, fresh, invoke, queued, running, step_of
 
 pytestmark = pytest.mark.django_db

@@ -14,9 +14,10 @@ from django.core.management import call_command
 from django.db import connection, models
 from django.test.utils import CaptureQueriesContext
 
-from conductor_app import clock, transitions
-from conductor_app.maintenance.pruner import Held, prune
+from conductor_app import transitions
+from conductor_app.engine.pruner import Held, prune
 from conductor_app.models import Execution, Step
+from conductor_app.store import clock
 from tests.support.executions import claimed, invoke, running, step_of
 
 pytestmark = pytest.mark.django_db(transaction=True)

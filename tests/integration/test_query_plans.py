@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 from django.db import connection, transaction
 
-from conductor_app import steps, story, transitions
-from conductor_app.leases import Lease, renew
-from conductor_app.maintenance import sweeper
+from conductor_app import transitions
+from conductor_app.engine import sweeper
 from conductor_app.metrics import DatabaseCollector
 from conductor_app.models import Event, Execution, FailedExecution, Step
+from conductor_app.telling import story
+from conductor_app.transitions import steps
+from conductor_app.transitions.leases import Lease, renew
 from tests.support.executions import OWNER
 
 pytestmark = [

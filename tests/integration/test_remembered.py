@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 from django.db import DatabaseError, OperationalError, connection, connections, transaction
 
-from conductor_app import ExecutionContext, api, clock, hand_off, sessions, sql, steps, transitions
+from conductor_app import ExecutionContext, api, transitions
+from conductor_app.engine import hand_off
 from conductor_app.exceptions import ChildCancelled, LeaseLost, OutcomeLost
-from conductor_app.leases import keeper
 from conductor_app.models import Execution, Step
-from conductor_app.serialization import describe, load_failure
-from conductor_app.transitions import statements
+from conductor_app.store import clock, sessions, sql
+from conductor_app.transitions import statements, steps
+from conductor_app.transitions.leases import keeper
+from conductor_app.values.serialization import describe, load_failure
 from tests.app import endings, scenarios
 from tests.app.ledger import count, note
 from tests.app.models import Ledger
@@ -489,7 +491,7 @@ REFUSED: dict[str, tuple[str, Callable[[ExecutionContext], Any]]] = {
 def test_an_error_of_a_statement_of_ours_ends_the_attempt_and_nobody_catches_it(
     call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("conductor_app.context.CHECKPOINT_INTERVAL_SECONDS", 0)
+    monkeypatch.setattr("conductor_app.body.context.CHECKPOINT_INTERVAL_SECONDS", 0)
     pattern, act = REFUSED[call]
     caught: list[Any] = []
 

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 from django.core.exceptions import ObjectDoesNotExist, ValidationError
 
-from conductor_app import ExecutionContext, api, clock, executor, explain
+from conductor_app import ExecutionContext, api
+from conductor_app.engine import executor
 from conductor_app.exceptions import StepFailed, StepMismatch
 from conductor_app.models import Execution, FailedExecution, Step
+from conductor_app.store import clock
+from conductor_app.telling import explain
 from tests.app import scenarios
 from tests.app.ledger import count, note
 from tests.app.models import Ledger
@@ -414,7 +417,7 @@ def test_a_parent_that_is_woken_for_nothing_waits_for_the_same_child() -> None:
 
 
 def test_the_childs_id_follows_from_its_parent_and_its_step() -> None:
-    from conductor_app.ids import derive_child_id
+    from conductor_app.store.ids import derive_child_id
 
     root = run(scenarios.pass_through, value=1)
     assert root.children.get().pk == derive_child_id(root.pk, "echo")

@@ -19,9 +19,10 @@ from django.db import connections
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
 
-from conductor_app import ChildFailed, EventTimedOut, ExecutionContext, api, clock, metrics
-from conductor_app.maintenance import pruner, sweeper
+from conductor_app import ChildFailed, EventTimedOut, ExecutionContext, api, metrics
+from conductor_app.engine import pruner, sweeper
 from conductor_app.models import Event, Execution, FailedExecution, Step
+from conductor_app.store import clock
 from tests.support.bodies import durable, go_on
 
 OURS = (Execution, Step, Event, FailedExecution)

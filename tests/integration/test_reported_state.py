@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from celery.result import AsyncResult
 
-from conductor_app import ExecutionContext, clock
+from conductor_app import ExecutionContext
+from conductor_app.store import clock
 from tests.support.bodies import advance, durable, go_on, reload
 from tests.support.results import using
 

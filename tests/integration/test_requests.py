@@ -11,8 +11,9 @@ from celery import signals
 from celery.app.task import Task
 from celery.utils.dispatch import Signal
 
-from conductor_app import DurableTask, ExecutionContext, dispatch
+from conductor_app import DurableTask, ExecutionContext
 from conductor_app.models import Execution
+from conductor_app.transitions import dispatch
 from project.celery import app
 from tests.support.bodies import durable, reload, run
 from tests.support.broker import purge

@@ -10,7 +10,7 @@ from celery._state import _task_stack
 from celery.fixups.django import DjangoWorkerFixup
 from django.db import connection, transaction
 
-from conductor_app import durable_runs, reuse
+from conductor_app.host import durable_runs, reuse
 from project.celery import app
 from tests.app import plain, scenarios
 

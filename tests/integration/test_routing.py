@@ -12,8 +12,10 @@ from celery.app.routes import prepare
 from celery.exceptions import QueueNotFound
 from kombu import Exchange, Queue
 
-from conductor_app import ExecutionContext, api, dispatch, worker
+from conductor_app import ExecutionContext, api
+from conductor_app.host import worker
 from conductor_app.models import Execution
+from conductor_app.transitions import dispatch
 from project.celery import app
 from tests.app.plain import echo as plain_echo
 from tests.app.scenarios import echo

@@ -12,7 +12,8 @@ import pytest
 from django.db import connection, connections
 from django.db.backends.utils import CursorWrapper
 
-from conductor_app import leases, sessions
+from conductor_app.store import sessions
+from conductor_app.transitions import leases
 from tests.support.polling import wait_until
 
 #: As if it stood in a driver; what it waits in has no frame of its own.

@@ -13,11 +13,14 @@ import pytest
 from celery import current_app
 from django.db import OperationalError
 
-from conductor_app import announcements, clock, dispatch, signals, steps, transitions, worker
+from conductor_app import signals, transitions
+from conductor_app.engine import announcements, sweeper
 from conductor_app.exceptions import Failure
-from conductor_app.maintenance import sweeper
+from conductor_app.host import worker
 from conductor_app.models import Execution, FailedExecution, Step
 from conductor_app.states import ExecutionStatus, StepStatus
+from conductor_app.store import clock
+from conductor_app.transitions import dispatch, steps
 from tests.support.executions import (
     FAILURE,
     OWNER,

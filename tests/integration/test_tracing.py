@@ -17,21 +17,13 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import SpanKind, StatusCode
 
-from conductor_app import (
-    ExecutionContext,
-    announcements,
-    api,
-    clock,
-    dispatch,
-    inline,
-    observing,
-    signals,
-    tracing,
-    transitions,
-)
-from conductor_app.maintenance import sweeper
+from conductor_app import ExecutionContext, api, signals, tracing, transitions
+from conductor_app.engine import announcements, sweeper
+from conductor_app.host import inline
 from conductor_app.models import Execution
+from conductor_app.store import clock, observing
 from conductor_app.tracing import Tracing
+from conductor_app.transitions import dispatch
 from tests.support.bodies import advance, durable, go_on, reload, start
 from tests.support.broker import purge
 from tests.support.deliveries import deliver, doorbell, stranger, take
@@ -395,7 +387,9 @@ def test_a_hook_that_fails_changes_nothing(caplog: pytest.LogCaptureFixture) -> 
         observing.stepping.remove(refuse)
         observing.remove_carrier(refuse)
     assert "A hook around the engine's work failed." in caplog.text
-    assert {record.levelno for record in caplog.records if record.name == "conductor_app.observing"} == {logging.ERROR}
+    assert {record.levelno for record in caplog.records if record.name == "conductor_app.store.observing"} == {
+        logging.ERROR
+    }
 
 
 def test_without_tracing_nothing_is_hooked_in() -> None:

@@ -10,12 +10,13 @@ import pytest
 from django.db import IntegrityError, OperationalError, connection, transaction
 from django.test.utils import CaptureQueriesContext
 
-from conductor_app import api, clock, dispatch, steps, transitions
+from conductor_app import api, transitions
 from conductor_app.exceptions import CancelExecution, Failure, LeaseLost, RetryRefused
-from conductor_app.ids import created_at
 from conductor_app.models import Execution, FailedExecution, Step
 from conductor_app.states import ALLOWED_MOVES, ExecutionStatus, StepStatus
-from conductor_app.transitions import Invocation, Pending, Sleep, creating
+from conductor_app.store import clock
+from conductor_app.store.ids import created_at
+from conductor_app.transitions import Invocation, Pending, Sleep, creating, dispatch, steps
 from conductor_app.transitions import statements as statements_module
 from tests.support.executions import (
     FAILURE,

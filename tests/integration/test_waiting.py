@@ -10,9 +10,10 @@ from celery.exceptions import TimeoutError as LateError
 from django.db import connection, transaction
 from django.test import TestCase
 
-from conductor_app import api, sql
+from conductor_app import api
 from conductor_app.exceptions import WaitInsideTransaction
 from conductor_app.models import Execution, database
+from conductor_app.store import sql
 from conductor_app.testing import ConductorTestCase
 from tests.app.scenarios import add, echo
 from tests.support.bodies import go_on

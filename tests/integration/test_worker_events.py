@@ -12,9 +12,11 @@ from celery.app import trace
 from celery.app.trace import build_tracer
 from celery.events.state import State
 
-from conductor_app import ExecutionContext, api, dispatch, durable_runs
-from conductor_app.executor import RunEnded
-from conductor_app.worker import DurableRequest
+from conductor_app import ExecutionContext, api
+from conductor_app.engine.executor import RunEnded
+from conductor_app.host import durable_runs
+from conductor_app.host.worker import DurableRequest
+from conductor_app.transitions import dispatch
 from project.celery import app
 from tests.support.bodies import durable, reload
 from tests.support.broker import purge

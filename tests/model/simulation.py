@@ -21,9 +21,13 @@ import pytest
 from celery.signals import task_failure
 from django.db import OperationalError, connection, connections
 
-from conductor_app import clock, dispatch, durable, executor, inline, leases, owners, sql
-from conductor_app.leases import Lease
+from conductor_app.engine import executor
+from conductor_app.host import inline
 from conductor_app.models import Execution
+from conductor_app.store import clock, owners, sql
+from conductor_app.tasks import durable
+from conductor_app.transitions import dispatch, leases
+from conductor_app.transitions.leases import Lease
 from project.celery import app
 
 #: Seconds after which an actor that does not come to its next stop hangs.

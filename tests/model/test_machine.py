@@ -23,11 +23,13 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from conductor_app import api, clock, dispatch, transitions
+from conductor_app import api, transitions
+from conductor_app.engine import sweeper
 from conductor_app.exceptions import ExecutionFinished, RetryRefused
-from conductor_app.maintenance import sweeper
 from conductor_app.models import Event, Execution, FailedExecution, Step
 from conductor_app.states import StepKind, StepStatus
+from conductor_app.store import clock
+from conductor_app.transitions import dispatch
 from tests.app.programs import EVENT, interpret
 from tests.model.oracle import Oracle
 from tests.model.simulation import Actor, Stage, World, renew

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from conductor_app import clock, transitions
+from conductor_app import transitions
 from conductor_app.models import Execution, Step
 from conductor_app.states import ExecutionStatus
+from conductor_app.store import clock
 from conductor_app.transitions import Gather, HandOff, Sleep, waking
 from tests.support.executions import (
     FAILURE,

@@ -20,11 +20,12 @@ from celery import current_app
 from django.db import models
 from django.test import TestCase
 
-from conductor_app import clock, dispatch, signals
+from conductor_app import signals
 from conductor_app.exceptions import CancelExecution, LeaseLost, RetryRefused
 from conductor_app.models import Event, Execution, FailedExecution, Step, database
-from conductor_app.steps import Memory
-from conductor_app.transitions import HandOff
+from conductor_app.store import clock
+from conductor_app.transitions import HandOff, dispatch
+from conductor_app.transitions.steps import Memory
 
 #: A row as text, by its model and its column.
 Row = tuple[type[models.Model], dict[str, Any]]

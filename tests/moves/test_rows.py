@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 from django.db import connection
 
-from conductor_app import dispatch
-from conductor_app.transitions import statements
+from conductor_app.transitions import dispatch, statements
 from tests.moves.cases import CASES
 from tests.moves.effects import Effect
 from tests.races.harness import FORMS

@@ -20,5 +20,5 @@ def test_mutants_have_names_of_their_own() -> None:
 
 
 def test_a_mutant_that_fits_no_more_says_so() -> None:
-    with pytest.raises(ValueError, match=r"stands 0 times in conductor_app/steps\.py"):
-        Mutant("none", "steps.py", "no such text", "", ()).check(ROOT)
+    with pytest.raises(ValueError, match=r"stands 0 times in conductor_app/transitions/steps\.py"):
+        Mutant("none", "transitions/steps.py", "no such text", "", ()).check(ROOT)

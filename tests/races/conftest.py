@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from conductor_app import dispatch
+from conductor_app.transitions import dispatch
 from tests.races.harness import FORMS, Race
 from tests.support.executions import committing
 

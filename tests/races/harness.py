@@ -13,7 +13,7 @@ from typing import Any, Self
 import pytest
 from django.db import connection, connections, transaction
 
-from conductor_app import sql
+from conductor_app.store import sql
 from conductor_app.transitions import statements
 from tests.support.polling import wait_until
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from conductor_app import clock, steps, transitions
+from conductor_app import transitions
 from conductor_app.exceptions import LeaseLost
 from conductor_app.models import Execution, Step
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
-from conductor_app.transitions import Gather, cancelling
+from conductor_app.store import clock
+from conductor_app.transitions import Gather, cancelling, steps
 from tests.races.harness import BEFORE_COMMIT, IsolationLevel, Race, in_several_statements
 from tests.support.executions import FAILURE, OWNER, claimed, fresh, invocation, mapping, starting, step_of
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 from django.db import transaction
 
-from conductor_app import api, clock, transitions
+from conductor_app import api, transitions
 from conductor_app.exceptions import ActionRefused
 from conductor_app.models import Execution, Step
 from conductor_app.states import ExecutionStatus, StepStatus
+from conductor_app.store import clock
 from tests.races.harness import BEFORE_COMMIT, IsolationLevel, Race
 from tests.support.executions import OWNER, fresh, napping, queued
 

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 from django.db import transaction
 
-from conductor_app import clock, leases, steps, transitions
+from conductor_app import transitions
 from conductor_app.exceptions import LeaseLost
-from conductor_app.ids import derive_child_id, new_root_id
 from conductor_app.models import Execution, Step
 from conductor_app.states import ExecutionStatus, StepKind
-from conductor_app.transitions import creating
+from conductor_app.store import clock
+from conductor_app.store.ids import derive_child_id, new_root_id
+from conductor_app.transitions import creating, leases, steps
 from tests.races.harness import IsolationLevel, Race
 from tests.support.executions import claimed, fresh, invocation, new, queued, running
 

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 from django.db import transaction
 
-from conductor_app import clock, leases, sql, steps, transitions
-from conductor_app.maintenance import sweeper
+from conductor_app import transitions
+from conductor_app.engine import sweeper
 from conductor_app.models import Execution, Step
 from conductor_app.states import ExecutionStatus, StepStatus
+from conductor_app.store import clock, sql
+from conductor_app.transitions import leases, steps
 from tests.races.harness import Actor, Race
 from tests.support.executions import family, fresh, napping, running, step_of
 from tests.support.polling import wait_until

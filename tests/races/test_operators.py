@@ -7,11 +7,12 @@ import datetime as dt
 import pytest
 from django.db import transaction
 
-from conductor_app import api, clock, transitions
+from conductor_app import api, transitions
+from conductor_app.engine import pruner, sweeper
 from conductor_app.exceptions import CancelExecution, Failure, RetryRefused
-from conductor_app.maintenance import pruner, sweeper
 from conductor_app.models import Execution, Step
 from conductor_app.states import ExecutionStatus, StepStatus
+from conductor_app.store import clock
 from conductor_app.transitions import Pending, waking
 from tests.races.harness import BEFORE_COMMIT, IsolationLevel, Race
 from tests.support.executions import FAILURE, claimed, family, fresh, invoke, running, step_of

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import pytest
 from django.db import transaction
 
-from conductor_app import api, clock, transitions
+from conductor_app import api, transitions
+from conductor_app.engine import sweeper
 from conductor_app.exceptions import CancelExecution, LeaseLost
-from conductor_app.maintenance import sweeper
 from conductor_app.models import Execution, FailedExecution, Step
 from conductor_app.states import ExecutionStatus, StepStatus
+from conductor_app.store import clock
 from tests.races.harness import BEFORE_COMMIT, IsolationLevel, Race
 from tests.support import history
 from tests.support.executions import FAILURE, claimed, families, fresh, invoke, mapping, running, starting, step_of

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 from django.db import transaction
 
-from conductor_app import announcements, clock, dispatch, transitions
-from conductor_app.ids import new_root_id
-from conductor_app.maintenance import sweeper
+from conductor_app import transitions
+from conductor_app.engine import announcements, sweeper
 from conductor_app.models import Execution, Step
 from conductor_app.states import ALLOWED_MOVES, FINAL_STATUSES, ExecutionStatus
-from conductor_app.transitions import creating
+from conductor_app.store import clock
+from conductor_app.store.ids import new_root_id
+from conductor_app.transitions import creating, dispatch
 from tests.races.harness import Race
 from tests.support import history
 from tests.support.executions import OWNER, family, fresh, new, queued, step_of

@@ -18,7 +18,7 @@ import conductor_app
 from conductor_app import ExecutionContext, api, durable_task
 from conductor_app.exceptions import UnknownTask
 from conductor_app.models import Execution, FailedExecution
-from conductor_app.tasks import find
+from conductor_app.tasks.own import find
 from conductor_app.testing import drain
 from tests.support.executions import queued
 

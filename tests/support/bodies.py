@@ -9,8 +9,10 @@ from typing import Any
 
 from celery import current_app
 
-from conductor_app import DurableTask, clock, durable_task, inline
+from conductor_app import DurableTask, durable_task
+from conductor_app.host import inline
 from conductor_app.models import Execution, FailedExecution, Step
+from conductor_app.store import clock
 
 _numbers = itertools.count(1)
 

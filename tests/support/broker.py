@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from kombu import Connection, pools
 
-from conductor_app import dispatch
+from conductor_app.transitions import dispatch
 from project.celery import app
 from tests.support.polling import wait_until
 

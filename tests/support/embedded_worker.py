@@ -11,7 +11,9 @@ django.setup()
 from celery import shared_task  # noqa: E402
 from celery.contrib.testing.worker import start_worker  # noqa: E402
 
-from conductor_app import ExecutionContext, api, dispatch, durable_task, executor, hand_off  # noqa: E402
+from conductor_app import ExecutionContext, api, durable_task  # noqa: E402
+from conductor_app.engine import executor, hand_off  # noqa: E402
+from conductor_app.transitions import dispatch  # noqa: E402
 from project.celery import app  # noqa: E402
 
 

@@ -11,9 +11,9 @@ from django_celery_results.models import ChordCounter, TaskResult
 
 from conductor_app import transitions
 from conductor_app.exceptions import Failure
-from conductor_app.ids import derive_child_id, new_root_id
 from conductor_app.models import Event, Execution, FailedExecution, Step
 from conductor_app.states import OnTimeout
+from conductor_app.store.ids import derive_child_id, new_root_id
 from conductor_app.transitions import Invocation, Map, NewExecution, Sleep
 from project.celery import app
 from tests.app.models import Ledger

@@ -10,7 +10,7 @@ import pytest
 from celery.app.trace import build_tracer
 from kombu import Connection, Producer
 
-from conductor_app.dispatch import DOORBELL, HEADER, is_embedded
+from conductor_app.transitions.dispatch import DOORBELL, HEADER, is_embedded
 from project.celery import app
 
 #: For a test about what may happen to messages on their way.

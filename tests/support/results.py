@@ -10,8 +10,8 @@ import pytest
 from celery.backends.base import Backend
 from django.conf import settings
 
-from conductor_app.dispatch import is_embedded
 from conductor_app.models import Execution
+from conductor_app.transitions.dispatch import is_embedded
 from project.celery import app
 from tests.support.polling import wait_until
 

@@ -13,7 +13,7 @@ __all__ = ["app"]
 
 def write(task_id: object, key: str) -> None:
     # Django is set up after this module is imported.
-    from conductor_app.ids import of_task_id
+    from conductor_app.store.ids import of_task_id
     from tests.app.ledger import note
 
     note(of_task_id(task_id), key)

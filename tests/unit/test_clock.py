@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from django.db import connection
 
-from conductor_app import clock
 from conductor_app.models import Execution
+from conductor_app.store import clock
 from tests.app import scenarios
 from tests.app.models import Ledger
 from tests.support.bodies import go_on, reload

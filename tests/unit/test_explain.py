@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from celery import Celery
 
-from conductor_app import explain
-from conductor_app.explain import (
+from conductor_app.models import Execution, FailedExecution, Step
+from conductor_app.telling import explain
+from conductor_app.telling.explain import (
     Census,
     Situation,
     attempts,
@@ -25,7 +26,6 @@ from conductor_app.explain import (
     short_name,
     visible,
 )
-from conductor_app.models import Execution, FailedExecution, Step
 from tests.support.instants import NOW, ago, ahead
 
 ROOT = uuid.UUID("01a204e4-551c-7612-a2a5-dfa2a183dfde")

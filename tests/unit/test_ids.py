@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conductor_app.ids import as_child_id, derive_child_id, first_at, first_of_tree, new_root_id
+from conductor_app.store.ids import as_child_id, derive_child_id, first_at, first_of_tree, new_root_id
 
 STEPS = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}", fullmatch=True)
 

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from conductor_app import owners
 from conductor_app.models import Execution
+from conductor_app.store import owners
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ import signal
 import pytest
 from kombu.asynchronous import Hub
 
-from conductor_app import pools
-from conductor_app.pools import LoopPool, ProcessLock
+from conductor_app.host import pools
+from conductor_app.host.pools import LoopPool, ProcessLock
 from tests.support.polling import wait_until
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from conductor_app.redaction import MASK, WITHHELD, decode, masked_beginning, readable, redact
+from conductor_app.values.redaction import MASK, WITHHELD, decode, masked_beginning, readable, redact
 
 SECRET = "hunter2"
 CALL = [

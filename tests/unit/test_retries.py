@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conductor_app.exceptions import ChildFailed, InvalidArgument, LeaseLost, ProgrammingError
-from conductor_app.retries import RetryPolicy
+from conductor_app.values.retries import RetryPolicy
 
 
 def delays(**options: Any) -> list[float]:

@@ -13,8 +13,9 @@ from django.db import connection, connections
 from django.test.utils import CaptureQueriesContext
 
 import conductor_app
-from conductor_app import ChildFailed, ExecutionContext, api, clock
+from conductor_app import ChildFailed, ExecutionContext, api
 from conductor_app.models import Execution, FailedExecution, Step, database
+from conductor_app.store import clock
 from tests.support.bodies import durable, go_on
 
 OURS = {"Event", "Execution", "FailedExecution", "Step"}

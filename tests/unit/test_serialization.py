@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from kombu.utils.json import register_type
 
 from conductor_app.exceptions import Failure, NewerFormat, NotSerializable, PayloadTooLarge, StepFailed
-from conductor_app.serialization import (
+from conductor_app.values.serialization import (
     MAX_NESTING,
     clean_text,
     describe,

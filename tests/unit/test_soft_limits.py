@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from conductor_app.soft_limits import soft_limit, uninterrupted
+from conductor_app.store.soft_limits import soft_limit, uninterrupted
 from tests.support.polling import wait_until
 
 

@@ -11,7 +11,7 @@ from django.db import DatabaseError, DataError, IntegrityError, InterfaceError, 
 from django.db.utils import InternalError
 
 from conductor_app.exceptions import AbandonRun, LeaseLost
-from conductor_app.sql import Literal, is_conflict, is_outage, is_passing, is_undone, persist
+from conductor_app.store.sql import Literal, is_conflict, is_outage, is_passing, is_undone, persist
 
 
 class DriverError(Exception):
@@ -186,7 +186,7 @@ def test_a_transaction_that_was_undone_is_told_from_a_lock_that_was_refused(erro
 def pauses(monkeypatch: Any) -> list[float]:
     """What ``persist`` has slept; it is not slept."""
     slept: list[float] = []
-    monkeypatch.setattr("conductor_app.sql.time.sleep", slept.append)
+    monkeypatch.setattr("conductor_app.store.sql.time.sleep", slept.append)
     return slept
 
 

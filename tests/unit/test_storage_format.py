@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from conductor_app.exceptions import Failure, NewerFormat
-from conductor_app.serialization import MARK, dump_call, dump_failure, dumps, load_failure, loads, read_failure
+from conductor_app.values.serialization import MARK, dump_call, dump_failure, dumps, load_failure, loads, read_failure
 
 AT = dt.datetime(2026, 11, 28, 12, 30, 15, 250_000, tzinfo=dt.UTC)
 

@@ -22,9 +22,9 @@ from conductor_app.admin.timeline import (
     timeline,
     totals,
 )
-from conductor_app.explain import Situation
 from conductor_app.models import Execution, Step
-from conductor_app.story import Story
+from conductor_app.telling.explain import Situation
+from conductor_app.telling.story import Story
 from tests.support.instants import NOW, ago
 
 ROOT = uuid.UUID("01a204e4-551c-7612-a2a5-dfa2a183dfde")

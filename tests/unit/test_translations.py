@@ -20,11 +20,11 @@ import pytest
 from django.utils import translation
 from django.utils.translation import trans_real
 
-from conductor_app import explain, story
-from conductor_app.explain import Situation, awaited, document, headline, label
 from conductor_app.models import Execution, FailedExecution, Step
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
-from conductor_app.story import Story, history, shortened
+from conductor_app.telling import explain, story
+from conductor_app.telling.explain import Situation, awaited, document, headline, label
+from conductor_app.telling.story import Story, history, shortened
 from tests.support.instants import NOW, ago, ahead
 
 ROOT, CHILD = uuid.UUID(int=1), uuid.UUID(int=2)

@@ -13,7 +13,7 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import Error as AnyDatabaseError
 from django.db import InterfaceError, OperationalError
 
-from conductor_app import checks, eager
+from conductor_app import checks
 from conductor_app.management.output import Output, clean
 from conductor_app.management.subcommands.acting import Cancel, Publish, Rerun, Retry, Send, Wake
 from conductor_app.management.subcommands.base import OK, PROBLEM, Subcommand
@@ -23,6 +23,7 @@ from conductor_app.management.subcommands.prune import Prune
 from conductor_app.management.subcommands.show import Show
 from conductor_app.management.subcommands.sweep import Sweep
 from conductor_app.models import database
+from conductor_app.store import eager
 
 SUBCOMMANDS: tuple[Subcommand, ...] = (
     Doctor(),

@@ -14,12 +14,12 @@ from rich.text import Text
 
 from conductor_app import api
 from conductor_app.exceptions import ActionRefused, ConductorError, ExecutionFinished, IdempotencyConflict
-from conductor_app.explain import unclaimed
 from conductor_app.management.output import STYLES, Output, plain
 from conductor_app.management.subcommands.base import OK, PROBLEM, USAGE, Subcommand, execution_ids, not_found
 from conductor_app.models import Event, Execution, Step, database
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
-from conductor_app.story import mailbox_of
+from conductor_app.telling.explain import unclaimed
+from conductor_app.telling.story import mailbox_of
 
 _STYLES = {"refused": STYLES["FAIL"], "unchanged": STYLES["WARN"], "not found": STYLES["FAIL"]}
 

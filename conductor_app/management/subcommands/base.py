@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 from celery import Celery, current_app
 from django.core.management.base import CommandError, CommandParser
 
-from conductor_app.durable import DurableTask
-from conductor_app.ids import range_of
 from conductor_app.management.output import Output
 from conductor_app.models import Execution, database
+from conductor_app.store.ids import range_of
+from conductor_app.tasks.durable import DurableTask
 
 #: Exit codes.
 OK = 0

@@ -20,9 +20,8 @@ from django.db.models import Count, Min
 from rich.table import Table
 from rich.text import Text
 
-from conductor_app import checks, clock, dispatch, sessions, steps
+from conductor_app import checks
 from conductor_app.conf import conductor_settings
-from conductor_app.explain import UNDELIVERABLE_DISPATCHES, app_to_load, duration
 from conductor_app.management.output import STYLES, Output, clean, plain
 from conductor_app.management.subcommands.base import (
     OK,
@@ -33,8 +32,11 @@ from conductor_app.management.subcommands.base import (
     load_durable_tasks,
 )
 from conductor_app.models import Execution, Step, database
-from conductor_app.owners import node_name
 from conductor_app.states import ExecutionStatus, StepStatus
+from conductor_app.store import clock, sessions
+from conductor_app.store.owners import node_name
+from conductor_app.telling.explain import UNDELIVERABLE_DISPATCHES, app_to_load, duration
+from conductor_app.transitions import dispatch, steps
 
 T = TypeVar("T")
 

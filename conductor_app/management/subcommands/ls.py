@@ -10,12 +10,12 @@ from django.core.management.base import CommandParser
 from rich.table import Table
 from rich.text import Text
 
-from conductor_app import clock
-from conductor_app.explain import attempts, document, duration, first_line, label, short_name
 from conductor_app.management.output import Output, clean, plain, status
 from conductor_app.management.subcommands.base import OK, Subcommand, celery_app, load_durable_tasks, positive_int
 from conductor_app.models import Execution, FailedExecution, Step, database
 from conductor_app.states import ExecutionStatus, StepStatus
+from conductor_app.store import clock
+from conductor_app.telling.explain import attempts, document, duration, first_line, label, short_name
 
 #: Columns of a terminal; with less room than this, errors are left out.
 MIN_ERROR_WIDTH = 16

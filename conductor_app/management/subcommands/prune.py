@@ -9,10 +9,10 @@ from typing import Any
 from django.core.management.base import CommandParser
 from rich.text import Text
 
-from conductor_app.explain import duration
-from conductor_app.maintenance import pruner
+from conductor_app.engine import pruner
 from conductor_app.management.output import Output
 from conductor_app.management.subcommands.base import OK, Subcommand, counted, parse_duration, positive_int
+from conductor_app.telling.explain import duration
 
 
 class Prune(Subcommand):

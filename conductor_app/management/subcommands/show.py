@@ -13,8 +13,13 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from conductor_app import explain, owners
-from conductor_app.explain import (
+from conductor_app.management.output import STYLES, Output, clean, plain, status
+from conductor_app.management.subcommands.base import OK, Subcommand, execution_ids, not_found
+from conductor_app.models import Execution, Step
+from conductor_app.states import ExecutionStatus, StepKind, StepStatus
+from conductor_app.store import owners
+from conductor_app.telling import explain
+from conductor_app.telling.explain import (
     STEP_MARKS,
     attempts,
     duration,
@@ -25,13 +30,9 @@ from conductor_app.explain import (
     offset,
     short_name,
 )
-from conductor_app.management.output import STYLES, Output, clean, plain, status
-from conductor_app.management.subcommands.base import OK, Subcommand, execution_ids, not_found
-from conductor_app.models import Execution, Step
-from conductor_app.redaction import decode, readable, redact
-from conductor_app.serialization import load_failure
-from conductor_app.states import ExecutionStatus, StepKind, StepStatus
-from conductor_app.story import MOST_STEPS, Story, history, read, shortened
+from conductor_app.telling.story import MOST_STEPS, Story, history, read, shortened
+from conductor_app.values.redaction import decode, readable, redact
+from conductor_app.values.serialization import load_failure
 
 #: Characters of a value in the steps' table.
 PREVIEW = 60

@@ -15,11 +15,11 @@ from django.core.management.base import CommandError, CommandParser
 from django.db import connections
 from rich.text import Text
 
-from conductor_app import dispatch
 from conductor_app.conf import conductor_settings
-from conductor_app.maintenance import sweeper
+from conductor_app.engine import sweeper
 from conductor_app.management.output import STYLES, Output, plain
 from conductor_app.management.subcommands.base import OK, USAGE, Subcommand, celery_app
+from conductor_app.transitions import dispatch
 
 _DONE = {
     "lapsed_leases": "executions taken from dead workers",

@@ -15,10 +15,12 @@ from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
 
-from conductor_app import api, clock, dispatch, transitions
+from conductor_app import api, transitions
 from conductor_app.admin import actions
 from conductor_app.models import Event, Execution, FailedExecution, Step
 from conductor_app.states import ExecutionStatus, StepStatus
+from conductor_app.store import clock
+from conductor_app.transitions import dispatch
 from tests.support import executions
 
 LIST = "admin:conductor_app_execution_changelist"

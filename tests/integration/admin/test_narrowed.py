@@ -18,11 +18,12 @@ from django.test import Client, override_settings
 from django.test.utils import CaptureQueriesContext
 from django.urls import clear_url_caches, path
 
-from conductor_app import api, clock, transitions
+from conductor_app import api, transitions
 from conductor_app.admin import EventAdmin, ExecutionAdmin, FailedExecutionAdmin, StepAdmin, changelist, paginator
 from conductor_app.admin import names as known_names
 from conductor_app.exceptions import Failure
 from conductor_app.models import Event, Execution, FailedExecution, Step
+from conductor_app.store import clock
 from tests.support import executions
 
 BASE = "/admin/conductor_app"

@@ -22,13 +22,15 @@ from django.test.utils import CaptureQueriesContext
 from django.urls import path, reverse
 from django_celery_results.models import TaskResult
 
-from conductor_app import api, inline, story, transitions
+from conductor_app import api, transitions
 from conductor_app.admin import ExecutionAdmin, refresh
 from conductor_app.admin.page import LONG_PREVIEW, frames
 from conductor_app.exceptions import Failure
-from conductor_app.ids import derive_child_id
+from conductor_app.host import inline
 from conductor_app.models import Event, Execution, FailedExecution, Step
-from conductor_app.redaction import MASK, WITHHELD
+from conductor_app.store.ids import derive_child_id
+from conductor_app.telling import story
+from conductor_app.values.redaction import MASK, WITHHELD
 from project.celery import app
 from tests.app import scenarios
 from tests.support import executions
@@ -473,7 +475,7 @@ def test_the_command_of_a_translated_hint_is_code(staff: Client, monkeypatch: py
     command = f"manage.py conductor send {row.pk} approved --payload JSON"
     assert f"Send it: <code>{command}</code>" in page_of(staff, row)
     catalogue = {"Send it: %(command)s": "Senden mit %(command)s"}
-    monkeypatch.setattr("conductor_app.explain._", lambda text: catalogue.get(text, text))
+    monkeypatch.setattr("conductor_app.telling.explain._", lambda text: catalogue.get(text, text))
     assert f"Senden mit <code>{command}</code>" in page_of(staff, row)
 
 

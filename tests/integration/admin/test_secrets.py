@@ -14,13 +14,14 @@ from django.core.cache import cache
 from django.test import Client, RequestFactory, override_settings
 from django.urls import clear_url_caches, path
 
-from conductor_app import api, clock, transitions
+from conductor_app import api, transitions
 from conductor_app.admin import EventAdmin, ExecutionAdmin, FailedExecutionAdmin, StepAdmin, causes
 from conductor_app.admin.access import PRIVATE_COLUMNS
 from conductor_app.exceptions import Failure
 from conductor_app.models import Event, Execution, FailedExecution, Step
-from conductor_app.redaction import MASK
-from conductor_app.serialization import digest, dump_failure
+from conductor_app.store import clock
+from conductor_app.values.redaction import MASK
+from conductor_app.values.serialization import digest, dump_failure
 from tests.support import executions
 
 BASE = "/admin/conductor_app"

@@ -13,11 +13,13 @@ from django.core.management import call_command
 from django.db import connection
 from django.test import SimpleTestCase, TestCase, TransactionTestCase
 
-from conductor_app import ExecutionContext, api, clock, dispatch, testing
+from conductor_app import ExecutionContext, api, testing
 from conductor_app.exceptions import InvalidArgument, InvalidArgumentType, UnknownTask
-from conductor_app.leases import keeper
 from conductor_app.models import Execution, Step, database
+from conductor_app.store import clock
 from conductor_app.testing import Conductor, ConductorMixin, ConductorTestCase
+from conductor_app.transitions import dispatch
+from conductor_app.transitions.leases import keeper
 from tests.app import scenarios
 from tests.support.bodies import child, durable, reload
 from tests.support.executions import new, queued

@@ -1,0 +1,1 @@
+"""What a body calls, and what is around it."""

@@ -1,0 +1,111 @@
+"""What listens to Celery's start of a worker and to its tasks, and the log lines of our own signals."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from celery import signals as celery_signals
+from celery.utils.log import ColorFormatter
+
+from conductor_app import signals
+from conductor_app.body.context import body_logger
+from conductor_app.engine.executor import RunEnded
+from conductor_app.exceptions import Failure
+from conductor_app.host import durable_runs, ends, plain_runs
+from conductor_app.models import Execution
+from conductor_app.telling.explain import first_line
+
+logger = logging.getLogger("conductor_app.execution")
+
+
+def prepare_worker(**kwargs: Any) -> None:
+    """Install the sweeper in a worker that starts."""
+    # Celery's worker modules are heavy, and web processes never need them.
+    from conductor_app.host import worker  # noqa: PLC0415
+
+    worker.install(**kwargs)
+
+
+def prepare_embedded_worker(sender: Any = None, **_kwargs: Any) -> None:
+    """Install the sweeper in a worker that another program starts: Celery's ``start_worker`` does so, for tests."""
+    from conductor_app.host import worker  # noqa: PLC0415
+
+    worker.install(instance=sender)
+
+
+def log_finished(execution: Execution, status: str, **_kwargs: Any) -> None:
+    """Write one line for each final status."""
+    if not logger.isEnabledFor(logging.INFO):
+        return
+    logger.info("Execution %s of %s %s.", execution.pk, execution.task, status, extra=_ids(execution))
+
+
+def log_retrying(execution: Execution, failure: Failure, delay: float, **_kwargs: Any) -> None:
+    """Write one line for each lost or failed attempt."""
+    logger.warning(
+        "Execution %s of %s: attempt %s failed (%s: %s). Next attempt in %.3gs.",
+        execution.pk,
+        execution.task,
+        execution.attempt,
+        failure.type,
+        first_line(failure.message, 500),
+        delay,
+        extra=_ids(execution),
+    )
+
+
+def _ids(execution: Execution) -> dict[str, Any]:
+    return {
+        "execution_id": str(execution.pk),
+        "root_id": str(execution.root_id),
+        "task": execution.task,
+        "attempt": execution.attempt,
+    }
+
+
+def show_ids(logger: logging.Logger, **_kwargs: Any) -> None:
+    """Let a worker show task and id on each line of ``ctx.logger``, as on those of ``get_task_logger``.
+
+    Receiver of ``celery.signals.after_setup_task_logger``. Where somebody else has said how lines are to look, by a
+    handler on one of our loggers or on the root, they go there and nowhere else.
+
+    Args:
+        logger: Celery's, with the handler that shows them.
+    """
+    ours = [body_logger, *(logging.getLogger(name) for name in ("conductor_app.execution", "conductor_app"))]
+    is_celerys = all(type(handler.formatter) is ColorFormatter for handler in logging.getLogger().handlers)
+    if not is_celerys or any(one.handlers or not one.propagate for one in ours):
+        return
+    # This forgets what it knew of its parents' levels, too.
+    body_logger.setLevel(next((one.level for one in ours if one.level), logging.NOTSET))
+    body_logger.parent = logger
+
+
+class SuspensionWording(logging.Filter):
+    """Rewords Celery's line for an ended run: it says "ignored" where the execution is suspended."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Reword the record if it is about one of our runs; never drop it."""
+        data = getattr(record, "data", None)
+        if isinstance(data, dict) and data.get("description") == "ignored":
+            ended = RunEnded.describe(str(data.get("exc", "")))
+            if ended and isinstance(record.args, dict):
+                record.args = {**record.args, "description": ended}
+        return True
+
+
+celery_signals.celeryd_init.connect(prepare_worker, dispatch_uid="conductor_app.worker", weak=False)
+celery_signals.worker_init.connect(prepare_embedded_worker, dispatch_uid="conductor_app.worker", weak=False)
+celery_signals.worker_process_init.connect(
+    plain_runs.guard_pool_process, dispatch_uid="conductor_app.host.plain_runs", weak=False
+)
+celery_signals.worker_process_init.connect(
+    durable_runs.guard_pool_process, dispatch_uid="conductor_app.host.durable_runs", weak=False
+)
+celery_signals.after_setup_task_logger.connect(show_ids, dispatch_uid="conductor_app.logging", weak=False)
+celery_signals.task_postrun.connect(plain_runs.on_postrun, dispatch_uid="conductor_app.host.plain_runs", weak=False)
+signals.execution_finished.connect(log_finished, dispatch_uid="conductor_app.log_finished", weak=False)
+signals.execution_finished.connect(ends.tell, dispatch_uid="conductor_app.host.ends", weak=False)
+signals.execution_retrying.connect(log_retrying, dispatch_uid="conductor_app.log_retrying", weak=False)
+logging.getLogger("celery.app.trace").addFilter(SuspensionWording())

@@ -1,0 +1,149 @@
+"""What a forked process must not share with its parent: the sockets to brokers and databases.
+
+Two processes that write to one socket ruin the session for both, and so does a goodbye of one of them. kombu forgets
+its connections after billiard's forks alone, and py-amqp's way to forget one shuts the shared socket down; drivers of
+databases differ. So here, whoever has forked (Celery's pool, ``gunicorn --preload``, ``multiprocessing``, a body), the
+child gets ``/dev/null`` in the place of each inherited socket before anything else runs: whatever a client library does
+with it later, when it is closed, collected as garbage or at the process's end, reaches nobody. The connections are
+forgotten, and the child opens its own when it needs one. The parent's are left as they are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import weakref
+from collections.abc import Iterable
+from contextlib import suppress
+from queue import LifoQueue
+from typing import Any
+
+from django.db import connections
+from django.db.backends.signals import connection_created
+from kombu import pools
+
+from conductor_app.store.sessions import descriptor_of
+
+#: Django's connections of all threads, by id. What belongs to other threads than the one that forks is freed in the
+#: child before a hook can run there, so it has to be known before, and to be kept.
+_connections: dict[int, weakref.ref[Any]] = {}
+#: Of the thread that forks, while it does: the connections and what their drivers made.
+_forking = threading.local()
+_pid = os.getpid()
+
+
+def own() -> None:
+    """Forget what this process has inherited, if nobody has told it that it was forked.
+
+    uWSGI forks without Python's knowledge, unless it is asked for ``py-call-osafterfork``.
+    """
+    if os.getpid() != _pid:
+        _forking.kept = getattr(_forking, "kept", None) or _opened()
+        _after_in_child()
+
+
+def _note(connection: Any = None, **_kwargs: Any) -> None:
+    key = id(connection)
+    _connections[key] = weakref.ref(connection, lambda _: _connections.pop(key, None))
+
+
+def _opened() -> list[tuple[Any, Any]]:
+    """Return Django's connections that are open, with what their drivers made."""
+    known = {id(connection): connection for connection in connections.all(initialized_only=True)}
+    known |= {key: connection for key, reference in list(_connections.items()) if (connection := reference())}
+    return [(connection, connection.connection) for connection in known.values() if connection.connection is not None]
+
+
+def _before() -> None:
+    _forking.kept = _opened()
+
+
+def _after_in_parent() -> None:
+    _forking.kept = None
+
+
+def _after_in_child() -> None:
+    global _pid  # noqa: PLW0603
+    _pid = os.getpid()
+    inherited, _forking.kept = _forking.kept or (), None
+    with suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        try:
+            _forget_databases(inherited, nowhere)
+            _forget_brokers(nowhere)
+        finally:
+            os.close(nowhere)
+
+
+# --------------------------------------------------------------------------------------------------------- databases
+
+
+def _forget_databases(inherited: Iterable[tuple[Any, Any]], nowhere: int) -> None:
+    for connection, driver in inherited:
+        if connection.vendor == "sqlite":
+            if connection.is_in_memory_db():
+                continue  # shared with nobody: the child has a copy of it
+            if connection.in_atomic_block:
+                _keep_for_ever(driver)  # closed, it would roll back the parent's transaction
+            else:
+                # SQLite's notes of its locks are inherited, and the locks are not. This ends the notes.
+                with suppress(Exception):
+                    driver.close()
+        elif not _replace(descriptor_of(driver), nowhere):
+            _keep_for_ever(driver)
+        _forget_pools(connection)
+        connection.connection = None
+        if connection.in_atomic_block:
+            # As after Django's own ``close()`` in a transaction, which is the parent's to end.
+            connection.closed_in_transaction = connection.needs_rollback = True
+
+
+def _forget_pools(connection: Any) -> None:
+    """Forget the pools of ``OPTIONS["pool"]``: their threads are the parent's, and their idle connections, too."""
+    found = getattr(type(connection), "_connection_pools", None)
+    if isinstance(found, dict):
+        for pool in found.values():
+            _keep_for_ever(pool)
+        found.clear()
+
+
+def _keep_for_ever(thing: Any) -> None:
+    """Let nothing free an object, not even the end of the process: its driver would say goodbye."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+# ----------------------------------------------------------------------------------------------------------- brokers
+
+
+def _forget_brokers(nowhere: int) -> None:
+    """Make kombu's pools as they were before any connection was opened, whoever holds them."""
+    for pool in list(pools.connections.values()):
+        for connection in (*pool._dirty, *pool._resource.queue):
+            # py-amqp's; redis-py leaves alone what another process has opened.
+            with suppress(Exception):
+                _replace(connection._connection._transport.sock.fileno(), nowhere)
+        _renew(pool)
+    for pool in list(pools.producers.values()):
+        _renew(pool)
+
+
+def _renew(pool: Any) -> None:
+    # A new queue: another thread of the parent's may have held the lock of the old one.
+    pool._resource, pool._dirty = LifoQueue(), set()
+    pool.setup()
+
+
+def _replace(descriptor: int | None, nowhere: int) -> bool:
+    """Put ``nowhere`` in the place of a descriptor; tell whether that was possible."""
+    if descriptor is None or descriptor < 0:
+        return False
+    try:
+        os.dup2(nowhere, descriptor, inheritable=False)
+    except OSError:
+        return False
+    return True
+
+
+connection_created.connect(_note, dispatch_uid="conductor_app.store.forks")
+os.register_at_fork(before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child)
