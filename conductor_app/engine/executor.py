@@ -19,9 +19,8 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar
 
-from billiard import common as billiard_common
 from celery import Task
 from celery.exceptions import Ignore, WorkerShutdown, WorkerTerminate
 from django.db import DatabaseError, IntegrityError, InterfaceError, connections
@@ -38,6 +37,7 @@ from conductor_app.body.context import (
 )
 from conductor_app.conf import conductor_settings
 from conductor_app.engine import announcements, hand_off
+from conductor_app.engine.process import process
 from conductor_app.exceptions import (
     AbandonRun,
     CancelExecution,
@@ -736,7 +736,7 @@ def _leave(started: Run, error: SystemExit | KeyboardInterrupt) -> NoReturn:
     if is_ending(error):
         _store(started, lambda: transitions.release(started.execution))
         raise error
-    if is_told_to_end():
+    if process.is_told_to_end():
         # A revoke, or the hard time limit: the worker's main process knows why, and what becomes of the execution.
         started.is_over = True
         raise error
@@ -772,13 +772,6 @@ def _fail_by(started: Run, error: BaseException) -> NoReturn:
 def is_ending(error: BaseException) -> bool:
     """Tell whether this is how a worker ends that shuts down."""
     return is_draining() or isinstance(error, (WorkerShutdown, WorkerTerminate))
-
-
-def is_told_to_end() -> bool:
-    """Tell whether this process of a pool was sent the signal to end."""
-    # billiard 4.2, which Celery 5.6 has, does not tell.
-    fired = getattr(billiard_common, "terminate_handler_fired", None)
-    return bool(cast(Any, billiard_common)._should_have_exited[0] if fired is None else fired())
 
 
 def _store(started: Run, write: Callable[[], T], *, reads_only: list[str] | None = None) -> T:

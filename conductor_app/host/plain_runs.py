@@ -33,6 +33,7 @@ from conductor_app.body.plain import PlainTask, is_invocable
 from conductor_app.conf import conductor_settings
 from conductor_app.engine import announcements, executor, hand_off
 from conductor_app.engine.executor import RunEnded
+from conductor_app.engine.process import process
 from conductor_app.exceptions import (
     AbandonRun,
     CancelExecution,
@@ -227,7 +228,7 @@ class _Run:
                 self._write(lambda: transitions.release(self._execution))
             else:
                 self._lose(error)
-        elif not self.ended and is_exit and not executor.is_told_to_end():
+        elif not self.ended and is_exit and not process.is_told_to_end():
             self._lose(error)
         elif not self.ended and not is_exit:
             self._write(lambda: self._fail(error))

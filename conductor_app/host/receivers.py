@@ -1,4 +1,4 @@
-"""What listens to Celery's start of a worker and to its tasks, and the log lines of our own signals."""
+"""What the app plugs in when it is ready: the host's part of the engine, receivers of Celery's signals, log lines."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from celery.utils.log import ColorFormatter
 from conductor_app import signals
 from conductor_app.body.context import body_logger
 from conductor_app.engine.executor import RunEnded
+from conductor_app.engine.process import process
 from conductor_app.exceptions import Failure
-from conductor_app.host import durable_runs, ends, plain_runs
+from conductor_app.host import durable_runs, ending, ends, inherited, plain_runs, publishing
 from conductor_app.models import Execution
+from conductor_app.store import forks
 from conductor_app.telling.explain import first_line
+from conductor_app.transitions import dispatch
 
 logger = logging.getLogger("conductor_app.execution")
 
@@ -94,6 +97,10 @@ class SuspensionWording(logging.Filter):
                 record.args = {**record.args, "description": ended}
         return True
 
+
+dispatch.broker = publishing
+forks.forgetting.append(inherited.forget_brokers)
+process.is_told_to_end = ending.is_told_to_end
 
 celery_signals.celeryd_init.connect(prepare_worker, dispatch_uid="conductor_app.worker", weak=False)
 celery_signals.worker_init.connect(prepare_embedded_worker, dispatch_uid="conductor_app.worker", weak=False)

@@ -14,14 +14,12 @@ import ctypes
 import os
 import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
-from queue import LifoQueue
 from typing import Any
 
 from django.db import connections
 from django.db.backends.signals import connection_created
-from kombu import pools
 
 from conductor_app.store.sessions import descriptor_of
 
@@ -31,6 +29,8 @@ _connections: dict[int, weakref.ref[Any]] = {}
 #: Of the thread that forks, while it does: the connections and what their drivers made.
 _forking = threading.local()
 _pid = os.getpid()
+#: What else forgets connections in the child. It gets a descriptor of ``/dev/null``, to put in the place of sockets.
+forgetting: list[Callable[[int], None]] = []
 
 
 def own() -> None:
@@ -71,7 +71,8 @@ def _after_in_child() -> None:
         nowhere = os.open(os.devnull, os.O_RDWR)
         try:
             _forget_databases(inherited, nowhere)
-            _forget_brokers(nowhere)
+            for forget in forgetting:
+                forget(nowhere)
         finally:
             os.close(nowhere)
 
@@ -90,7 +91,7 @@ def _forget_databases(inherited: Iterable[tuple[Any, Any]], nowhere: int) -> Non
                 # SQLite's notes of its locks are inherited, and the locks are not. This ends the notes.
                 with suppress(Exception):
                     driver.close()
-        elif not _replace(descriptor_of(driver), nowhere):
+        elif not replace(descriptor_of(driver), nowhere):
             _keep_for_ever(driver)
         _forget_pools(connection)
         connection.connection = None
@@ -113,28 +114,7 @@ def _keep_for_ever(thing: Any) -> None:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
-# ----------------------------------------------------------------------------------------------------------- brokers
-
-
-def _forget_brokers(nowhere: int) -> None:
-    """Make kombu's pools as they were before any connection was opened, whoever holds them."""
-    for pool in list(pools.connections.values()):
-        for connection in (*pool._dirty, *pool._resource.queue):
-            # py-amqp's; redis-py leaves alone what another process has opened.
-            with suppress(Exception):
-                _replace(connection._connection._transport.sock.fileno(), nowhere)
-        _renew(pool)
-    for pool in list(pools.producers.values()):
-        _renew(pool)
-
-
-def _renew(pool: Any) -> None:
-    # A new queue: another thread of the parent's may have held the lock of the old one.
-    pool._resource, pool._dirty = LifoQueue(), set()
-    pool.setup()
-
-
-def _replace(descriptor: int | None, nowhere: int) -> bool:
+def replace(descriptor: int | None, nowhere: int) -> bool:
     """Put ``nowhere`` in the place of a descriptor; tell whether that was possible."""
     if descriptor is None or descriptor < 0:
         return False

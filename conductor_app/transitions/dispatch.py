@@ -12,32 +12,22 @@ worker's feed takes due executions from the database instead (``maintenance.swee
 from __future__ import annotations
 
 import datetime as dt
-import functools
 import logging
-import os
-import struct
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from amqp.exceptions import ChannelError
 from celery import Celery, current_app
-from celery._state import _task_stack  # type: ignore[attr-defined]  # its stubs do not know it
-from celery.app.task import Context
 from django.db import transaction
 from django.db.models import DateTimeField
 from django.db.models.expressions import Combinable, Value
 from django.db.models.functions import Least
-from kombu.exceptions import EncodeError, SerializerNotInstalled
-from kombu.pools import producers
-from kombu.utils.url import maybe_sanitize_url
 
 from conductor_app.conf import conductor_settings
-from conductor_app.exceptions import NewerFormat
 from conductor_app.models import Execution, database
 from conductor_app.store import clock, eager, forks, observing
 from conductor_app.store.ids import created_at
@@ -59,19 +49,24 @@ DOORBELL, DOORBELL_WITH_CALLBACKS, PLAIN = "doorbell", "doorbell, callbacks", "p
 BREAKER_SECONDS = 5.0
 #: Of executions that one commit queues, each thousand more is given another ``REDISPATCH_SECONDS`` to be started.
 REDISPATCH_CROWD = 1_000
-#: How long RabbitMQ may take to confirm a message, in seconds; without a limit, the caller and the sweeper would wait
-#: for a server that has silently gone as long as TCP does. Redis has ``socket_timeout`` for that.
-PUBLISH_SECONDS = 5.0
-#: A server that says nothing for so many seconds is not asked again: the caller has waited long enough.
-SILENCE_SECONDS = 3.0
-#: A connection to RabbitMQ that was not used for so many seconds is asked whether it lives, and has so many to answer.
-IDLE_SECONDS, PROBE_SECONDS = 15.0, 1.0
 _broker_rests_until = 0.0
-#: Errors about one message, its queue or its options. The broker is there, and takes others.
-_MESSAGE_ERRORS = (
-    *(ChannelError, EncodeError, SerializerNotInstalled, NewerFormat),
-    *(LookupError, TypeError, ValueError, struct.error),
-)
+
+
+class Broker(Protocol):
+    """The way of a message to the broker, as ``publish`` needs it."""
+
+    def send(self, execution: Execution, *, waits: bool) -> None:
+        """Send an execution's message, or raise what the broker's client does; ``waits`` as for ``publish``."""
+
+    def is_about_message(self, error: Exception) -> bool:
+        """Tell whether the broker is there, and takes other messages."""
+
+    def tried(self, error: Exception) -> str:
+        """Name the servers that an error is about."""
+
+
+#: That is ``host.publishing``, which it puts in here when the app is ready.
+broker: Broker | None = None
 
 #: Fields of a row that ``publish`` reads.
 DOORBELL_FIELDS = ("id", "task", "queue", "priority", "options", "root_id", "parent_id", "attempt")
@@ -214,19 +209,17 @@ def publish(execution: Execution, *, waits: bool = True) -> bool:
     if is_broker_resting():
         return False
     forks.own()
+    assert broker is not None, "conductor_app is not ready: django.setup() makes it so"
     try:
         with observing.acting_for(execution):
-            if waits:
-                _send(execution)
-            else:
-                _send_ahead(execution)
+            broker.send(execution, waits=waits)
     except Exception as error:  # noqa: BLE001 - whatever the broker's client raises, the row is safe
-        if not isinstance(error, _MESSAGE_ERRORS):
+        if not broker.is_about_message(error):
             _broker_rests_until = time.monotonic() + BREAKER_SECONDS
         logger.warning(
             "Broker %s did not take the message (%s: %s). The execution %s is saved as queued and will be published "
             "when the broker is back.",
-            getattr(error, "conductor_tried", None) or _broker_uri(),
+            broker.tried(error),
             type(error).__name__,
             error,
             execution.pk,
@@ -274,152 +267,6 @@ def options_of(execution: Execution) -> dict[str, Any]:
     if execution.priority is not None:
         options["priority"] = execution.priority
     return options
-
-
-class _AsStored:
-    """In the place of Celery's router: a message goes where the call's arguments and routes sent its execution.
-
-    A route may look at arguments, which a doorbell does not carry.
-    """
-
-    @staticmethod
-    def route(options: dict[str, Any], *_task: object) -> dict[str, Any]:
-        """Return the options of a message with its queue as Celery declares it."""
-        return current_app.amqp.router.expand_destination(options)
-
-
-def _send(execution: Execution) -> None:
-    _send_by(current_app.producer_or_acquire, execution)
-
-
-def _send_ahead(execution: Execution) -> None:
-    app: Any = current_app
-    pool = _unconfirmed(app._get_current_object(), os.getpid())
-    _send_by(functools.partial(pool.acquire, block=True), execution)
-
-
-def _send_by(acquire: Callable[[], AbstractContextManager[Any]], execution: Execution) -> None:
-    """Send a message; once more on a new connection, if the one that was kept from an earlier message has died.
-
-    RabbitMQ, or something between, closes connections that are idle for long. A message that is sent twice is harmless.
-    """
-    options = options_of(execution)
-    began = time.monotonic()
-    for is_second in (False, True):
-        with acquire() as producer:
-            connection = producer.connection
-            is_kept = not is_second and _is_alive(connection)
-            if not is_kept:
-                _connect(connection)
-            try:
-                _send_with(producer, execution, options)
-            except _MESSAGE_ERRORS as error:
-                _name_broker(error, connection.as_uri())
-                raise
-            except Exception as error:
-                # Without saying goodbye: it would wait for an answer without limit. And not to be used again: a
-                # confirmation that comes late would be taken for the next message's.
-                connection.collect()
-                _name_broker(error, connection.as_uri())
-                if not is_kept or time.monotonic() - began >= SILENCE_SECONDS:
-                    raise
-                logger.debug("The connection to broker %s has died (%s). Trying a new one.", connection.as_uri(), error)
-            else:
-                connection._conductor_used_at = time.monotonic()
-                return
-
-
-@functools.lru_cache(maxsize=4)
-def _unconfirmed(app: Celery, pid: int) -> Any:
-    """Return a pool of producers, apart from the app's own, that wait for no confirmation."""
-    del pid  # kombu forgets its pools in a forked process
-    return producers[app.connection_for_write(transport_options={"confirm_publish": False})]
-
-
-def _is_alive(connection: Any) -> bool:
-    """Tell whether a connection is open, and after a pause, whether RabbitMQ still answers on it.
-
-    A load balancer or a firewall that forgets an idle connection tells nobody, and what is written to it vanishes.
-    Heartbeats are no help: nobody attends to them in a process that only publishes. redis-py has
-    ``health_check_interval`` for that.
-    """
-    if not connection.connected:
-        return False
-    used_at = getattr(connection, "_conductor_used_at", None)
-    if connection.transport.driver_type != "amqp" or used_at is None or time.monotonic() - used_at < IDLE_SECONDS:
-        return True
-    try:
-        with connection.connection.transport.having_timeout(PROBE_SECONDS):
-            connection.default_channel.basic_qos(0, 0, False)
-    except Exception:  # noqa: BLE001 - whatever is wrong with it, a new one will do
-        return False
-    return True
-
-
-def _connect(connection: Any) -> None:
-    """Connect anew, trying each server once. Left to itself, kombu would go on for 6 seconds, and the caller wait."""
-    if connection._connection is not None:
-        connection.collect()
-    try:
-        connection.ensure_connection(max_retries=max(len(connection.alt) - 1, 0))
-    except Exception as error:
-        _name_broker(error, *map(maybe_sanitize_url, connection.alt or ()))
-        raise
-
-
-def _name_broker(error: Any, *tried: str) -> None:
-    """Note on an error which servers it is about; by default the only one."""
-    with suppress(AttributeError):
-        error.conductor_tried = " and ".join(tried)
-
-
-def _send_with(producer: Any, execution: Execution, options: dict[str, Any]) -> None:
-    if producer.connection.transport.driver_type == "amqp":
-        options["timeout"] = PUBLISH_SECONDS
-    with nullcontext() if options["parent_id"] else _unrelated():
-        current_app.send_task(
-            execution.task,
-            task_id=str(execution.pk),
-            add_to_parent=False,
-            retry=False,
-            producer=producer,
-            **{"serializer": "json", "router": _AsStored, **options},
-        )
-
-
-class _Unrelated:
-    """Stands for the task that is at work here while a message is sent that it is not the parent of."""
-
-    def __init__(self, task: Any) -> None:
-        self._task = task
-        self.request = Context(called_directly=False, delivery_info={})
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._task, name)
-
-
-@contextmanager
-def _unrelated() -> Iterator[None]:
-    """Keep ``Celery.send_task`` from taking a parent, and that one's priority, from the current task.
-
-    A run publishes what it has made runnable: with the end of a child its parent, which may be a root.
-    """
-    task = current_app.current_worker_task
-    if task is None:
-        yield
-        return
-    _task_stack.push(_Unrelated(task))
-    try:
-        yield
-    finally:
-        _task_stack.pop()
-
-
-def _broker_uri() -> str:
-    try:
-        return str(current_app.connection_for_write().as_uri())
-    except Exception:  # noqa: BLE001 - a transport that does not exist, for example
-        return "(its URL is not usable)"
 
 
 def is_broker_resting() -> bool:

@@ -14,7 +14,7 @@ from billiard import common as billiard_common
 from billiard import pool as billiard_pool
 from billiard.compat import mem_rss
 
-from conductor_app.engine import executor
+from conductor_app.host import ending
 
 
 def test_these_are_the_limits_of_a_process() -> None:
@@ -57,7 +57,7 @@ def test_a_process_knows_that_it_was_sent_the_signal_to_end(monkeypatch: pytest.
     """Then its ``SystemExit`` is a revoke's or the hard time limit's, and no body's."""
     monkeypatch.setattr(billiard_common, "_should_have_exited", [False])
     monkeypatch.setattr(billiard_common, "maybe_setsignal", lambda *_args: None)
-    assert not executor.is_told_to_end()
+    assert not ending.is_told_to_end()
     with pytest.raises(SystemExit):
         billiard_common._shutdown_cleanup(signal.SIGTERM, None)
-    assert executor.is_told_to_end()
+    assert ending.is_told_to_end()

@@ -16,6 +16,7 @@ from kombu.exceptions import OperationalError, SerializerNotInstalled
 
 from conductor_app import transitions
 from conductor_app.engine import sweeper
+from conductor_app.host import publishing
 from conductor_app.models import Execution
 from conductor_app.store import clock
 from conductor_app.transitions import dispatch
@@ -239,7 +240,7 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> Pool:
     """Runs do not wait for confirmations, as in a worker whose RabbitMQ sends them."""
     pool = Pool()
     monkeypatch.setattr(dispatch, "_runs_ahead", True)
-    monkeypatch.setattr(dispatch, "_unconfirmed", lambda app, pid: pool)
+    monkeypatch.setattr(publishing, "_unconfirmed", lambda app, pid: pool)
     return pool
 
 
@@ -344,10 +345,10 @@ def test_rabbitmq_is_asked_after_a_pause_whether_the_connection_lives(
     queued()
     queued()
     assert (len(sent), kept.default_channel.asked) == (2, 0), "it was just used"
-    seconds[0] += dispatch.IDLE_SECONDS + 1
+    seconds[0] += publishing.IDLE_SECONDS + 1
     queued()
     assert (len(sent), kept.default_channel.asked, sent.opened_connections) == (3, 1, 0)
-    seconds[0] += dispatch.IDLE_SECONDS + 1
+    seconds[0] += publishing.IDLE_SECONDS + 1
     kept.default_channel.error = TimeoutError("no answer")
     queued()
     assert (len(sent), kept.default_channel.asked, sent.opened_connections) == (4, 2, 1)
@@ -372,7 +373,7 @@ def test_a_worker_knows_whether_its_broker_confirms(confirms: bool, monkeypatch:
 def test_producers_that_wait_for_no_confirmation_are_apart_from_the_apps_own() -> None:
     other = Celery(broker="memory://", set_as_current=False)
     other.conf.broker_transport_options = {"confirm_publish": True, "kept": "yes"}
-    with dispatch._unconfirmed(other, 1).acquire(block=True) as producer:
+    with publishing._unconfirmed(other, 1).acquire(block=True) as producer:
         assert producer.connection.transport_options == {"confirm_publish": False, "kept": "yes"}
         with other.producer_or_acquire() as own:
             assert own.connection.transport_options["confirm_publish"] is True
@@ -465,7 +466,7 @@ def test_rabbitmq_has_so_long_to_confirm_and_a_connection_that_failed_is_used_no
     assert "timeout" not in sent[-1][2], "Redis has socket_timeout"
     sent.transport.driver_type = "amqp"
     dispatch.publish(queued())
-    assert sent[-1][2]["timeout"] == dispatch.PUBLISH_SECONDS
+    assert sent[-1][2]["timeout"] == publishing.PUBLISH_SECONDS
     sent.error = error
     assert not dispatch.publish(queued())
     assert (sent.dropped_connections > 0) == is_dropped

@@ -16,6 +16,7 @@ from django.db.models import F
 
 from conductor_app import ExecutionContext, api, testing, transitions
 from conductor_app.exceptions import BlockingCallInTask, NotATestDatabase
+from conductor_app.host import publishing
 from conductor_app.models import Event, Execution, FailedExecution, Step
 from conductor_app.store import clock, eager
 from conductor_app.store.ids import new_root_id
@@ -216,7 +217,7 @@ def test_what_a_body_starts_is_published_and_its_own_tree_is_not(
 ) -> None:
     published: list[Any] = []
     monkeypatch.setattr(dispatch, "is_embedded", lambda app=None: False)
-    monkeypatch.setattr(dispatch, "_send", lambda execution: published.append(str(execution.pk)))
+    monkeypatch.setattr(publishing, "send", lambda execution, waits: published.append(str(execution.pk)))
     other = napping()
 
     @durable

@@ -12,6 +12,7 @@ from django.db import DatabaseError, IntegrityError, OperationalError, connectio
 from conductor_app import ExecutionContext, transitions
 from conductor_app.engine import executor, hand_off
 from conductor_app.engine.executor import RunEnded
+from conductor_app.engine.process import process
 from conductor_app.exceptions import InvokeInsideTransaction, StepFailed, UncleanConnection
 from conductor_app.host import durable_runs
 from conductor_app.models import Execution
@@ -124,7 +125,7 @@ def test_a_worker_that_shuts_down_gives_a_body_back_that_it_ends(
 
 def test_what_becomes_of_a_killed_process_is_the_main_processs_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
     """A revoke, or the hard time limit."""
-    monkeypatch.setattr(executor, "is_told_to_end", lambda: True)
+    monkeypatch.setattr(process, "is_told_to_end", lambda: True)
 
     @durable
     def ends(ctx: ExecutionContext) -> None:

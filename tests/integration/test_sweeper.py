@@ -16,7 +16,7 @@ from django.db import OperationalError
 from conductor_app import signals, transitions
 from conductor_app.engine import announcements, sweeper
 from conductor_app.exceptions import Failure
-from conductor_app.host import worker
+from conductor_app.host import publishing, worker
 from conductor_app.models import Execution, FailedExecution, Step
 from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.store import clock
@@ -51,7 +51,7 @@ def published(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The ids of executions whose messages were published to a broker server, which does not exist."""
     ids: list[Any] = []
     monkeypatch.setattr(dispatch, "is_embedded", lambda app=None: False)
-    monkeypatch.setattr(dispatch, "_send", lambda execution: ids.append(execution.pk))
+    monkeypatch.setattr(publishing, "send", lambda execution, waits: ids.append(execution.pk))
     dispatch.reset_breaker()
     yield ids
     dispatch.reset_breaker()
@@ -162,13 +162,13 @@ def test_a_broker_outage_makes_nobody_wait_longer(
 ) -> None:
     executions = [queued(), queued(), queued()]
 
-    def refuse(execution: Execution) -> None:
+    def refuse(execution: Execution, waits: bool) -> None:
         raise ConnectionRefusedError("nobody there")
 
     for _ in range(10):
         pass_seconds(1_100)
         with monkeypatch.context() as patched:
-            patched.setattr(dispatch, "_send", refuse)
+            patched.setattr(publishing, "send", refuse)
             assert sweeper.sweep() == {}
             assert sweeper.sweep() == {}, "while the broker rests, nothing is taken"
         dispatch.reset_breaker()
@@ -183,14 +183,14 @@ def test_a_message_that_the_broker_refuses_does_not_stop_the_others(
     published: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     executions = [queued(countdown=seconds) for seconds in (1, 2, 3)]
-    send = dispatch._send
+    send = publishing.send
 
-    def refuse_the_first(execution: Execution) -> None:
+    def refuse_the_first(execution: Execution, waits: bool) -> None:
         if execution.pk == executions[0].pk:
             raise ValueError("the queue's name is too long")
-        send(execution)
+        send(execution, waits=waits)
 
-    monkeypatch.setattr(dispatch, "_send", refuse_the_first)
+    monkeypatch.setattr(publishing, "send", refuse_the_first)
     pass_seconds(1_100)
     assert sweeper.sweep() == {"published": 2}
     assert published == [execution.pk for execution in executions[1:]]

@@ -19,7 +19,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from conductor_app import ExecutionContext, api, signals, tracing, transitions
 from conductor_app.engine import announcements, sweeper
-from conductor_app.host import inline
+from conductor_app.host import inline, publishing
 from conductor_app.models import Execution
 from conductor_app.store import clock, observing
 from conductor_app.tracing import Tracing
@@ -338,7 +338,9 @@ def test_beside_celerys_instrumentation_our_run_stands_below_its_span(spans: Spa
 def test_a_message_that_the_sweeper_publishes_stays_in_the_trace(spans: Spans, monkeypatch: pytest.MonkeyPatch) -> None:
     current = []
     monkeypatch.setattr(
-        dispatch, "_send", lambda execution: current.append(trace.get_current_span().get_span_context().trace_id)
+        publishing,
+        "send",
+        lambda execution, waits: current.append(trace.get_current_span().get_span_context().trace_id),
     )
     with spans.tracer.start_as_current_span("request"):
         grandchild.apply_async(countdown=1)

@@ -22,7 +22,7 @@ from celery.signals import task_failure
 from django.db import OperationalError, connection, connections
 
 from conductor_app.engine import executor
-from conductor_app.host import inline
+from conductor_app.host import inline, publishing
 from conductor_app.models import Execution
 from conductor_app.store import clock, owners, sql
 from conductor_app.tasks import durable
@@ -221,7 +221,7 @@ class Stage:
         self._commit = connection._commit
         monkeypatch.setattr(clock.DatabaseNow, "as_sqlite", _frozen_now)
         monkeypatch.setattr(dispatch, "is_embedded", lambda app=None: False)
-        monkeypatch.setattr(dispatch, "_send", self._publish)
+        monkeypatch.setattr(publishing, "send", self._publish)
         monkeypatch.setattr(durable, "new_root_id", self._new_root_id)
         monkeypatch.setattr(executor, "keeper", Keeper())
         monkeypatch.setattr(executor, "is_draining", lambda: self.world.is_draining)
@@ -245,7 +245,7 @@ class Stage:
         finally:
             connection.dec_thread_sharing()
 
-    def _publish(self, execution: Execution) -> None:
+    def _publish(self, execution: Execution, waits: bool) -> None:
         self.world.publish(execution)
 
     def _new_root_id(self) -> uuid.UUID:

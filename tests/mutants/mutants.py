@@ -1831,21 +1831,21 @@ MUTANTS = [
     # --- connections and owners
     Mutant(
         "send no message twice",
-        "transitions/dispatch.py",
+        "host/publishing.py",
         "    for is_second in (False, True):\n",
         "    for is_second in (True,):\n",
         (DISPATCH,),
     ),
     Mutant(
         "take a new connection's failure for a dead one's",
-        "transitions/dispatch.py",
+        "host/publishing.py",
         "                if not is_kept or time",
         "                if is_second or time",
         (DISPATCH,),
     ),
     Mutant(
         "trust a connection that was idle for long",
-        "transitions/dispatch.py",
+        "host/publishing.py",
         " or time.monotonic() - used_at < IDLE_SECONDS:",
         " or True:",
         (DISPATCH,),
@@ -1859,7 +1859,7 @@ MUTANTS = [
     ),
     Mutant(
         "let a forked process go on with its parent's broker connections",
-        "store/forks.py",
+        "host/inherited.py",
         "    pool._resource, pool._dirty = LifoQueue(), set()\n",
         "",
         (FORKS,),

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from kombu import Connection, pools
 
+from conductor_app.host import publishing
 from conductor_app.transitions import dispatch
 from project.celery import app
 from tests.support.polling import wait_until
@@ -58,5 +59,5 @@ def _reconnect(url: str | None) -> None:
     app.conf.broker_write_url = url
     pools.reset()
     app._pool = app.amqp._producer_pool = None
-    dispatch._unconfirmed.cache_clear()
+    publishing._unconfirmed.cache_clear()
     dispatch.reset_breaker()

@@ -15,6 +15,7 @@ from django.test import SimpleTestCase, TestCase, TransactionTestCase
 
 from conductor_app import ExecutionContext, api, testing
 from conductor_app.exceptions import InvalidArgument, InvalidArgumentType, UnknownTask
+from conductor_app.host import publishing
 from conductor_app.models import Execution, Step, database
 from conductor_app.store import clock
 from conductor_app.testing import Conductor, ConductorMixin, ConductorTestCase
@@ -292,7 +293,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What is published, with a broker that others could hear."""
     published: list[Any] = []
     monkeypatch.setattr(dispatch, "is_embedded", lambda app=None: False)
-    monkeypatch.setattr(dispatch, "_send", lambda execution: published.append(execution.pk))
+    monkeypatch.setattr(publishing, "send", lambda execution, waits: published.append(execution.pk))
     return published
 
 
