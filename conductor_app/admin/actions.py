@@ -44,7 +44,7 @@ from conductor_app.admin.operations import (
 from conductor_app.exceptions import ActionRefused
 from conductor_app.models import Execution, FailedExecution, Step, database
 from conductor_app.states import OPEN_STATUSES, StepKind, StepStatus
-from conductor_app.telling.explain import short_name, visible
+from conductor_app.telling.words import short_name, visible
 
 #: Most executions of one action from a list.
 BULK_LIMIT = 1_000

@@ -15,7 +15,7 @@ from django.db.models.functions import Substr
 from conductor_app.admin.grouping import as_stored, grouped
 from conductor_app.models import FailedExecution, database
 from conductor_app.store import clock
-from conductor_app.telling.explain import first_line
+from conductor_app.telling.words import first_line
 
 #: Failures that are grouped: the latest so many of so many days.
 LATEST = 10_000

@@ -23,8 +23,12 @@ from conductor_app.models import Execution, FailedExecution, Step, database
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
 from conductor_app.store import clock
 from conductor_app.store.owners import node_name
-from conductor_app.telling.explain import Situation, attempts, document, duration, headline, label
-from conductor_app.telling.story import with_queue, withhold
+from conductor_app.telling.headlines import headline
+from conductor_app.telling.labels import attempts, document, label
+from conductor_app.telling.queues import with_queue
+from conductor_app.telling.situation import Situation
+from conductor_app.telling.withholding import withhold
+from conductor_app.telling.words import duration
 from conductor_app.values.serialization import load_failure
 
 KEY_PREFIX = "key:"

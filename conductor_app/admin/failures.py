@@ -16,7 +16,7 @@ from conductor_app.admin.actions import FailureActions
 from conductor_app.admin.base import ReadOnlyAdmin
 from conductor_app.admin.text import shown, task_name
 from conductor_app.models import FailedExecution
-from conductor_app.telling.explain import first_line, short_name
+from conductor_app.telling.words import first_line, short_name
 
 #: Characters of an error message that a list reads.
 MESSAGE_LENGTH = 200

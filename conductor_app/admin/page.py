@@ -1,6 +1,6 @@
 """An execution's page: what it is doing, in plain words first, then everything that is stored about it.
 
-All texts that tasks and their callers have written pass through ``explain.visible`` and the template's escaping.
+All texts that tasks and their callers have written pass through ``words.visible`` and the template's escaping.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ from conductor_app.admin.base import NEEDS_PERMISSION, ReadOnlyAdmin
 from conductor_app.models import Event, Execution, Step, database
 from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.store import owners
-from conductor_app.telling import explain
-from conductor_app.telling.story import Branch, Story, history, shortened, tell
+from conductor_app.telling import headlines, labels, waits, words
+from conductor_app.telling.history import history, shortened
+from conductor_app.telling.story import Story, tell
+from conductor_app.telling.tree import Branch
 from conductor_app.values.redaction import decode, readable, redact
 from conductor_app.values.serialization import load_failure
 
@@ -80,7 +82,7 @@ class Frame:
     is_own: bool
 
 
-def pill(label: explain.Label, status: str) -> Pill:
+def pill(label: labels.Label, status: str) -> Pill:
     """Return a status as the stylesheets know it: ``cd-pill--failed``, and ``cd-pill--held-back`` for a finer word."""
     classes = dict.fromkeys(f"cd-pill--{word}" for word in (status, re.sub(r"\W+", "-", label.word)))
     return Pill(label.mark, _(label.word), " ".join(["cd-pill", *classes]))
@@ -90,7 +92,7 @@ def step_pill(step: Step) -> Pill:
     """Return a step's status."""
     status = StepStatus(step.status)
     word = step.get_status_display()
-    return Pill(explain.STEP_MARKS[status], word, f"cd-pill cd-pill--{status.value.replace('_', '-')}")
+    return Pill(labels.STEP_MARKS[status], word, f"cd-pill cd-pill--{status.value.replace('_', '-')}")
 
 
 def frames(traceback: str) -> list[Frame]:
@@ -167,9 +169,9 @@ class ExecutionPage(ReadOnlyAdmin):
         )
         drawn = timeline.timeline(story)
         now = story.now
-        label = explain.label(execution, now, story.situation.pending)
-        name = explain.visible(explain.short_name(execution.task))
-        headline = explain.headline(story.situation)
+        label = labels.label(execution, now, story.situation.pending)
+        name = words.visible(words.short_name(execution.task))
+        headline = headlines.headline(story.situation)
         return {
             "title": _("Execution of %(task)s") % {"task": name},
             "subtitle": str(execution.pk),
@@ -182,17 +184,17 @@ class ExecutionPage(ReadOnlyAdmin):
             "pill": pill(label, execution.status),
             "facts": list(self._facts(request, story)),
             "refresh_links": refresh.links(request),
-            "now": explain.exact(now),
+            "now": words.exact(now),
             "timeline_hidden": _more(drawn.hidden),
             "timeline_svg": timeline.svg(drawn),
             "timeline_lanes": [
                 {
                     "lane": lane,
                     "url": self._url("change", lane.execution.pk) if lane.execution and not lane.is_current else None,
-                    "took": explain.duration(lane.seconds) if lane.seconds > 0 else "",
-                    "task": explain.visible(lane.execution.task) if lane.execution else "",
+                    "took": words.duration(lane.seconds) if lane.seconds > 0 else "",
+                    "task": words.visible(lane.execution.task) if lane.execution else "",
                     "outcome": lane.outcome.replace("_", " ") or _("under way"),
-                    "begin": explain.exact(lane.begin),
+                    "begin": words.exact(lane.begin),
                     "totals": times,
                 }
                 for lane, *times in timeline.totals(drawn)
@@ -205,7 +207,7 @@ class ExecutionPage(ReadOnlyAdmin):
             "log_url": self._url("history", execution.pk),
             "events_url": self._list_url("event", q=execution.pk),
             "is_orphan": execution.parent_id is not None and execution.parent_id not in story.tree,
-            "waiting": [self._awaited(step, story) for step in explain.awaited(story.situation)],
+            "waiting": [self._awaited(step, story) for step in waits.awaited(story.situation)],
             **self._error(story),
             "steps": [self._step(step, story, number, is_open) for number, step in enumerate(story.steps, 1)],
             "steps_hidden": _more(story.step_count - len(story.steps)),
@@ -217,9 +219,9 @@ class ExecutionPage(ReadOnlyAdmin):
             "history": [
                 {
                     "after": _after((moment.at - execution.created_at).total_seconds()),
-                    "at": explain.exact(moment.at),
+                    "at": words.exact(moment.at),
                     "iso": moment.at.isoformat(),
-                    "text": explain.visible(moment.text),
+                    "text": words.visible(moment.text),
                     "is_future": moment.at > now,
                 }
                 for moment in shortened(history(story), MOST_MOMENTS)
@@ -232,7 +234,7 @@ class ExecutionPage(ReadOnlyAdmin):
         execution, now = story.execution, story.now
         yield _("id"), format_html('<code class="cd-page__id">{}</code>', execution.pk)
         yield _("task"), _text(execution.task)
-        attempt = explain.attempts(execution)
+        attempt = labels.attempts(execution)
         runs = _("%(attempt)s, in %(runs)d runs") if execution.fence != 1 else _("%(attempt)s, in 1 run")
         yield _("attempt"), runs % {"attempt": attempt, "runs": execution.fence}
         yield _("queue"), _text(execution.queue)
@@ -273,36 +275,36 @@ class ExecutionPage(ReadOnlyAdmin):
 
     def _node(self, branch: Branch, story: Story) -> dict[str, Any]:
         row = branch.execution
-        label = explain.label(row, story.now, story.situation.pending if branch.is_current else ())
+        label = labels.label(row, story.now, story.situation.pending if branch.is_current else ())
         place = "" if row.position is None else f"[{row.position}]"
         error = ""
         if row.error and row.status != ExecutionStatus.SUCCEEDED:
             error = _in_short(row.error, 120)
         return {
             "url": None if branch.is_current else self._url("change", row.pk),
-            "name": explain.visible(explain.short_name(row.task)),
-            "task": explain.visible(row.task),
-            "step": explain.visible(f"{row.step}{place}") if row.step else "",
+            "name": words.visible(words.short_name(row.task)),
+            "task": words.visible(row.task),
+            "step": words.visible(f"{row.step}{place}") if row.step else "",
             "pill": pill(label, row.status),
-            "attempt": explain.attempts(row) if row.attempt > 1 else "",
-            "took": explain.duration((row.finished_at - row.created_at).total_seconds()) if row.finished_at else "",
+            "attempt": labels.attempts(row) if row.attempt > 1 else "",
+            "took": words.duration((row.finished_at - row.created_at).total_seconds()) if row.finished_at else "",
             "error": error,
             "is_current": branch.is_current,
         }
 
-    def _awaited(self, awaited: explain.Awaited, story: Story) -> dict[str, Any]:
+    def _awaited(self, awaited: waits.Awaited, story: Story) -> dict[str, Any]:
         step, child, now = awaited.step, awaited.child, story.now
         shown: dict[str, Any] = {
-            "step": explain.visible(step.name),
+            "step": words.visible(step.name),
             "kind": step.get_kind_display(),
-            "what": explain.visible(awaited.what),
+            "what": words.visible(awaited.what),
             "since": _time(step.created_at, now),
             "until": None if step.deadline_at is None else _time(step.deadline_at, now),
             "then": [_with_command(sentence) for sentence in awaited.then],
         }
         if child is not None:
             shown["child"] = self._linked(child.pk)
-            shown["pill"] = pill(explain.label(child, now), child.status)
+            shown["pill"] = pill(labels.label(child, now), child.status)
         elif step.child_id is not None:
             shown["gone"] = step.child_id
         return shown
@@ -314,11 +316,11 @@ class ExecutionPage(ReadOnlyAdmin):
         failure = load_failure(execution.error)
         causes = [
             {
-                "name": explain.visible(explain.short_name(cause.task)),
+                "name": words.visible(words.short_name(cause.task)),
                 "link": self._linked(cause.execution_id) if number else None,
-                "step": explain.visible(cause.step),
-                "error_class": explain.visible(cause.error_class),
-                "message": explain.visible(explain.first_line(cause.message, PREVIEW)),
+                "step": words.visible(cause.step),
+                "error_class": words.visible(cause.error_class),
+                "message": words.visible(words.first_line(cause.message, PREVIEW)),
                 "attempts": cause.attempts,
             }
             for number, cause in enumerate(story.causes)
@@ -326,15 +328,15 @@ class ExecutionPage(ReadOnlyAdmin):
         traced = [cause for cause in story.causes if cause.traceback.strip()]
         return {
             "error": {
-                "error_class": explain.visible(failure.type),
-                "message": explain.visible(failure.message),
+                "error_class": words.visible(failure.type),
+                "message": words.visible(failure.message),
                 "is_last": execution.status not in (ExecutionStatus.FAILED, ExecutionStatus.CANCELLED),
             },
             "causes": causes if len(causes) > 1 else [],
             "tracebacks": [
                 {
-                    "name": explain.visible(explain.short_name(cause.task)),
-                    "frames": [Frame(explain.visible(frame.text), frame.is_own) for frame in frames(cause.traceback)],
+                    "name": words.visible(words.short_name(cause.task)),
+                    "frames": [Frame(words.visible(frame.text), frame.is_own) for frame in frames(cause.traceback)],
                 }
                 # That of the root cause first: it says where the trouble is.
                 for cause in reversed(traced)
@@ -347,12 +349,12 @@ class ExecutionPage(ReadOnlyAdmin):
         is_instant = step.finished_at is None or step.finished_at == step.created_at
         shown: dict[str, Any] = {
             "number": story.step_count - len(story.steps) + number,
-            "name": explain.visible(step.name),
+            "name": words.visible(step.name),
             "kind": step.get_kind_display(),
-            "task": explain.visible(step.task),
+            "task": words.visible(step.task),
             "pill": step_pill(step),
             "attempt": step.attempt,
-            "took": "" if is_instant else explain.duration((step.finished_at - step.created_at).total_seconds()),  # type: ignore[operator]
+            "took": "" if is_instant else words.duration((step.finished_at - step.created_at).total_seconds()),  # type: ignore[operator]
             "child": None if step.child_id is None else self._linked(step.child_id),
             "error": _in_short(error, PREVIEW) if error else "",
             "preview": "",
@@ -373,11 +375,11 @@ class ExecutionPage(ReadOnlyAdmin):
         beginnings = rows.annotate(value=Substr("payload", 1, PREVIEW + 1), value_length=Length("payload"))
         return [
             {
-                "name": explain.visible(event.name),
-                "key": explain.visible(event.key),
-                "sent": explain.exact(event.created_at),
-                "taken": explain.exact(event.taken_at) if event.taken_at else None,
-                "step": explain.visible(event.step.name) if event.step is not None else "",
+                "name": words.visible(event.name),
+                "key": words.visible(event.key),
+                "sent": words.exact(event.created_at),
+                "taken": words.exact(event.taken_at) if event.taken_at else None,
+                "step": words.visible(event.step.name) if event.step is not None else "",
                 "preview": _preview(event.value, event.value_length) if is_open else "",
             }
             for event in reversed(beginnings.order_by("-id")[:MOST_EVENTS])
@@ -390,7 +392,7 @@ class ExecutionPage(ReadOnlyAdmin):
         ):
             if text is None:
                 continue
-            shown = explain.visible(_pretty(name, text))
+            shown = words.visible(_pretty(name, text))
             cut_from = _more(len(shown)) if len(shown) > LONG_PREVIEW else ""
             yield Value(title, shown[:LONG_PREVIEW], cut_from, self._url(name, execution.pk) or "")
 
@@ -427,7 +429,7 @@ class ExecutionPage(ReadOnlyAdmin):
 
     def _with_links(self, text: str) -> SafeString:
         """Return a sentence in which the ids of executions lead to their pages."""
-        parts = _ID.split(explain.visible(text))
+        parts = _ID.split(words.visible(text))
         return format_html_join("", "{}", ((self._linked(part) if _ID.fullmatch(part) else part,) for part in parts))
 
     def _list_url(self, model: str = "execution", **query: Any) -> str | None:
@@ -458,12 +460,12 @@ class ExecutionPage(ReadOnlyAdmin):
 def _in_short(error: str, limit: int) -> str:
     """Return the first line of an error's message, or its class if the message may not be seen."""
     failure = load_failure(error)
-    return explain.visible(explain.first_line(failure.message or explain.short_name(failure.type), limit))
+    return words.visible(words.first_line(failure.message or words.short_name(failure.type), limit))
 
 
 def _with_command(hint: str) -> SafeString:
     """Return a hint with the command at its end as code."""
-    hint = explain.visible(hint)
+    hint = words.visible(hint)
     command = _COMMAND.search(hint)
     if command is None:
         return format_html("{}", hint)
@@ -485,17 +487,17 @@ def _after(seconds: float) -> str:
 
 
 def _text(text: str) -> SafeString:
-    return format_html("<bdi>{}</bdi>", explain.visible(text))
+    return format_html("<bdi>{}</bdi>", words.visible(text))
 
 
 def _time(when: dt.datetime, now: dt.datetime) -> SafeString:
     seconds = (now - when).total_seconds()
-    near = explain.duration(abs(seconds))
+    near = words.duration(abs(seconds))
     relative = _("%(time)s ago") % {"time": near} if seconds >= 0 else _("in %(time)s") % {"time": near}
     return format_html(
         '<time datetime="{}">{}</time> <span class="cd-quiet">({})</span>',
         when.isoformat(),
-        explain.exact(when),
+        words.exact(when),
         relative,
     )
 
@@ -503,7 +505,7 @@ def _time(when: dt.datetime, now: dt.datetime) -> SafeString:
 def _preview(value: str | None, length: int | None) -> str:
     if value is None:
         return ""
-    text = explain.visible(readable(value, is_cut=len(value) < (length or 0)))
+    text = words.visible(readable(value, is_cut=len(value) < (length or 0)))
     if len(text) <= PREVIEW and len(value) >= (length or 0):
         return text
     return _("%(beginning)s… (%(length)s characters)") % {"beginning": text[:PREVIEW], "length": f"{length:,}"}

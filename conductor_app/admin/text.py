@@ -10,10 +10,11 @@ from django.utils.safestring import SafeString
 from django.utils.translation import gettext_lazy as _
 
 from conductor_app.states import StepStatus
-from conductor_app.telling.explain import STEP_MARKS, Label, clean, duration, exact, short_name, visible
+from conductor_app.telling.labels import STEP_MARKS, Label
+from conductor_app.telling.words import clean, duration, exact, short_name, visible
 from conductor_app.values.redaction import readable
 
-#: Every word that ``explain.label`` says, and those of steps, for translators.
+#: Every word that ``labels.label`` says, and those of steps, for translators.
 WORDS: dict[str, Any] = {
     "queued": _("queued"),
     "scheduled": _("scheduled"),

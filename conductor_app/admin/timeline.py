@@ -17,8 +17,11 @@ from django.utils.translation import gettext as _
 
 from conductor_app.models import Execution, Step
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
-from conductor_app.telling.explain import MARKS, STEP_MARKS, WAITING_KINDS, duration, short_name, visible
-from conductor_app.telling.story import Story, attempts_begun
+from conductor_app.telling.history import attempts_begun
+from conductor_app.telling.labels import MARKS, STEP_MARKS
+from conductor_app.telling.story import Story
+from conductor_app.telling.waits import WAITING_KINDS
+from conductor_app.telling.words import duration, short_name, visible
 
 #: Most lanes that are drawn.
 MOST_LANES = 30

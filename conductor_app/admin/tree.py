@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from conductor_app.telling.story import Branch
+from conductor_app.telling.tree import Branch
 
 #: Levels of the tree that are open at first; further ones open with a click, except on the way to the execution.
 OPEN_LEVELS = 3

@@ -16,7 +16,7 @@ from conductor_app.exceptions import Failure
 from conductor_app.host import durable_runs, ending, ends, inherited, plain_runs, publishing
 from conductor_app.models import Execution
 from conductor_app.store import forks
-from conductor_app.telling.explain import first_line
+from conductor_app.telling.words import first_line
 from conductor_app.transitions import dispatch
 
 logger = logging.getLogger("conductor_app.execution")

@@ -12,7 +12,7 @@ from django.core.serializers.json import DjangoJSONEncoder
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from conductor_app.telling.explain import clean
+from conductor_app.telling.words import clean
 
 if TYPE_CHECKING:
     from django.core.management.base import OutputWrapper

@@ -11,7 +11,8 @@ from conductor_app.exceptions import class_path
 from conductor_app.models import Execution, FailedExecution, Step, database
 from conductor_app.states import CHILD_KINDS, ExecutionStatus, StepKind, StepStatus
 from conductor_app.store import clock
-from conductor_app.telling.explain import Situation, headline
+from conductor_app.telling.headlines import headline
+from conductor_app.telling.situation import Situation
 from conductor_app.values.serialization import load_failure, revive, round_trip, shown
 
 #: How many children of a map a failure shows.

@@ -17,7 +17,7 @@ from django.db import connection
 
 from conductor_app import api
 from conductor_app.models import Execution
-from conductor_app.telling import explain
+from conductor_app.telling.headlines import headline
 from conductor_app.telling.story import read
 from project.celery import app
 from tests.app import scenarios
@@ -213,7 +213,7 @@ def test_a_worker_that_reads_no_json_says_so_and_so_does_the_row(worker: Any, po
     assert (row.status, row.attempt) == ("queued", 1)
     story = read(row.pk, preview=None)
     assert story is not None
-    line = explain.headline(story.situation)
+    line = headline(story.situation)
     assert f"Worker {deaf.name}@" in line.text
     assert "could not read its message" in line.text
     deaf.kill()

@@ -19,7 +19,9 @@ from conductor_app.engine import executor
 from conductor_app.exceptions import Failure
 from conductor_app.models import Execution
 from conductor_app.store import clock
-from conductor_app.telling import explain, story
+from conductor_app.telling import story
+from conductor_app.telling.headlines import headline
+from conductor_app.telling.mailbox import mailbox_of, unclaimed
 from conductor_app.transitions import AwaitEvent, dispatch
 from conductor_app.values.serialization import load_failure
 from tests.app import scenarios
@@ -110,7 +112,7 @@ def _waiting_for_a_transaction() -> str:
 def _told(execution: Execution) -> str:
     found = story.read(execution.pk, preview=10)
     assert found is not None
-    return explain.headline(found.situation).text
+    return headline(found.situation).text
 
 
 def _queued_for(minutes: int, *, running: int = 0) -> str:
@@ -131,7 +133,7 @@ def _misnamed() -> str:
     execution = _awaiting()
     for _ in range(2):
         api.send_event(execution, "aproved")
-    return explain.unclaimed(story.mailbox_of(execution.pk))
+    return unclaimed(mailbox_of(execution.pk))
 
 
 def _silent() -> str:

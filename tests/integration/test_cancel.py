@@ -16,7 +16,8 @@ from conductor_app.exceptions import ExecutionCancelled
 from conductor_app.models import Execution, FailedExecution
 from conductor_app.store import clock
 from conductor_app.telling import story
-from conductor_app.telling.explain import headline
+from conductor_app.telling.headlines import headline
+from conductor_app.telling.history import history
 from conductor_app.values.serialization import load_failure
 from tests.app import scenarios
 from tests.app.ledger import count, note
@@ -337,7 +338,7 @@ def test_the_wait_of_a_cancelled_execution_is_cancelled_and_no_deadline_decides_
     assert reload(result).steps.get(name=what).status == "cancelled"
     told = story.read(result.pk, preview=10)
     assert told is not None
-    said = [moment.text for moment in story.history(told)]
+    said = [moment.text for moment in history(told)]
     assert any(text.startswith(f'step "{what}" cancelled after ') for text in said)
     assert not any("times out" in text or text.endswith(" ends") for text in said)
     assert headline(told.situation).text.startswith("Cancelled ")

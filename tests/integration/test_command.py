@@ -32,7 +32,7 @@ from conductor_app.management.subcommands import doctor
 from conductor_app.models import Event, Execution, FailedExecution, Step
 from conductor_app.states import ExecutionStatus
 from conductor_app.store import clock
-from conductor_app.telling import story
+from conductor_app.telling import steps, tree
 from conductor_app.transitions import dispatch
 from project.celery import app
 from tests.app import origin, scenarios
@@ -295,7 +295,7 @@ def test_show_takes_as_many_queries_for_a_large_tree_as_for_a_small_one() -> Non
 def test_show_draws_what_fits_of_a_large_tree_and_always_the_execution_itself(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(story, "MOST_NODES", 5)
+    monkeypatch.setattr(tree, "MOST_NODES", 5)
     parent = executions.running()
     for number in range(12):
         child = executions.claimed(executions.invoke(parent, f"child-{number}"))
@@ -345,8 +345,10 @@ def test_show_masks_what_the_settings_name_also_in_json() -> None:
 
 
 def test_json_has_the_whole_tree_all_steps_and_whole_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MOST_NODES", "MOST_STEPS", "MOST_WAITS", "MOST_CHILDREN", "MOST_SIBLINGS"):
-        monkeypatch.setattr(story, name, 2)
+    for name in ("MOST_NODES", "MOST_CHILDREN", "MOST_SIBLINGS"):
+        monkeypatch.setattr(tree, name, 2)
+    for name in ("MOST_STEPS", "MOST_WAITS"):
+        monkeypatch.setattr(steps, name, 2)
     parent, children = executions.mapping(7, fails_fast=False)
     failure = Failure(type="builtins.ValueError", message="x" * 3_000, traceback="Traceback of a child")
     for child in children:

@@ -26,7 +26,8 @@ from conductor_app.host import plain_runs
 from conductor_app.host.inline import run_once
 from conductor_app.models import Execution, FailedExecution
 from conductor_app.store import clock
-from conductor_app.telling.explain import Situation, headline
+from conductor_app.telling.headlines import headline
+from conductor_app.telling.situation import Situation
 from conductor_app.transitions import dispatch
 from tests.app import plain
 from tests.app.ledger import count

@@ -17,7 +17,8 @@ from conductor_app.exceptions import CancelExecution, Failure, LeaseLost, Payloa
 from conductor_app.host import durable_runs, worker
 from conductor_app.models import Execution
 from conductor_app.store import clock
-from conductor_app.telling.explain import Situation, headline
+from conductor_app.telling.headlines import headline
+from conductor_app.telling.situation import Situation
 from conductor_app.testing import drain
 from conductor_app.transitions import dispatch, postponing
 from tests.support.bodies import class_name, durable, failure, redeploy, reload, run, start

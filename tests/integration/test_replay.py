@@ -14,7 +14,8 @@ from conductor_app.engine import executor
 from conductor_app.exceptions import StepFailed, StepMismatch
 from conductor_app.models import Execution, FailedExecution, Step
 from conductor_app.store import clock
-from conductor_app.telling import explain
+from conductor_app.telling.headlines import headline
+from conductor_app.telling.situation import Situation
 from tests.app import scenarios
 from tests.app.ledger import count, note
 from tests.app.models import Ledger
@@ -433,7 +434,7 @@ def lines(caplog: Any) -> list[str]:
 def said(execution: Execution) -> str:
     steps = list(execution.steps.all())
     failures = {row.pk: row for row in FailedExecution.objects.filter(pk=execution.pk)}
-    return explain.headline(explain.Situation(execution, clock.read("default"), steps, failures=failures)).text
+    return headline(Situation(execution, clock.read("default"), steps, failures=failures)).text
 
 
 def before_the_deployment(ctx: ExecutionContext) -> str:

@@ -1640,7 +1640,7 @@ MUTANTS = [
     ),
     Mutant(
         "tell messages to who may not see them",
-        "telling/story.py",
+        "telling/withholding.py",
         'row.error = dump_failure(Failure(type=load_failure(row.error).type, message=""))',
         "pass",
         (SECRETS,),
@@ -1682,7 +1682,7 @@ MUTANTS = [
     ),
     Mutant(
         "draw a tree with executions that are not shown",
-        "telling/story.py",
+        "telling/withholding.py",
         "    return {key: row for key, row in tree.items() if key in found}",
         "    return dict(tree)",
         (NARROWED,),

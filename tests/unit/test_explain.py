@@ -12,20 +12,12 @@ import pytest
 from celery import Celery
 
 from conductor_app.models import Execution, FailedExecution, Step
-from conductor_app.telling import explain
-from conductor_app.telling.explain import (
-    Census,
-    Situation,
-    attempts,
-    awaited,
-    duration,
-    first_line,
-    headline,
-    instant,
-    label,
-    short_name,
-    visible,
-)
+from conductor_app.telling import hints, words
+from conductor_app.telling.headlines import headline
+from conductor_app.telling.labels import attempts, label
+from conductor_app.telling.situation import Census, Situation
+from conductor_app.telling.waits import awaited
+from conductor_app.telling.words import duration, first_line, instant, short_name, visible
 from tests.support.instants import NOW, ago, ahead
 
 ROOT = uuid.UUID("01a204e4-551c-7612-a2a5-dfa2a183dfde")
@@ -323,12 +315,12 @@ def test_small_words() -> None:
     ],
 )
 def test_an_offset_is_readable_at_any_length(seconds: float, said: str) -> None:
-    assert explain.offset(seconds) == said
+    assert words.offset(seconds) == said
 
 
 def test_a_hint_names_what_celery_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     acme = Celery("acme", set_as_current=False)
-    monkeypatch.setattr(explain, "current_app", SimpleNamespace(_get_current_object=lambda: acme))
+    monkeypatch.setattr(hints, "current_app", SimpleNamespace(_get_current_object=lambda: acme))
 
     def project(**modules: dict[str, object]) -> None:
         for name, attributes in modules.items():
@@ -336,12 +328,12 @@ def test_a_hint_names_what_celery_loads(monkeypatch: pytest.MonkeyPatch) -> None
             vars(module).update(attributes)
             monkeypatch.setitem(sys.modules, module.__name__, module)
 
-    assert explain.app_to_load() == "acme"  # nowhere to be found: its name is the best guess
+    assert hints.app_to_load() == "acme"  # nowhere to be found: its name is the best guess
     project(acme_urls={"celery_app": acme, "app": "another thing"})
-    assert explain.app_to_load() == "acme"  # celery -A acme_urls would take what is called app
+    assert hints.app_to_load() == "acme"  # celery -A acme_urls would take what is called app
     project(acme_cfg__celery_app={"app": acme})
-    assert explain.app_to_load() == "acme_cfg.celery_app"
+    assert hints.app_to_load() == "acme_cfg.celery_app"
     project(acme_cfg={"__path__": [], "celery_app": acme})
-    assert explain.app_to_load() == "acme_cfg"
+    assert hints.app_to_load() == "acme_cfg"
     project(acme={"__path__": []}, acme__celery={"app": acme})
-    assert explain.app_to_load() == "acme"
+    assert hints.app_to_load() == "acme"

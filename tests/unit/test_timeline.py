@@ -23,7 +23,7 @@ from conductor_app.admin.timeline import (
     totals,
 )
 from conductor_app.models import Execution, Step
-from conductor_app.telling.explain import Situation
+from conductor_app.telling.situation import Situation
 from conductor_app.telling.story import Story
 from tests.support.instants import NOW, ago
 

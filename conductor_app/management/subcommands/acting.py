@@ -18,8 +18,7 @@ from conductor_app.management.output import STYLES, Output, plain
 from conductor_app.management.subcommands.base import OK, PROBLEM, USAGE, Subcommand, execution_ids, not_found
 from conductor_app.models import Event, Execution, Step, database
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
-from conductor_app.telling.explain import unclaimed
-from conductor_app.telling.story import mailbox_of
+from conductor_app.telling.mailbox import mailbox_of, unclaimed
 
 _STYLES = {"refused": STYLES["FAIL"], "unchanged": STYLES["WARN"], "not found": STYLES["FAIL"]}
 

@@ -35,7 +35,9 @@ from conductor_app.models import Execution, Step, database
 from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.store import clock, sessions
 from conductor_app.store.owners import node_name
-from conductor_app.telling.explain import UNDELIVERABLE_DISPATCHES, app_to_load, duration
+from conductor_app.telling.hints import app_to_load
+from conductor_app.telling.queues import UNDELIVERABLE_DISPATCHES
+from conductor_app.telling.words import duration
 from conductor_app.transitions import dispatch, steps
 
 T = TypeVar("T")

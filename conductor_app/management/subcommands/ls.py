@@ -15,7 +15,8 @@ from conductor_app.management.subcommands.base import OK, Subcommand, celery_app
 from conductor_app.models import Execution, FailedExecution, Step, database
 from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.store import clock
-from conductor_app.telling.explain import attempts, document, duration, first_line, label, short_name
+from conductor_app.telling.labels import attempts, document, label
+from conductor_app.telling.words import duration, first_line, short_name
 
 #: Columns of a terminal; with less room than this, errors are left out.
 MIN_ERROR_WIDTH = 16

@@ -12,7 +12,7 @@ from rich.text import Text
 from conductor_app.engine import pruner
 from conductor_app.management.output import Output
 from conductor_app.management.subcommands.base import OK, Subcommand, counted, parse_duration, positive_int
-from conductor_app.telling.explain import duration
+from conductor_app.telling.words import duration
 
 
 class Prune(Subcommand):

@@ -18,19 +18,13 @@ from conductor_app.management.subcommands.base import OK, Subcommand, execution_
 from conductor_app.models import Execution, Step
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
 from conductor_app.store import owners
-from conductor_app.telling import explain
-from conductor_app.telling.explain import (
-    STEP_MARKS,
-    attempts,
-    duration,
-    exact,
-    first_line,
-    headline,
-    label,
-    offset,
-    short_name,
-)
-from conductor_app.telling.story import MOST_STEPS, Story, history, read, shortened
+from conductor_app.telling.headlines import headline
+from conductor_app.telling.history import history, shortened
+from conductor_app.telling.labels import STEP_MARKS, attempts, label
+from conductor_app.telling.mailbox import unclaimed
+from conductor_app.telling.steps import MOST_STEPS
+from conductor_app.telling.story import Story, read
+from conductor_app.telling.words import duration, exact, first_line, offset, short_name
 from conductor_app.values.redaction import decode, readable, redact
 from conductor_app.values.serialization import load_failure
 
@@ -67,7 +61,7 @@ class Show(Subcommand):
         out.print(Padding(_timeline(story), (0, 0, 1, 2)))
         if story.steps:
             out.print(Text("Steps", style="bold"), Padding(_steps(story), (0, 0, 1, 2)))
-        if mailbox := explain.unclaimed(story.mailbox):
+        if mailbox := unclaimed(story.mailbox):
             out.print(Text("Events", style="bold"), Padding(plain(mailbox), (0, 0, 1, 2)))
         if story.execution.error and story.execution.status != ExecutionStatus.CANCELLED:
             out.print(*_error(story))

@@ -29,7 +29,8 @@ from conductor_app.exceptions import Failure
 from conductor_app.host import inline
 from conductor_app.models import Event, Execution, FailedExecution, Step
 from conductor_app.store.ids import derive_child_id
-from conductor_app.telling import story
+from conductor_app.telling import steps as steps_of_story
+from conductor_app.telling import tree as tree_of_story
 from conductor_app.values.redaction import MASK, WITHHELD
 from project.celery import app
 from tests.app import scenarios
@@ -342,7 +343,7 @@ def test_thousands_of_children_are_a_bounded_list_with_the_failed_ones_first(sta
     Execution.objects.filter(pk__in=failed).update(status="failed", error=error)
     page = page_of(staff, parent)
     tree = section(page, "tree")
-    assert tree.count("<li") == story.MOST_CHILDREN + 2
+    assert tree.count("<li") == tree_of_story.MOST_CHILDREN + 2
     assert "… 3,950 more" in tree
     assert list_url(parent__id__exact=parent.pk) in tree
     for key in failed:
@@ -354,7 +355,7 @@ def test_thousands_of_children_are_a_bounded_list_with_the_failed_ones_first(sta
 
 
 def test_the_way_from_the_root_is_never_cut(staff: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(story, "MOST_NODES", 5)
+    monkeypatch.setattr(tree_of_story, "MOST_NODES", 5)
     root = executions.running()
     children_of(root, 60, step="before")
     line = [root]
@@ -417,7 +418,7 @@ def test_steps_are_listed_with_outcome_duration_and_the_beginning_of_their_resul
 def test_of_many_steps_the_latest_are_shown_and_those_that_are_pending(
     staff: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(story, "MOST_STEPS", 30)
+    monkeypatch.setattr(steps_of_story, "MOST_STEPS", 30)
     row = executions.running()
     started = transitions.start_child(row, executions.invocation(row, "pending-one"))
     for number in range(60):
@@ -475,7 +476,7 @@ def test_the_command_of_a_translated_hint_is_code(staff: Client, monkeypatch: py
     command = f"manage.py conductor send {row.pk} approved --payload JSON"
     assert f"Send it: <code>{command}</code>" in page_of(staff, row)
     catalogue = {"Send it: %(command)s": "Senden mit %(command)s"}
-    monkeypatch.setattr("conductor_app.telling.explain._", lambda text: catalogue.get(text, text))
+    monkeypatch.setattr("conductor_app.telling.hints._", lambda text: catalogue.get(text, text))
     assert f"Senden mit <code>{command}</code>" in page_of(staff, row)
 
 
