@@ -30,7 +30,7 @@ from project.celery import app as project_app
 from tests.app import scenarios
 from tests.support.worker import ROOT, Worker
 
-SOURCE = Path(checks.__file__).read_text()
+SOURCE = "\n".join(path.read_text() for path in sorted(Path(checks.__path__[0]).glob("*.py")))
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def shop(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Celery]:
     def use(**conf: Any) -> Celery:
         app = Celery("shop", set_as_current=False)
         app.conf.update({"broker_url": "memory://", "result_backend": "django-db", **conf})
-        monkeypatch.setattr(checks, "_app", lambda: app)
+        monkeypatch.setattr(checks.subject, "app", lambda: app)
         return app
 
     return use
@@ -56,7 +56,7 @@ def stored_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         connection = SimpleNamespace(
             vendor=vendor, settings_dict={"OPTIONS": options or {}, **settings}, is_in_memory_db=lambda: in_memory
         )
-        monkeypatch.setattr(checks, "connections", {"default": connection})
+        monkeypatch.setattr(checks.database, "connections", {"default": connection})
 
     return use
 
@@ -112,29 +112,29 @@ def test_a_check_can_be_silenced(
 
 
 def test_e001_tables_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "missing_tables", lambda using: ["conductor_app_step"])
+    monkeypatch.setattr(checks.schema, "missing_tables", lambda using: ["conductor_app_step"])
     only(
-        checks.check_tables(databases=["default"]),
+        checks.schema.check_tables(databases=["default"]),
         "E001",
         'conductor_app tables do not exist in database "default".',
         "Run: python manage.py migrate conductor_app",
     )
-    assert checks.check_tables(databases=["replica"]) == []
-    assert checks.check_tables() == []
+    assert checks.schema.check_tables(databases=["replica"]) == []
+    assert checks.schema.check_tables() == []
 
 
 @pytest.mark.django_db
 def test_e001_looks_at_the_real_database() -> None:
-    assert checks.missing_tables("default") == []
-    assert checks.check_tables(databases=["default"]) == []
+    assert checks.schema.missing_tables("default") == []
+    assert checks.schema.check_tables(databases=["default"]) == []
 
 
 def test_e001_leaves_a_database_that_is_away_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(using: str) -> list[str]:
         raise OperationalError("connection refused")
 
-    monkeypatch.setattr(checks, "missing_tables", refuse)
-    assert checks.check_tables(databases=["default"]) == []
+    monkeypatch.setattr(checks.schema, "missing_tables", refuse)
+    assert checks.schema.check_tables(databases=["default"]) == []
 
 
 def test_e001_does_not_keep_migrate_from_making_the_tables(tmp_path: Path) -> None:
@@ -191,64 +191,64 @@ def test_e002_the_app_is_not_installed(tmp_path: Path) -> None:
 
 def test_e003_there_is_no_celery_app(monkeypatch: pytest.MonkeyPatch) -> None:
     made_up = Celery("default", loader="default", set_as_current=False)
-    monkeypatch.setattr(checks, "_app", lambda: made_up)
+    monkeypatch.setattr(checks.subject, "app", lambda: made_up)
     only(
-        checks.check_app(),
+        checks.broker.check_app(),
         "E003",
         "No Celery app is configured; messages would go to amqp://guest@localhost.",
         'Add "from .celery import app as celery_app" to the __init__.py',
     )
-    assert checks.check_result_backend() == []
+    assert checks.result_backend.check_result_backend() == []
 
 
 def test_e003_there_is_no_broker(shop: Callable[..., Celery]) -> None:
     shop(broker_url=None)
     only(
-        checks.check_app(),
+        checks.broker.check_app(),
         "E003",
         'No broker is configured for the Celery app "shop"; messages would go to amqp://guest@localhost.',
         "Set CELERY_BROKER_URL",
     )
     shop(broker_url="memory://")
-    assert checks.check_app() == []
+    assert checks.broker.check_app() == []
 
 
 @pytest.mark.parametrize("backend", [None, "disabled", "disabled://"])
 def test_w009_there_is_no_result_backend(shop: Callable[..., Celery], backend: str | None) -> None:
     shop(result_backend=backend)
     only(
-        checks.check_result_backend(),
+        checks.result_backend.check_result_backend(),
         "W009",
         "CELERY_RESULT_BACKEND is not set: durable execution works, but AsyncResult.get() cannot.",
         'Use "django-db" (django-celery-results), or conductor_app.api.get_result().',
     )
     shop(result_backend="redis://localhost/1")
-    assert checks.check_result_backend() == []
+    assert checks.result_backend.check_result_backend() == []
 
 
 def test_w013_eager_mode(shop: Callable[..., Celery]) -> None:
     shop(task_always_eager=True)
     only(
-        checks.check_eager(),
+        checks.celery_settings.check_eager(),
         "W013",
         "CELERY_TASK_ALWAYS_EAGER is on: .delay() runs the whole tree in the caller's process.",
         "it is made for tests",
     )
     shop()
-    assert checks.check_eager() == []
+    assert checks.celery_settings.check_eager() == []
 
 
 @pytest.mark.parametrize("accepted", [["json", "pickle"], {"application/x-python-serialize"}])
 def test_e018_pickle_is_accepted(shop: Callable[..., Celery], accepted: Any) -> None:
     shop(accept_content=accepted)
     only(
-        checks.check_pickle(),
+        checks.celery_settings.check_pickle(),
         "E018",
         "CELERY_ACCEPT_CONTENT has pickle: whoever can write to the broker can run code in the workers.",
         'Remove pickle from CELERY_ACCEPT_CONTENT; durable tasks need "json" and nothing else.',
     )
     shop(accept_content=["json"])
-    assert checks.check_pickle() == []
+    assert checks.celery_settings.check_pickle() == []
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_e018_pickle_is_accepted(shop: Callable[..., Celery], accepted: Any) -> 
 def test_e030_json_is_not_accepted(shop: Callable[..., Celery], accepted: Any, named: str) -> None:
     shop(accept_content=accepted)
     only(
-        checks.check_json(),
+        checks.celery_settings.check_json(),
         "E032",
         f"CELERY_ACCEPT_CONTENT has no json, only {named}: workers refuse the messages of durable tasks, and none of "
         "them ever runs.",
@@ -270,13 +270,13 @@ def test_e030_json_is_not_accepted(shop: Callable[..., Celery], accepted: Any, n
 @pytest.mark.parametrize("accepted", [["json"], ("application/json", "yaml"), {"json"}, None], ids=repr)
 def test_e030_json_is_accepted(shop: Callable[..., Celery], accepted: Any) -> None:
     shop(accept_content=accepted)
-    assert checks.check_json() == []
+    assert checks.celery_settings.check_json() == []
 
 
 def test_w021_workers_take_more_than_they_can_run(shop: Callable[..., Celery]) -> None:
     shop(broker_url="redis://localhost", worker_prefetch_multiplier=4)
     only(
-        checks.check_prefetch(),
+        checks.celery_settings.check_prefetch(),
         "W021",
         "CELERY_WORKER_PREFETCH_MULTIPLIER is 4: short executions are parked behind a long one while other workers "
         "are idle.",
@@ -288,69 +288,69 @@ def test_w021_workers_take_more_than_they_can_run(shop: Callable[..., Celery]) -
         {"worker_prefetch_multiplier": 4, "broker_url": "memory://"},
     ):
         shop(**{"broker_url": "redis://localhost", **conf})
-        assert checks.check_prefetch() == []
+        assert checks.celery_settings.check_prefetch() == []
 
 
 def test_w022_a_redis_client_waits_for_ever(shop: Callable[..., Celery]) -> None:
     for url in ("redis://localhost", "rediss://localhost", "sentinel://one;sentinel://two"):
         shop(broker_url=url)
         only(
-            checks.check_redis(),
+            checks.broker.check_redis(),
             "W022",
             "The Redis broker has no socket_timeout: a process that publishes while the server is silently gone "
             "waits for ever.",
             '"socket_timeout": 5',
         )
     shop(broker_url="redis://localhost", broker_transport_options={"socket_timeout": 5})
-    assert checks.check_redis() == []
+    assert checks.broker.check_redis() == []
     shop(broker_url="amqp://localhost")
-    assert checks.check_redis() == []
+    assert checks.broker.check_redis() == []
 
 
 def test_w023_rabbitmq_confirms_nothing(shop: Callable[..., Celery]) -> None:
     for url in ("amqp://localhost", "amqps://localhost", "pyamqp://localhost"):
         shop(broker_url=url)
         only(
-            checks.check_amqp(),
+            checks.broker.check_amqp(),
             "W023",
             "The AMQP broker does not confirm what is published: a message that it drops is missed only after "
             'CONDUCTOR["REDISPATCH_SECONDS"].',
             'Add to CELERY_BROKER_TRANSPORT_OPTIONS: "confirm_publish": True.',
         )
     shop(broker_url="amqp://localhost", broker_transport_options={"confirm_publish": True})
-    assert checks.check_amqp() == []
+    assert checks.broker.check_amqp() == []
     shop(broker_url="memory://")
-    assert checks.check_amqp() == []
+    assert checks.broker.check_amqp() == []
 
 
 def test_w027_workers_give_up_on_the_broker(shop: Callable[..., Celery]) -> None:
     shop(broker_url="amqp://localhost")
     only(
-        checks.check_broker_retries(),
+        checks.broker.check_broker_retries(),
         "W027",
         "CELERY_BROKER_CONNECTION_MAX_RETRIES is 100: a worker exits when the broker is away for longer, and nothing "
         "starts it again unless a supervisor does.",
         "Set CELERY_BROKER_CONNECTION_MAX_RETRIES = None.",
     )
     shop(broker_url="amqp://localhost", broker_connection_max_retries=None)
-    assert checks.check_broker_retries() == []
+    assert checks.broker.check_broker_retries() == []
     shop(broker_url="memory://")
-    assert checks.check_broker_retries() == []
+    assert checks.broker.check_broker_retries() == []
 
 
 def test_w028_sigterm_kills_what_runs(shop: Callable[..., Celery], monkeypatch: pytest.MonkeyPatch) -> None:
     shop()
-    assert checks.check_soft_shutdown() == []
+    assert checks.celery_settings.check_soft_shutdown() == []
     monkeypatch.setenv("REMAP_SIGTERM", "SIGQUIT")
     only(
-        checks.check_soft_shutdown(),
+        checks.celery_settings.check_soft_shutdown(),
         "W028",
         "REMAP_SIGTERM=SIGQUIT makes SIGTERM a cold shutdown, and CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT is 0: what runs "
         "is killed, and its bodies begin again.",
         "Set CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT",
     )
     shop(worker_soft_shutdown_timeout=20)
-    assert checks.check_soft_shutdown() == []
+    assert checks.celery_settings.check_soft_shutdown() == []
 
 
 # ----------------------------------------------------------------------------------------------------------- databases
@@ -359,23 +359,23 @@ def test_w028_sigterm_kills_what_runs(shop: Callable[..., Celery], monkeypatch: 
 def test_w014_sqlite_without_what_several_processes_need(stored_in: Callable[..., None]) -> None:
     stored_in("sqlite")
     only(
-        checks.check_sqlite(),
+        checks.database.check_sqlite(),
         "W014",
         'SQLite database "default" has no transaction_mode IMMEDIATE and no journal_mode WAL: processes that write at '
         'the same time will meet "database is locked".',
         'Add to DATABASES["default"]["OPTIONS"]: "transaction_mode": "IMMEDIATE"',
     )
     stored_in("sqlite", {"transaction_mode": "IMMEDIATE"})
-    assert "has no journal_mode WAL:" in checks.check_sqlite()[0].msg
+    assert "has no journal_mode WAL:" in checks.database.check_sqlite()[0].msg
     stored_in("sqlite", {"transaction_mode": "IMMEDIATE"}, in_memory=True)
-    assert checks.check_sqlite() == []
+    assert checks.database.check_sqlite() == []
     stored_in("postgresql")
-    assert checks.check_sqlite() == []
+    assert checks.database.check_sqlite() == []
 
 
 def test_w014_advises_what_silences_it(stored_in: Callable[..., None]) -> None:
-    stored_in("sqlite", eval("{" + checks.SQLITE_OPTIONS + "}"))
-    assert checks.check_sqlite() == []
+    stored_in("sqlite", eval("{" + checks.database.SQLITE_OPTIONS + "}"))
+    assert checks.database.check_sqlite() == []
 
 
 @pytest.mark.parametrize(
@@ -394,7 +394,7 @@ def test_w025_the_isolation_level_is_too_high(
         pytest.importorskip("psycopg")
     stored_in(vendor, {"isolation_level": level})
     only(
-        checks.check_isolation(),
+        checks.database.check_isolation(),
         "W025",
         f'Database "default" works at the isolation level {named}: transactions that meet fail and are repeated, '
         "where at READ COMMITTED one waits for the other.",
@@ -413,7 +413,7 @@ def test_w025_the_isolation_level_is_too_high(
 )
 def test_w025_is_silent_about_the_usual_level(stored_in: Callable[..., None], vendor: str, options: Any) -> None:
     stored_in(vendor, options)
-    assert checks.check_isolation() == []
+    assert checks.database.check_isolation() == []
 
 
 @pytest.mark.django_db
@@ -423,8 +423,8 @@ def test_w025_the_server_sets_the_level_for_the_role(level: str) -> None:
         pytest.skip("PostgreSQL")
     with connection.cursor() as cursor:
         cursor.execute("SET LOCAL default_transaction_isolation = %s", [level])
-        found = checks.check_session(databases=["default"])
-        assert checks.check_session(databases=[]) == checks.check_session() == []
+        found = checks.database.check_session(databases=["default"])
+        assert checks.database.check_session(databases=[]) == checks.database.check_session() == []
     if level == "read committed":
         assert found == []
         return
@@ -439,32 +439,32 @@ def test_w025_the_server_sets_the_level_for_the_role(level: str) -> None:
 
 def test_w025_asks_no_server_that_is_not_postgresql_nor_against_the_settings(stored_in: Callable[..., None]) -> None:
     stored_in("mysql")
-    assert checks.check_session(databases=["default"]) == []
+    assert checks.database.check_session(databases=["default"]) == []
     stored_in("postgresql", {"isolation_level": 2})
-    assert checks.check_session(databases=["default"]) == []
+    assert checks.database.check_session(databases=["default"]) == []
 
 
 def test_w024_a_connection_pool_in_prefork_workers(stored_in: Callable[..., None], shop: Callable[..., Celery]) -> None:
     stored_in("postgresql", {"pool": True})
     shop(worker_pool="prefork")
     only(
-        checks.check_connection_pool(),
+        checks.database.check_connection_pool(),
         "W024",
         'DATABASES["default"]["OPTIONS"]["pool"] is on, and Celery\'s prefork pool closes it before and after each '
         "task: every run builds a pool of connections to use one of them.",
         "use --pool=threads",
     )
     shop(worker_pool="threads")
-    assert checks.check_connection_pool() == []
+    assert checks.database.check_connection_pool() == []
     stored_in("postgresql")
     shop(worker_pool="prefork")
-    assert checks.check_connection_pool() == []
+    assert checks.database.check_connection_pool() == []
 
 
 def test_w030_nothing_ends_a_connection_to_a_host_that_is_gone(stored_in: Callable[..., None]) -> None:
     stored_in("postgresql", {"connect_timeout": 3}, HOST="db.example.com")
     only(
-        checks.check_dead_connections(),
+        checks.database.check_dead_connections(),
         "W030",
         'Database "default" has no tcp_user_timeout and no keepalives_idle: a process whose database host is silently '
         "gone waits for it for as long as the kernel does, up to two hours.",
@@ -472,18 +472,20 @@ def test_w030_nothing_ends_a_connection_to_a_host_that_is_gone(stored_in: Callab
     )
     stored_in("mysql", HOST="db.example.com")
     only(
-        checks.check_dead_connections(),
+        checks.database.check_dead_connections(),
         "W030",
         'Database "default" has no connect_timeout and no read_timeout and no write_timeout: a process whose database '
         "host is silently gone waits for it for as long as the kernel does, up to two hours.",
         '"read_timeout": 60',
     )
-    for vendor, options in checks.DEAD_CONNECTION_OPTIONS.items():
+    for vendor, options in checks.database.DEAD_CONNECTION_OPTIONS.items():
         stored_in(vendor, options, HOST="db.example.com")
-        assert checks.check_dead_connections() == []
+        assert checks.database.check_dead_connections() == []
     for options, host in ({}, ""), ({}, "/run/postgresql"), ({"service": "shop"}, "db.example.com"):
         stored_in("postgresql", options, HOST=host)
-        assert checks.check_dead_connections() == [], "a socket of this machine's, or a file that may have them"
+        assert checks.database.check_dead_connections() == [], (
+            "a socket of this machine's, or a file that may have them"
+        )
 
 
 def test_w031_a_connection_pool_smaller_than_the_workers(
@@ -491,35 +493,35 @@ def test_w031_a_connection_pool_smaller_than_the_workers(
 ) -> None:
     shop(worker_pool="threads")
     concurrency: ContextVar[int | None] = ContextVar("concurrency", default=None)
-    monkeypatch.setattr(checks, "_worker_concurrency", concurrency)
+    monkeypatch.setattr(checks.subject, "worker_concurrency", concurrency)
     for pool, size in (True, 4), ({"min_size": 2}, 2), ({"min_size": 2, "max_size": 8}, 8):
         stored_in("postgresql", {"pool": pool})
         concurrency.set(None)
-        assert checks.check_pool_size() == [], "only a worker knows how many it needs"
+        assert checks.database.check_pool_size() == [], "only a worker knows how many it needs"
         concurrency.set(size - 1)
-        assert checks.check_pool_size() == []
+        assert checks.database.check_pool_size() == []
         concurrency.set(size)
         only(
-            checks.check_pool_size(),
+            checks.database.check_pool_size(),
             "W031",
             f'DATABASES["default"]["OPTIONS"]["pool"] has {size} connections at most, and this worker runs {size} '
             "bodies at once: those that find none free wait, and fail after the pool's timeout.",
             f'Set "max_size" to {size + 1} or more',
         )
     shop(worker_pool="prefork")
-    assert checks.check_pool_size() == []
+    assert checks.database.check_pool_size() == []
 
 
 def test_e029_nothing_would_be_committed(stored_in: Callable[..., None]) -> None:
     stored_in("postgresql", AUTOCOMMIT=False)
     only(
-        checks.check_autocommit(),
+        checks.database.check_autocommit(),
         "E029",
         'DATABASES["default"]["AUTOCOMMIT"] is False: the moves of executions would never be committed.',
         "Remove AUTOCOMMIT",
     )
     stored_in("postgresql", AUTOCOMMIT=True)
-    assert checks.check_autocommit() == []
+    assert checks.database.check_autocommit() == []
 
 
 def test_no_hint_drops_what_a_project_has_set_itself() -> None:
@@ -539,26 +541,26 @@ def test_no_hint_drops_what_a_project_has_set_itself() -> None:
 def test_e033_local_times_where_clocks_are_put_back(settings: Any, zone: str) -> None:
     settings.USE_TZ, settings.TIME_ZONE = False, zone
     only(
-        checks.check_time_zone(),
+        checks.settings.check_time_zone(),
         "E033",
         f"USE_TZ is False and the clocks of {zone} are put forward and back: what is due around then comes an hour "
         "late, or at once, and leases lapse an hour late, or at once.",
         "Set USE_TZ = True, or a TIME_ZONE without daylight saving",
     )
     settings.USE_TZ = True
-    assert checks.check_time_zone() == []
+    assert checks.settings.check_time_zone() == []
 
 
 @pytest.mark.parametrize("zone", ["UTC", "Asia/Tokyo", "Africa/Nairobi"])
 def test_e033_is_silent_where_they_are_not(settings: Any, zone: str) -> None:
     settings.USE_TZ, settings.TIME_ZONE = False, zone
-    assert checks.check_time_zone() == []
+    assert checks.settings.check_time_zone() == []
 
 
 @pytest.mark.parametrize("backend", ["rpc://", "rpc", "celery.backends.rpc:RPCBackend"])
 def test_w034_results_that_are_sent_to_their_caller(shop: Callable[..., Celery], backend: str) -> None:
     shop(result_backend=backend)
-    (found,) = checks.check_result_address()
+    (found,) = checks.result_backend.check_result_address()
     assert found.id == "conductor.W034"
     assert found.msg.endswith("that of a durable task never arrives, and AsyncResult.get() waits for ever.")
     assert 'Use "django-db"' in str(found.hint)
@@ -567,7 +569,7 @@ def test_w034_results_that_are_sent_to_their_caller(shop: Callable[..., Celery],
 @pytest.mark.parametrize("backend", ["django-db", "redis://localhost", "cache+memory://", None, "nowhere://"])
 def test_w034_is_silent_about_results_that_are_kept(shop: Callable[..., Celery], backend: Any) -> None:
     shop(result_backend=backend)
-    assert checks.check_result_address() == []
+    assert checks.result_backend.check_result_address() == []
 
 
 @pytest.mark.parametrize(
@@ -588,7 +590,7 @@ def test_e035_each_tenant_has_tables_of_its_own(settings: Any, apps: dict[str, A
     for name, value in {"TENANT_MODEL": "shop.Tenant", **apps}.items():
         setattr(settings, name, value)
     only(
-        checks.check_tenants(),
+        checks.settings.check_tenants(),
         "E035",
         f"conductor_app is in {where}: each tenant gets tables of its own, and workers look at those of the public "
         "schema. What a tenant's request starts is stored and never runs.",
@@ -598,9 +600,9 @@ def test_e035_each_tenant_has_tables_of_its_own(settings: Any, apps: dict[str, A
 
 def test_e035_is_silent_about_shared_tables(settings: Any) -> None:
     settings.TENANT_APPS = ["conductor_app"]
-    assert checks.check_tenants() == [], "of somebody else"
+    assert checks.settings.check_tenants() == [], "of somebody else"
     settings.TENANT_MODEL, settings.TENANT_APPS, settings.SHARED_APPS = "shop.Tenant", ["shop"], ["conductor_app"]
-    assert checks.check_tenants() == []
+    assert checks.settings.check_tenants() == []
 
 
 @pytest.mark.parametrize(
@@ -614,7 +616,7 @@ def test_e035_is_silent_about_shared_tables(settings: Any) -> None:
 def test_e036_no_transport_for_the_broker(shop: Callable[..., Celery], url: str, name: str, reason: str) -> None:
     shop(broker_url=url)
     only(
-        checks.check_transport(),
+        checks.broker.check_transport(),
         "E036",
         f'Celery cannot talk to a broker "{name}://": {reason}. Executions are stored and no message is ever sent.',
         "Check CELERY_BROKER_URL",
@@ -626,16 +628,16 @@ def test_e036_is_silent_about_transports_that_there_are(shop: Callable[..., Cele
     if url is not None and url.startswith("redis"):
         pytest.importorskip("redis", reason="the client is one of requirements-services.txt")
     shop(broker_url=url)
-    assert checks.check_transport() == []
+    assert checks.broker.check_transport() == []
 
 
 def test_e017_conductor_is_wrong(settings: Any) -> None:
     settings.CONDUCTOR = {"LEASE_TTLL": 5}
-    messages = checks.check_settings()
+    messages = checks.settings.check_settings()
     assert messages[0].msg.startswith('CONDUCTOR has an unknown key "LEASE_TTLL".')
     settings.CONDUCTOR = {"LEASE_SECONDS": 5, "HEARTBEAT_SECONDS": 4}
     only(
-        checks.check_settings(),
+        checks.settings.check_settings(),
         "E017",
         'CONDUCTOR["LEASE_SECONDS"] = 5 must be at least 3 times CONDUCTOR["HEARTBEAT_SECONDS"] = 4: a lease must '
         "survive a late heartbeat.",
@@ -650,7 +652,7 @@ def test_e017_conductor_is_wrong(settings: Any) -> None:
 def tasks(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The tasks that the checks about tasks look at."""
     found: list[Any] = []
-    monkeypatch.setattr(checks, "durable_tasks", lambda app: found)
+    monkeypatch.setattr(checks.tasks, "durable_tasks", lambda app: found)
     return found
 
 
@@ -671,7 +673,7 @@ def test_w019_message_options_that_mean_nothing(tasks: list[Any]) -> None:
 
     tasks.append(late)
     only(
-        checks.check_message_options(),
+        checks.tasks.check_message_options(),
         "W019",
         "Task checks.late sets acks_late, serializer, which means nothing for a durable task: its message only says "
         "that there is something to run and is acknowledged at once; leases bring back what a dead worker ran.",
@@ -685,10 +687,10 @@ def test_w019_sees_what_annotations_have_set(tasks: list[Any], monkeypatch: pyte
     def annotated(ctx: Any) -> None: ...
 
     tasks.append(annotated)
-    assert checks.check_message_options() == []
+    assert checks.tasks.check_message_options() == []
     task = project_app.tasks["checks.annotated"]
     monkeypatch.setattr(type(task), "acks_late", True)
-    assert "checks.annotated sets acks_late, which" in checks.check_message_options()[0].msg
+    assert "checks.annotated sets acks_late, which" in checks.tasks.check_message_options()[0].msg
 
 
 @pytest.mark.usefixtures("_forget_tasks")
@@ -707,7 +709,7 @@ def test_w020_celerys_own_retries_around_a_durable_body(tasks: list[Any]) -> Non
     for task in tasks:
         assert task.name  # evaluates the lazy task
     only(
-        checks.check_autoretry(),
+        checks.tasks.check_autoretry(),
         "W020",
         "Task checks.wrapped gets autoretry_for from its base class: Celery's own retries are wrapped around the "
         "durable body, and would publish messages that nothing asked for.",
@@ -720,7 +722,7 @@ def test_w026_time_limits_on_a_pool_without_them(
 ) -> None:
     tasks.append(SimpleNamespace(name="shop.tasks.charge", time_limit=30, soft_time_limit=None, serializer="json"))
     shop()
-    assert checks.check_time_limits() == []  # `manage.py check` knows no pool
+    assert checks.tasks.check_time_limits() == []  # `manage.py check` knows no pool
     checks.report_to_worker(options={"pool_cls": None, "pool": get_implementation("threads")})
     assert (
         "WARNING conductor.W026: This worker's pool, threads, does not enforce the time limits of shop.tasks.charge.\n"
@@ -740,10 +742,10 @@ def test_w026_time_limits_on_a_pool_without_them(
 def test_tasks_are_looked_at_only_in_an_app_that_is_finalized() -> None:
     app = Celery("shop", set_as_current=False, broker="memory://")
 
-    assert checks.durable_tasks(app) == []
+    assert checks.tasks.durable_tasks(app) == []
     assert app.finalized is False
     app.finalize()
-    durable = checks.durable_tasks(app)
+    durable = checks.tasks.durable_tasks(app)
     assert scenarios.echo.name in [task.name for task in durable]
     assert all(isinstance(task, DurableTask) for task in durable)
 
@@ -764,8 +766,8 @@ def test_a_database_that_hangs_does_not_hold_up_the_worker(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     released = threading.Event()
-    monkeypatch.setattr(checks, "DATABASE_PATIENCE_SECONDS", 0.05)
-    monkeypatch.setattr(checks, "missing_tables", lambda using: released.wait(30) and [])
+    monkeypatch.setattr(checks.worker, "DATABASE_PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(checks.schema, "missing_tables", lambda using: released.wait(30) and [])
     started = time.monotonic()
     checks.report_to_worker()
     assert time.monotonic() - started < 15

@@ -722,9 +722,9 @@ def test_doctor_reports_wrong_settings_and_looks_at_the_rest(settings: Any) -> N
 
 
 def test_doctor_reports_missing_tables_and_a_missing_app(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "missing_tables", lambda using: ["conductor_app_step"])
+    monkeypatch.setattr(checks.schema, "missing_tables", lambda using: ["conductor_app_step"])
     made_up = Celery("default", loader="default", set_as_current=False)
-    monkeypatch.setattr(checks, "_app", lambda: made_up)
+    monkeypatch.setattr(checks.subject, "app", lambda: made_up)
     monkeypatch.setattr(doctor, "celery_app", lambda: made_up)
     answer = told("doctor")
     assert answer.code == 1

@@ -150,7 +150,7 @@ def test_the_scope_of_a_task_is_a_function() -> None:
 )
 def test_a_path_that_names_no_scope_is_e017_and_an_attempts_error(settings: Any, path: str, text: str) -> None:
     settings.CONDUCTOR = {**settings.CONDUCTOR, "AROUND_BODY": path}
-    (found,) = checks.check_settings()
+    (found,) = checks.settings.check_settings()
     assert found.id == "conductor.E017"
     assert text in found.msg
     assert text in str(start(leaf).error_message)

@@ -13,7 +13,7 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import Error as AnyDatabaseError
 from django.db import InterfaceError, OperationalError
 
-from conductor_app import checks
+from conductor_app.checks import schema
 from conductor_app.management.output import Output, clean
 from conductor_app.management.subcommands.acting import Cancel, Publish, Rerun, Retry, Send, Wake
 from conductor_app.management.subcommands.base import OK, PROBLEM, Subcommand
@@ -103,8 +103,8 @@ def _explain(error: Exception) -> str:
         return clean(str(error))
     using = database()
     with contextlib.suppress(AnyDatabaseError):
-        if checks.missing_tables(using):
-            message = checks.tables_missing(using)
+        if schema.missing_tables(using):
+            message = schema.tables_missing(using)
             return f"{message.msg} {message.hint}"
     reason = str(error).strip() or type(error).__name__
     what = "does not answer" if isinstance(error, (OperationalError, InterfaceError)) else "refused"

@@ -20,7 +20,11 @@ from django.db.models import Count, Min
 from rich.table import Table
 from rich.text import Text
 
-from conductor_app import checks
+from conductor_app.checks import schema
+from conductor_app.checks.broker import check_app
+from conductor_app.checks.database import session_warnings
+from conductor_app.checks.result_backend import check_result_backend
+from conductor_app.checks.subject import TAG, has_app
 from conductor_app.conf import conductor_settings
 from conductor_app.management.output import STYLES, Output, clean, plain
 from conductor_app.management.subcommands.base import (
@@ -113,7 +117,7 @@ def _examine() -> Iterator[Finding]:
         yield _clock()
     yield _app()
     served: frozenset[str] | None = None
-    if checks.has_app(app):
+    if has_app(app):
         broker = _broker(app)
         yield broker
         yield _result_backend(app)
@@ -152,8 +156,8 @@ def _database() -> Finding:
 
 def _tables() -> Finding:
     using = database()
-    if checks.missing_tables(using):
-        message = checks.tables_missing(using)
+    if schema.missing_tables(using):
+        message = schema.tables_missing(using)
         return Finding("tables", "FAIL", str(message.msg), str(message.hint))
     executor = MigrationExecutor(connections[using])
     targets = [key for key in executor.loader.graph.leaf_nodes() if key[0] == "conductor_app"]
@@ -195,7 +199,7 @@ _BROKER_HINT = (
 
 
 def _app() -> Finding:
-    messages = checks.check_app()
+    messages = check_app()
     if messages:
         return Finding("celery app", "FAIL", str(messages[0].msg), str(messages[0].hint))
     return Finding("celery app", "OK", f'The Celery app is "{celery_app().main}".')
@@ -236,7 +240,7 @@ def _ask_broker(app: Celery) -> str:
 
 
 def _result_backend(app: Celery) -> Finding:
-    messages = checks.check_result_backend()
+    messages = check_result_backend()
     if messages:
         return Finding("result backend", "WARN", str(messages[0].msg), str(messages[0].hint))
     return Finding("result backend", "OK", f"{_without_password(str(app.conf.result_backend))} is configured.")
@@ -424,9 +428,9 @@ _SHOWN = {"conductor.E001", "conductor.E003", "conductor.E017", "conductor.W009"
 
 
 def _other_checks() -> Iterator[Finding]:
-    messages = system_checks.run_checks(tags=[checks.TAG], include_deployment_checks=True)
+    messages = system_checks.run_checks(tags=[TAG], include_deployment_checks=True)
     with contextlib.suppress(AnyDatabaseError):  # has a line of its own
-        messages += checks.session_warnings(database())
+        messages += session_warnings(database())
     shown = [message for message in messages if message.id not in _SHOWN and not message.is_silenced()]
     for message in sorted(shown, key=lambda message: (-message.level, str(message.id))):
         level = "FAIL" if message.level >= system_checks.ERROR else "WARN"
