@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from conductor_app.body.context import ChildHandle as ChildHandle
+    from conductor_app.body.children import ChildHandle as ChildHandle
     from conductor_app.body.context import ExecutionContext as ExecutionContext
     from conductor_app.exceptions import ChildCancelled as ChildCancelled
     from conductor_app.exceptions import ChildError as ChildError
@@ -29,7 +29,7 @@ _EXPORTS = {
     "ChildCancelled": "conductor_app.exceptions",
     "ChildError": "conductor_app.exceptions",
     "ChildFailed": "conductor_app.exceptions",
-    "ChildHandle": "conductor_app.body.context",
+    "ChildHandle": "conductor_app.body.children",
     "ChildTimedOut": "conductor_app.exceptions",
     "ConductorError": "conductor_app.exceptions",
     "DurableTask": "conductor_app.tasks.durable",

@@ -13,7 +13,7 @@ from django.db.migrations.operations.base import Operation
 from django.db.migrations.state import ProjectState
 from django.db.models import Exists, OuterRef, Q, QuerySet
 
-from conductor_app.body.context import check_name, gather_name
+from conductor_app.body.names import check_name, gather_name
 from conductor_app.exceptions import InvalidArgument, InvalidArgumentType, RenameRefused
 from conductor_app.states import ExecutionStatus, StepKind
 from conductor_app.store import clock, owners

@@ -9,7 +9,7 @@ import pytest
 from celery import _state, current_app, signals
 from django.db import connection
 
-from conductor_app.body.context import body_logger
+from conductor_app.body.logger import body_logger
 from conductor_app.engine import announcements, executor
 from conductor_app.transitions import dispatch
 from tests.support.broker import purge

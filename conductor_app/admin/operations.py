@@ -16,7 +16,7 @@ from django.utils.translation import gettext
 from django.utils.translation import gettext_lazy as _
 
 from conductor_app import api
-from conductor_app.body.context import check_name
+from conductor_app.body.names import check_name
 from conductor_app.conf import conductor_settings
 from conductor_app.exceptions import ActionRefused, ConductorError, ExecutionFinished
 from conductor_app.models import Execution, Step, database

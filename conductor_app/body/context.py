@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import datetime as dt
-import difflib
-import inspect
-import itertools
 import logging
 import os
-import re
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import (
     Any,
-    Generic,
     Literal,
     NoReturn,
     ParamSpec,
@@ -28,24 +22,32 @@ from typing import (
     overload,
 )
 
-import celery
-from celery import Task, current_app
+from celery import Task
 from celery.canvas import Signature
-from celery.exceptions import Retry, TaskPredicate
-from celery.local import Proxy
 from django.db import DatabaseError, InterfaceError
 
 from conductor_app import transitions
 from conductor_app.body import headers, left_open
-from conductor_app.body.plain import DjangoTask, Invocable, PlainTask, is_django_task, is_invocable
+from conductor_app.body.children import (
+    ChildHandle,
+    ChildOptions,
+    check_parallel,
+    check_payloads,
+    child_arguments,
+    filled,
+    looks_like_milliseconds,
+    resolve_child,
+)
+from conductor_app.body.logger import ReplayAwareLogger, log_extra
+from conductor_app.body.names import check_name, gather_name, step_name
+from conductor_app.body.outcomes import child_error, outcome_of, outcomes_of_map
+from conductor_app.body.places import caller, shown_place
+from conductor_app.body.plain import Invocable
 from conductor_app.conf import conductor_settings
 from conductor_app.exceptions import (
     AbandonRun,
     CancelExecution,
-    ChildCancelled,
     ChildError,
-    ChildFailed,
-    ChildTimedOut,
     ContextClosed,
     ControlFlow,
     EndAttempt,
@@ -59,34 +61,27 @@ from conductor_app.exceptions import (
     NestedDurableCall,
     NewerFormat,
     OutcomeLost,
-    ProgrammingError,
     ReleaseExecution,
     RetryExecution,
     StepMismatch,
     StepNameReused,
     SuspendExecution,
-    TooManyChildren,
     TooManySteps,
-    UncleanConnection,
-    UnknownTask,
     WrongThread,
 )
 from conductor_app.models import Execution
-from conductor_app.states import OnTimeout, StepKind, StepStatus
+from conductor_app.states import StepKind, StepStatus
 from conductor_app.store import observing, sessions
 from conductor_app.store.ids import derive_child_id
 from conductor_app.transitions import steps
 from conductor_app.transitions.leases import Lease
 from conductor_app.values.arguments import check_duration, check_instant
-from conductor_app.values.options import check_call_options
 from conductor_app.values.serialization import (
     describe,
     digest,
     is_caught_by_bodies,
-    read_result,
     revive_in_body,
     round_trip,
-    shown,
 )
 
 P = ParamSpec("P")
@@ -101,13 +96,8 @@ STEP_FRESH_SECONDS = 0.01
 #: A body that swallows its end and makes so many calls after it is not going to stop.
 MAX_SWALLOWED = 10
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}\Z")
-_NAME_PATTERN = "[A-Za-z0-9][A-Za-z0-9_.:-]*"
-_NAME_LENGTH = 128
 
 logger = logging.getLogger("conductor_app.execution")
-#: Where ``ctx.logger`` writes: apart from the engine's own lines, so that a worker can show ids on the body's.
-body_logger = logging.getLogger("conductor_app.execution.body")
 
 #: The context of the body that runs in this thread.
 current_context: ContextVar[ExecutionContext | None] = ContextVar("conductor_app_context", default=None)
@@ -151,7 +141,7 @@ class ExecutionContext:
         #: When the database last said that this run may go on.
         self._checked_at = lease.renewed_at
         #: Logs like any logger, with the execution's ids, and stays silent while the body replays what it did before.
-        self.logger = ReplayAwareLogger(self)
+        self.logger = ReplayAwareLogger(execution, lambda: self.is_replaying)
 
     # ------------------------------------------------------------------------------------------------------- facts
 
@@ -187,7 +177,7 @@ class ExecutionContext:
 
     def idempotency_key(self, step: str) -> str:
         """Return a key for the outside world, the same on every attempt of this execution's ``step``."""
-        return f"{self._execution.pk}:{_step_name(step)}"
+        return f"{self._execution.pk}:{step_name(step)}"
 
     # -------------------------------------------------------------------------------------------------------- invoke
 
@@ -258,21 +248,21 @@ class ExecutionContext:
             NotSerializable: A part of ``payload`` would not come back from JSON as it went in.
             InvokeInsideTransaction: The call stands inside ``transaction.atomic()``.
         """
-        step = _step_name(step, "invoke")
+        step = step_name(step, "invoke")
         remembered = self._invocation(
             f'ctx.invoke("{step}")',
             StepKind.INVOKE,
             step,
             child,
             payload,
-            _ChildOptions(timeout, on_timeout, queue, priority),
+            ChildOptions(timeout, on_timeout, queue, priority),
         )
         if isinstance(remembered, transitions.Invocation):
             self._suspend(remembered)
         return self._child_outcome(remembered)
 
     def _invocation(
-        self, call: str, kind: StepKind, step: str, child: Any, payload: object, given: _ChildOptions
+        self, call: str, kind: StepKind, step: str, child: Any, payload: object, given: ChildOptions
     ) -> transitions.Invocation | steps.Memory:
         """Check a call that stands for one child; return what is remembered of it, or the child to store."""
         self._enter(step, call)
@@ -301,7 +291,7 @@ class ExecutionContext:
         """Do what ``resolve_child`` does, and look each task up once in a run; a long replay passes it often."""
         known = self._children.get(id(child))
         if known is not None:
-            return known[1], *_child_arguments(payload, call, what), {}
+            return known[1], *child_arguments(payload, call, what), {}
         resolved = resolve_child(child, payload, call, what)
         if not isinstance(child, Signature):
             # With the child itself, so that nothing else gets its identity meanwhile.
@@ -317,7 +307,7 @@ class ExecutionContext:
             )
 
     def _hint_at_milliseconds(self, step: str, timeout: object, seconds: float | None) -> None:
-        if seconds is not None and not isinstance(timeout, dt.timedelta) and _looks_like_milliseconds(seconds):
+        if seconds is not None and not isinstance(timeout, dt.timedelta) and looks_like_milliseconds(seconds):
             self.logger.warning(
                 "timeout=%.15g of step %s means %s (timeouts are seconds). Did you mean %.15g?",
                 seconds,
@@ -332,7 +322,7 @@ class ExecutionContext:
             self._suspend(transitions.Pending(remembered.name))
         self._lease_must_hold()
         with self._beyond_the_body():
-            value, error = _outcome_of(remembered)
+            value, error = outcome_of(remembered)
         if error is not None:
             raise error
         return value
@@ -408,15 +398,15 @@ class ExecutionContext:
             ChildCancelled: Somebody cancelled a child.
             TooManyChildren: There are too many payloads. Nothing is stored.
         """
-        step = _step_name(step, "map")
+        step = step_name(step, "map")
         call = f'ctx.map("{step}")'
         self._enter(step, call)
-        given = _ChildOptions(timeout, on_timeout, queue, priority)
+        given = ChildOptions(timeout, on_timeout, queue, priority)
         seconds, late, options = given.checked()
-        parallel = None if max_parallel is None else _check_parallel(max_parallel)
-        each = _payloads(payloads, call)
+        parallel = None if max_parallel is None else check_parallel(max_parallel)
+        each = check_payloads(payloads, call)
         resolved = [
-            self._resolve(*_filled(child, payload, call, what := f"payloads[{number}]"), call, what)
+            self._resolve(*filled(child, payload, call, what := f"payloads[{number}]"), call, what)
             for number, payload in enumerate(each)
         ]
         texts = [invocable.stored_payload(args, kwargs) for invocable, args, kwargs, _ in resolved]
@@ -452,7 +442,7 @@ class ExecutionContext:
             if not return_exceptions and remembered.status != StepStatus.SUCCEEDED:
                 outcomes: list[tuple[Any, ChildError | None]] = [(None, child_error(remembered))]
             else:
-                outcomes = _outcomes_of_map(remembered, self._recall_map(remembered.name))
+                outcomes = outcomes_of_map(remembered, self._recall_map(remembered.name))
         first = next((error for _, error in outcomes if error is not None), None)
         if first is not None and not return_exceptions:
             raise first
@@ -482,14 +472,14 @@ class ExecutionContext:
         Returns:
             A handle for ``gather``, good for this run of the body.
         """
-        step = _step_name(step, "start")
+        step = step_name(step, "start")
         remembered = self._invocation(
             f'ctx.start("{step}")',
             StepKind.START,
             step,
             child,
             payload,
-            _ChildOptions(timeout, on_timeout, queue, priority),
+            ChildOptions(timeout, on_timeout, queue, priority),
         )
         if isinstance(remembered, transitions.Invocation):
             wait = remembered
@@ -549,7 +539,7 @@ class ExecutionContext:
                 names = [name for name in names if self._memory[name].child_id == remembered.child_id]
                 if not names:
                     raise remembered.lost("cause")
-            outcomes = {name: _outcome_of(self._memory[name]) for name in names}
+            outcomes = {name: outcome_of(self._memory[name]) for name in names}
         first = next((error for _, error in outcomes.values() if error is not None), None)
         if first is not None and not return_exceptions:
             raise first
@@ -576,7 +566,7 @@ class ExecutionContext:
             PayloadTooLarge: The encoded result exceeds ``CONDUCTOR["MAX_RESULT_BYTES"]``.
             LeaseLost: Another run has taken over; the result is not recorded.
         """
-        step = _step_name(step, "step")
+        step = step_name(step, "step")
         call = f'ctx.step("{step}")'
         found, value = self._begin_step(step, fn, call)
         if found:
@@ -608,7 +598,7 @@ class ExecutionContext:
 
         Args and errors: as for ``step``.
         """
-        step = _step_name(step, "atomic_step")
+        step = step_name(step, "atomic_step")
         call = f'ctx.atomic_step("{step}")'
         found, value = self._begin_step(step, fn, call)
         if found:
@@ -656,7 +646,7 @@ class ExecutionContext:
 
     def sleep(self, step: str, seconds: float | dt.timedelta) -> None:
         """Release the worker and go on after ``seconds`` (or a ``timedelta``), by the database's clock."""
-        step = _step_name(step, "sleep")
+        step = step_name(step, "sleep")
         call = f'ctx.sleep("{step}")'
         self._enter(step, call)
         duration = check_duration(seconds, f"seconds of {call}")
@@ -664,7 +654,7 @@ class ExecutionContext:
 
     def sleep_until(self, step: str, when: dt.datetime) -> None:
         """Release the worker and go on at the instant ``when``."""
-        step = _step_name(step, "sleep_until")
+        step = step_name(step, "sleep_until")
         call = f'ctx.sleep_until("{step}")'
         self._enter(step, call)
         self._sleep(step, transitions.Sleep(step, until=check_instant(when, f"when of {call}")))
@@ -702,7 +692,7 @@ class ExecutionContext:
             StepMismatch: ``step`` was recorded for another event or kind.
             InvokeInsideTransaction: The call stands inside ``transaction.atomic()``.
         """
-        step = _step_name(step, "wait_for")
+        step = step_name(step, "wait_for")
         call = f'ctx.wait_for("{step}")'
         self._enter(step, call)
         event = check_name(event, "event name")
@@ -811,11 +801,11 @@ class ExecutionContext:
     def _enter(self, step: str, call: str) -> None:
         """Check everything that is wrong with any call, whatever is remembered."""
         self._usable(call)
-        place = _caller()
+        place = caller()
         if step in self._used:
             raise StepNameReused(
-                f'Step name "{step}" was already used at {_shown_place(self._used[step])} and again at '
-                f"{_shown_place(place)}; give each call its "
+                f'Step name "{step}" was already used at {shown_place(self._used[step])} and again at '
+                f"{shown_place(place)}; give each call its "
                 f'own name, in a loop for example f"{step}-{{index}}".'
             )
         self._used[step] = place
@@ -861,13 +851,13 @@ class ExecutionContext:
         self._swallowed += 1
         if self._swallowed not in (1, MAX_SWALLOWED):
             return
-        how = f"called on at {_shown_place(_caller())}"
+        how = f"called on at {shown_place(caller())}"
         if self._suspension is not None:
             what = swallowed_suspension(self, self._execution.task, how)
         else:
             what = f"{self._execution.task} swallowed {type(self._ending).__name__} and {how}"
         if self._swallowed == 1:
-            logger.error("%s. It gets no further. %s", what, SWALLOWED_ADVICE, extra=self._log_extra())
+            logger.error("%s. It gets no further. %s", what, SWALLOWED_ADVICE, extra=log_extra(self._execution))
         else:
             self._end_stuck(self, f"{what}, {MAX_SWALLOWED} times")
 
@@ -961,7 +951,7 @@ class ExecutionContext:
             )
             if self._is_strict:
                 raise StepMismatch(message)
-            logger.warning(message, extra=self._log_extra())
+            logger.warning(message, extra=log_extra(self._execution))
         return remembered
 
     # What goes to the database from inside a body; the test kit's context keeps it in memory.
@@ -1004,484 +994,17 @@ class ExecutionContext:
         finally:
             self._inside = None
 
-    def _log_extra(self) -> dict[str, Any]:
-        return {
-            "execution_id": str(self._execution.pk),
-            "root_id": str(self._execution.root_id),
-            "task": self._execution.task,
-            "attempt": self._execution.attempt,
-        }
-
-    def _line_extra(self) -> dict[str, Any]:
-        # By its own names for them Celery's formatter finds them in a thread that a step's function has started, too.
-        return {**self._log_extra(), "task_id": str(self._execution.pk), "task_name": self._execution.task}
-
-
-@dataclass(frozen=True)
-class ChildHandle(Generic[R]):
-    """A started child, for ``ctx.gather``; good for the run that got it from ``ctx.start``."""
-
-    #: Name of the step that started it.
-    step: str
-    #: Id of the child execution.
-    execution_id: uuid.UUID | None
-    _context: ExecutionContext = field(repr=False, compare=False)
-
-
-def _outcome_of(remembered: steps.Memory) -> tuple[Any, ChildError | None]:
-    """Return the result of a child, or the exception that its outcome raises in its parent."""
-    if remembered.is_pending:  # although it was awaited
-        raise remembered.lost("outcome")
-    if remembered.status == StepStatus.SUCCEEDED:
-        return remembered.get_result(), None
-    return None, child_error(remembered)
-
-
-def _outcomes_of_map(
-    remembered: steps.Memory, children: Sequence[steps.ChildOutcome]
-) -> list[tuple[Any, ChildError | None]]:
-    """Return what ``_outcome_of`` does for each child of a map, in the order of its payloads."""
-    is_timed_out = remembered.status == StepStatus.TIMED_OUT
-    late = set(read_result(remembered.result, lambda: remembered.lost("outcome"))) if is_timed_out else set()
-    by_position = {child.position: child for child in children}
-    if remembered.total is None:
-        raise remembered.lost("outcome")
-    outcomes: list[tuple[Any, ChildError | None]] = []
-    for position in range(remembered.total):
-        child = by_position.get(position)
-        known = remembered._replace(child_id=None if child is None else child.child_id)
-        if position in late or (is_timed_out and child is not None and child.is_open):
-            outcomes.append((None, child_error(known)))
-        elif child is None and remembered.status == StepStatus.CANCELLED:
-            # Deleted while the map waited for it; that was recorded, with this reason.
-            outcomes.append((None, child_error(known)))
-        elif child is not None and child.is_open and remembered.status != StepStatus.SUCCEEDED:
-            # The first failure decided the map, and now the code asks for all outcomes.
-            outcomes.append((None, child_error(remembered)))
-        elif child is None or child.is_open:
-            raise remembered.lost("outcome")
-        else:
-            known = known._replace(status=StepStatus(child.status), result=child.result, error=child.error)
-            outcomes.append(_outcome_of(known))
-    return outcomes
-
-
-def gather_name(members: Sequence[str], *, return_exceptions: bool) -> str:
-    """Return the name under which a gather is remembered; no step of the user's can have it."""
-    name = f"gather({','.join(members)}{',return_exceptions' if return_exceptions else ''})"
-    if len(name) <= _NAME_LENGTH:
-        return name
-    return f"{name[:88]}…{digest(name)})"
-
-
-class ReplayAwareLogger(logging.LoggerAdapter[logging.Logger]):
-    """``ctx.logger``: adds the execution's ids, and drops lines that an earlier run has already written."""
-
-    def __init__(self, context: ExecutionContext) -> None:
-        super().__init__(body_logger, {})
-        self._context = context
-
-    def isEnabledFor(self, level: int) -> bool:  # noqa: N802 - the name is logging's
-        """Whether a line of this level would be written now."""
-        return not self._context.is_replaying and super().isEnabledFor(level)
-
-    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
-        """Add the ids to the record."""
-        kwargs["extra"] = {**self._context._line_extra(), **(kwargs.get("extra") or {})}
-        return msg, kwargs
-
-
-_WRONG_CALL = re.compile(r"(?P<of>[\w.<>]+)\(\) (?P<how>(missing|takes|got) .*)", re.DOTALL)
-
-
-def as_misuse(error: BaseException, task: str) -> BaseException:
-    """Return what has ended a body, as the misuse that it is: a call that no retry would make right.
-
-    Args:
-        error: What the body raised.
-        task: The name of its task.
-    """
-    found: BaseException | None = None
-    if isinstance(error, TaskPredicate):
-        instead = "`raise ctx.retry(countdown=…)`" if isinstance(error, Retry) else "`return`, or raise an error"
-        found = ProgrammingError(
-            f"{task} raised Celery's {type(error).__name__}, which would leave a durable execution without an outcome. "
-            f"Use {instead}."
-        )
-    elif type(error) is TypeError:
-        found = _wrong_call(error)
-    elif type(error) is AttributeError and isinstance(error.obj, ExecutionContext) and isinstance(error.name, str):
-        nearest = difflib.get_close_matches(error.name, _PUBLIC, n=1, cutoff=0.6)
-        hint = f' Did you mean "{nearest[0]}"?' if nearest else f" It has {', '.join(_PUBLIC)}."
-        found = (
-            error if hasattr(ExecutionContext, error.name) else ProgrammingError(f'ctx has no "{error.name}".{hint}')
-        )
-    return error if found is None else found.with_traceback(error.__traceback__)
-
-
-def _wrong_call(error: TypeError) -> InvalidArgumentType | None:
-    """Return the misuse that a call of ``ctx``, or its call of a step's function, with other arguments is."""
-    match = _WRONG_CALL.fullmatch(error.args[0]) if len(error.args) == 1 and type(error.args[0]) is str else None
-    if match is None:
-        return None
-    cls, _dot, name = match["of"].rpartition(".")
-    if cls == ExecutionContext.__qualname__ and name in _PUBLIC:
-        signature = inspect.signature(getattr(ExecutionContext, name))
-        parameters = [each.replace(annotation=each.empty) for each in signature.parameters.values()][1:]
-        written = signature.replace(parameters=parameters, return_annotation=signature.empty)
-        return InvalidArgumentType(f"ctx.{name}() {match['how']}. It is ctx.{name}{written}.")
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    # Python has not even entered the function.
-    is_ours = last is not None and last.tb_frame.f_code.co_filename == __file__
-    return InvalidArgumentType(str(error)) if is_ours else None
-
-
-#: What a body may use.
-_PUBLIC = tuple(
-    name
-    for name in (*sorted(vars(ExecutionContext)), "logger")
-    if not name.startswith("_") and name not in ("ending", "entered", "flush", "memory", "suspension")
-)
 
 #: What to tell whoever wrote a body that swallows its suspension.
 SWALLOWED_ADVICE = "Use `except Exception`, or re-raise conductor_app.SuspendExecution; do not return from `finally`."
-
-
-def unclean(task: str, found: Sequence[str]) -> UncleanConnection:
-    """Return the error of a body that has left its connections as ``left_open`` says."""
-    return UncleanConnection(
-        f"{task} left {' and '.join(found)} at its end. What it had written there and not committed is rolled back. "
-        "Use `with transaction.atomic():`, which ends with its block, and undo what changes a session."
-    )
-
-
-def unclean_start(task: str, found: Sequence[str]) -> InvokeInsideTransaction:
-    """Return the error of a run around whose body something else has opened what ``left_open`` says."""
-    return InvokeInsideTransaction(
-        f"The body of {task} was about to begin with {' and '.join(found)}. That would undo what its run remembers, "
-        "and how it ends. Open it in the body or in ctx.atomic_step(), not in the task's base class, a hook or a "
-        "receiver."
-    )
 
 
 def swallowed_suspension(context: ExecutionContext, task: str, how: str) -> str:
     """Return where a body swallowed its suspension, and how it went on (``returned``, ``raised ValueError``)."""
     assert context.suspension is not None
     wait, place = context.suspension
-    return f"{task} swallowed the suspension at {_shown_place(place)} (step {wait.step!r}) and {how}"
-
-
-def child_error(remembered: steps.Memory) -> ChildError:
-    """Return the exception that a child's remembered outcome raises in its parent."""
-    where: dict[str, Any] = {"step": remembered.name, "child_id": remembered.child_id}
-    if remembered.status == StepStatus.TIMED_OUT:
-        return ChildTimedOut(
-            f"Child execution timed out after {remembered.timeout_seconds:g}s (step '{remembered.name}')", **where
-        )
-    failure = remembered.get_failure()
-    if remembered.status == StepStatus.CANCELLED:
-        reason = failure.message if remembered.error else "Cancelled"
-        return ChildCancelled(f"Child execution was cancelled (step '{remembered.name}'): {reason}", **where)
-    return ChildFailed(f"Child execution failed: {failure.message}", error_class=failure.type, **where)
-
-
-# ------------------------------------------------------------------------------------------------------------ arguments
-
-
-def _step_name(step: object, call: str = "") -> str:
-    if call and not isinstance(step, str):
-        _check_not_forgotten(step, call)
-    return check_name(step, "step name")
-
-
-def _check_not_forgotten(step: object, call: str) -> None:
-    """Refuse what comes second, a task or a function, in the place of a step's name.
-
-    Raises:
-        InvalidArgumentType: It is such a thing.
-    """
-    if issubclass(type(step), Proxy):
-        step = cast(Any, step)._get_current_object()
-    if isinstance(step, (Task, Signature)):
-        what, name = f"the task {step.name}", str(step.name).rpartition(".")[2]
-    elif callable(step):
-        name = getattr(step, "__name__", "")
-        what = f"{type(step).__name__} {getattr(step, '__qualname__', None) or shown(step)}"
-    else:
-        return
-    name = name if name.isidentifier() else "…"
-    raise InvalidArgumentType(
-        f'step name must be str, got {what}. The step\'s name comes first: ctx.{call}("name", {name}, …)'
-    )
-
-
-def check_name(name: object, what: str) -> str:
-    """Return the name of a step or an event.
-
-    Raises:
-        InvalidArgumentType: It is no text.
-        InvalidArgument: It is empty, too long, or has other characters than ASCII letters, digits and ``_ . : -``.
-    """
-    if type(name) is str and _NAME.match(name):
-        return name
-    if not isinstance(name, str):
-        raise InvalidArgumentType(f"{what} must be str, got {type(name).__name__}")
-    if not name:
-        raise InvalidArgument(f"{what} must be 1–{_NAME_LENGTH} characters")
-    if len(name) > _NAME_LENGTH:
-        raise InvalidArgument(f"{what} must be 1–{_NAME_LENGTH} characters: {len(name)} > {_NAME_LENGTH}")
-    if not _NAME.match(name):
-        raise InvalidArgument(f"{what} {name!r} must match {_NAME_PATTERN}: ASCII letters, digits and _ . : -")
-    return str.__str__(name)  # a member of an Enum is written by its value
-
-
-def check_key(key: object, name: str) -> str:
-    """Return a key that the caller has chosen.
-
-    Raises:
-        InvalidArgumentType: It is no text.
-        InvalidArgument: It is empty, longer than 255 characters, or would not be the same on every database.
-    """
-    if not isinstance(key, str):
-        raise InvalidArgumentType(f"{name} must be str, got {type(key).__name__}")
-    if not 1 <= len(key) <= 255:
-        raise InvalidArgument(f"{name} must have 1–255 characters, got {len(key)}")
-    # MySQL ignores spaces at the end when it compares, so two keys would be one there, and only there.
-    if key != key.strip() or not key.isprintable():
-        raise InvalidArgument(f"{name} must be printable text without spaces at its ends, got {key!r}. Strip it.")
-    return str.__str__(key)
-
-
-@dataclass(frozen=True)
-class _ChildOptions:
-    """What a call says about a child beside its payload, as it was given."""
-
-    timeout: Any
-    on_timeout: Any
-    queue: Any
-    priority: Any
-
-    def checked(self) -> tuple[float | None, OnTimeout, dict[str, Any]]:
-        """Return seconds, what a timeout does, and Celery's options."""
-        if self.timeout is None and self.queue is None and self.priority is None and self.on_timeout == "cancel":
-            return None, OnTimeout.CANCEL, {}
-        seconds = None if self.timeout is None else check_duration(self.timeout, "timeout", allow_zero=False)
-        if self.on_timeout not in list(OnTimeout):
-            raise InvalidArgument(f'on_timeout must be "cancel" or "abandon", got {shown(self.on_timeout)}.')
-        options: dict[str, Any] = {}
-        if self.queue is not None:
-            options["queue"] = _check_type(self.queue, str, "queue")
-        if self.priority is not None:
-            options["priority"] = _check_type(self.priority, int, "priority")
-        return seconds, OnTimeout(self.on_timeout), options
-
-
-def _check_parallel(value: object) -> int:
-    count = _check_type(value, int, "max_parallel")
-    if count < 1:
-        raise InvalidArgument(f"max_parallel must be ≥ 1, got {count}; None is without limit")
-    return count
-
-
-def _payloads(payloads: object, call: str) -> list[Any]:
-    if isinstance(payloads, (str, bytes, Mapping)) or not isinstance(payloads, Iterable):
-        raise InvalidArgumentType(
-            f"{call} needs a list of payloads, one per child, got {type(payloads).__name__}. "
-            "For one child use ctx.invoke."
-        )
-    limit = conductor_settings().MAX_CHILDREN
-    each = list(itertools.islice(payloads, limit + 1))
-    if len(each) > limit:
-        raise TooManyChildren(
-            f"{call} got more than {limit} payloads. Map over parts of the work, in children that map themselves, "
-            'or raise CONDUCTOR["MAX_CHILDREN"].'
-        )
-    return each
-
-
-def _check_type(value: Any, expected: type[R], name: str) -> R:
-    if isinstance(value, bool) or not isinstance(value, expected):
-        raise InvalidArgumentType(f"{name} must be {expected.__name__}, got {type(value).__name__}")
-    return value
-
-
-def _looks_like_milliseconds(seconds: float) -> bool:
-    """Tell whether a timeout is long, and not what somebody writes who means seconds: whole days, whole hours."""
-    if seconds % _DAY == 0:
-        return seconds > 0 and seconds % (1_000 * _DAY) == 0
-    if seconds % 1_000 == 0:
-        return seconds >= 10_000
-    return seconds > _DAY and seconds % 1 == 0 and seconds % _HOUR != 0
-
-
-_HOUR, _DAY = 3_600, 86_400
-
-
-_NO_KEY = "The step's name is the key: its child is stored once, however often the body runs."
-
-
-def resolve_child(
-    child: object, payload: object, call: str, what: str = "payload"
-) -> tuple[Invocable, list[Any], dict[str, Any], dict[str, Any]]:
-    """Return the child's task, its arguments and its own Celery options.
-
-    Args:
-        child: A task, its name, or a signature of it.
-        payload: As ``ctx.invoke`` takes it.
-        call: How the call is named in an error.
-        what: How the payload is.
-
-    Raises:
-        UnknownTask, InvalidArgumentType: There is no such task, or the payload cannot be its arguments.
-    """
-    django_task: Invocable | None = None
-    options: dict[str, Any] = {}
-    args: list[Any] = []
-    kwargs: dict[str, Any] = {}
-    if issubclass(type(child), Proxy):
-        # Once: what a decorator returns in a module of tasks looks its task up whenever it is asked for anything.
-        child = cast(Any, child)._get_current_object()
-    if isinstance(child, Signature):
-        if child.get("subtask_type"):
-            raise InvalidArgumentType(
-                f"{call} runs one task at a time, got a {child['subtask_type']}. Invoke its tasks one after another."
-            )
-        if payload is not None:
-            raise InvalidArgumentType(f"{call} got a signature and a payload. Put the arguments into the signature.")
-        check_call_options(child.options, f"The signature given to {call}", also=(), hint=_NO_KEY)
-        if "task_id" in child.options and "reply_to" not in child.options:  # which Celery adds when it freezes one
-            raise InvalidArgumentType(
-                f"The signature given to {call} has a task_id. A child's id follows from its step."
-            )
-        name, args, kwargs, options = str(child.task), list(child.args), dict(child.kwargs), dict(child.options)
-    else:
-        if isinstance(child, str):
-            name = child
-        elif isinstance(child, Task):
-            name = child.name
-        elif is_django_task(child):
-            django_task, name = DjangoTask(child), ""
-        elif isinstance(child, Mapping):
-            verb = call.partition("(")[0]
-            raise UnknownTask(
-                f"{call} got a payload where a task comes. Was the step's name forgotten? "
-                f'It comes first: {verb}("name", task, payload)'
-            )
-        else:
-            described = getattr(child, "__qualname__", None) or shown(child)
-            raise UnknownTask(
-                f"{call} needs a task, its name or a signature, got {type(child).__name__} {described}. "
-                "Is @durable_task missing above its definition?"
-            )
-        args, kwargs = _child_arguments(payload, call, what)
-    if django_task is not None:
-        return django_task, args, kwargs, options
-    task = current_app.tasks.get(name)
-    if task is None:
-        raise UnknownTask(_unknown(name))
-    return task if is_invocable(task) else PlainTask(task), args, kwargs, options
-
-
-def _filled(child: object, payload: object, call: str, what: str) -> tuple[object, object]:
-    """Return a child and its payload; a signature gets the payload's arguments, as another signature."""
-    if not isinstance(child, Signature) or child.get("subtask_type"):
-        return child, payload
-    if child.immutable and payload is not None:
-        raise InvalidArgumentType(
-            f"{call} got an immutable signature, which takes no payloads. Make it with .s() instead of .si()."
-        )
-    args, kwargs = _child_arguments(payload, call, what)
-    return child.clone(tuple(args), kwargs), None
-
-
-def _child_arguments(payload: object, call: str, what: str) -> tuple[list[Any], dict[str, Any]]:
-    if isinstance(payload, Mapping):
-        for key in payload:
-            if not isinstance(key, str):
-                raise InvalidArgumentType(
-                    f"{what} of {call} has the key {key!r} of type {type(key).__name__}: its keys are the child's "
-                    "argument names, so they must be strings."
-                )
-        return [], dict(payload)
-    return [] if payload is None else [payload], {}
-
-
-def _unknown(name: str) -> str:
-    known = sorted(name for name in current_app.tasks if not name.startswith(_BUILT_IN))
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    hint = f'Did you mean "{nearest[0]}"? ' if nearest else ""
-    others = _like(name, known)
-    if not nearest and others:
-        hint = f"The nearest ones are {', '.join(others)}. "
-    return f'No task named "{shown(name)[1:-1]}". {hint}Is its module imported (tasks.py in an installed app)?'
-
-
-_BUILT_IN = ("celery.", "conductor_app.")
-
-
-def _like(name: str, known: Sequence[str]) -> list[str]:
-    """Return the names of some tasks, those first whose last part is most like another name's."""
-    last = name[-_NAME_LENGTH:].rpartition(".")[2]
-
-    def likeness(other: str) -> float:
-        return difflib.SequenceMatcher(None, last, other.rpartition(".")[2]).ratio()
-
-    return sorted(known, key=likeness, reverse=True)[:_SHOWN_TASKS]
-
-
-#: So many tasks are named to whoever has named none.
-_SHOWN_TASKS = 3
+    return f"{task} swallowed the suspension at {shown_place(place)} (step {wait.step!r}) and {how}"
 
 
 def _encode_result(result: object, call: str) -> tuple[str, Any]:
     return round_trip(result, f"result of {call}", conductor_settings().MAX_RESULT_BYTES)
-
-
-_PACKAGE = os.path.dirname(os.path.dirname(__file__)) + os.sep
-_CELERY = os.path.dirname(celery.__file__) + os.sep
-
-
-def _caller() -> tuple[str, int]:
-    """Return file and line of the call in the user's code."""
-    frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
-        frame = frame.f_back
-    return frame.f_code.co_filename, frame.f_lineno
-
-
-#: Bodies and what they call by ``.delay()``, of which this process has told.
-_told_of_calls: set[tuple[str, str]] = set()
-
-
-def hint_at_repeated_call(task: str) -> None:
-    """Tell once of a body that calls a durable task by ``.delay()``: each of its runs would call it again.
-
-    Not in the function of a step, which a replay leaves out.
-
-    Args:
-        task: Name of the task that is called, by a call that nothing but itself identifies.
-    """
-    running = current_context.get()
-    if running is None or running._inside is not None:
-        return
-    called = (running._execution.task, task)
-    if called in _told_of_calls:
-        return
-    _told_of_calls.add(called)
-    frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith((_PACKAGE, _CELERY)):
-        frame = frame.f_back
-    logger.warning(
-        "%s calls %s at %s with .delay() or .apply_async(), outside of a step. Each run of the body calls it again, "
-        "and a body runs again whenever it has waited. Use ctx.start("
-        '"name", task, payload), or call it inside of ctx.step, or with an idempotency_key.',
-        *called,
-        _shown_place((frame.f_code.co_filename, frame.f_lineno)),
-        extra=running._log_extra(),
-    )
-
-
-def _shown_place(place: tuple[str, int]) -> str:
-    return f"{os.path.basename(place[0])}:{place[1]}"

@@ -27,14 +27,8 @@ from django.db import DatabaseError, IntegrityError, InterfaceError, connections
 
 from conductor_app import transitions
 from conductor_app.body import apart, left_open, scopes
-from conductor_app.body.context import (
-    SWALLOWED_ADVICE,
-    ExecutionContext,
-    as_misuse,
-    swallowed_suspension,
-    unclean,
-    unclean_start,
-)
+from conductor_app.body.context import SWALLOWED_ADVICE, ExecutionContext, swallowed_suspension
+from conductor_app.body.misuse import as_misuse, unclean, unclean_start
 from conductor_app.conf import conductor_settings
 from conductor_app.engine import announcements, hand_off
 from conductor_app.engine.process import process

@@ -9,7 +9,7 @@ from celery import signals as celery_signals
 from celery.utils.log import ColorFormatter
 
 from conductor_app import signals
-from conductor_app.body.context import body_logger
+from conductor_app.body.logger import body_logger
 from conductor_app.engine.executor import RunEnded
 from conductor_app.engine.process import process
 from conductor_app.exceptions import Failure

@@ -25,7 +25,9 @@ from django.db import DatabaseError, InterfaceError, OperationalError
 
 from conductor_app import transitions
 from conductor_app.body import headers
-from conductor_app.body.context import ExecutionContext, check_key, current_context, hint_at_repeated_call
+from conductor_app.body.context import ExecutionContext, current_context
+from conductor_app.body.misuse import hint_at_repeated_call
+from conductor_app.body.names import check_key
 from conductor_app.conf import conductor_settings
 from conductor_app.engine import announcements, calls, executor
 from conductor_app.engine.waiting import check_wait_for_result

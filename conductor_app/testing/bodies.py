@@ -13,7 +13,9 @@ from typing import Any, ParamSpec, TypeVar
 from django.db import connections, transaction
 
 from conductor_app.body import apart, scopes
-from conductor_app.body.context import SWALLOWED_ADVICE, ExecutionContext, resolve_child, swallowed_suspension, unclean
+from conductor_app.body.children import resolve_child
+from conductor_app.body.context import SWALLOWED_ADVICE, ExecutionContext, swallowed_suspension
+from conductor_app.body.misuse import unclean
 from conductor_app.conf import conductor_settings
 from conductor_app.exceptions import (
     EndAttempt,

@@ -435,7 +435,7 @@ def test_waiting_for_a_result_inside_a_body_is_refused() -> None:
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> Callable[[], list[str]]:
-    monkeypatch.setattr("conductor_app.body.context._told_of_calls", set())
+    monkeypatch.setattr("conductor_app.body.misuse._told_of_calls", set())
     return lambda: [text for record in caplog.records if "outside of a step" in (text := record.getMessage())]
 
 
