@@ -12,8 +12,8 @@ from celery import states
 from celery.result import AsyncResult
 
 from conductor_app import transitions
-from conductor_app.body.context import current_context
 from conductor_app.body.names import check_key, check_name
+from conductor_app.body.run import current_context
 from conductor_app.conf import conductor_settings
 from conductor_app.engine import announcements
 from conductor_app.engine.waiting import check_wait

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from celery.exceptions import Retry, TaskPredicate
 
 from conductor_app.body import children, context, names
-from conductor_app.body.context import ExecutionContext, current_context
+from conductor_app.body.context import ExecutionContext
 from conductor_app.body.logger import log_extra
 from conductor_app.body.places import CELERY, PACKAGE, shown_place
+from conductor_app.body.run import current_context
 from conductor_app.exceptions import InvalidArgumentType, InvokeInsideTransaction, ProgrammingError, UncleanConnection
 
 logger = logging.getLogger("conductor_app.execution")
@@ -72,7 +73,7 @@ def _wrong_call(error: TypeError) -> InvalidArgumentType | None:
 #: What a body may use.
 _PUBLIC = tuple(
     name
-    for name in (*sorted(vars(ExecutionContext)), "logger")
+    for name in (*dir(ExecutionContext), "logger")
     if not name.startswith("_") and name not in ("ending", "entered", "flush", "memory", "suspension")
 )
 

@@ -27,8 +27,9 @@ from django.db import DatabaseError, IntegrityError, InterfaceError, connections
 
 from conductor_app import transitions
 from conductor_app.body import apart, left_open, scopes
-from conductor_app.body.context import SWALLOWED_ADVICE, ExecutionContext, swallowed_suspension
+from conductor_app.body.context import ExecutionContext
 from conductor_app.body.misuse import as_misuse, unclean, unclean_start
+from conductor_app.body.run import SWALLOWED_ADVICE, BodyRun, swallowed_suspension
 from conductor_app.conf import conductor_settings
 from conductor_app.engine import announcements, hand_off
 from conductor_app.engine.process import process
@@ -677,7 +678,7 @@ def _end_fork(started: Run, error: BaseException | None) -> NoReturn:
     os._exit(1)
 
 
-def _end_stuck(started: Run, context: ExecutionContext, what: str) -> None:
+def _end_stuck(started: Run, context: BodyRun, what: str) -> None:
     """End a body that swallows its end again and again: nothing that is raised in it would.
 
     In a pool of processes, by the end of its process. A thread cannot be ended; the execution stays as it is then, so
@@ -704,7 +705,7 @@ def _end_stuck(started: Run, context: ExecutionContext, what: str) -> None:
         os._exit(1)
 
 
-def _store_stuck(started: Run, context: ExecutionContext, message: str) -> None:
+def _store_stuck(started: Run, context: BodyRun, message: str) -> None:
     execution = started.execution
     if isinstance(context.ending, ReleaseExecution):
         _release(started)

@@ -25,9 +25,10 @@ from django.db import DatabaseError, InterfaceError, OperationalError
 
 from conductor_app import transitions
 from conductor_app.body import headers
-from conductor_app.body.context import ExecutionContext, current_context
+from conductor_app.body.context import ExecutionContext
 from conductor_app.body.misuse import hint_at_repeated_call
 from conductor_app.body.names import check_key
+from conductor_app.body.run import current_context
 from conductor_app.conf import conductor_settings
 from conductor_app.engine import announcements, calls, executor
 from conductor_app.engine.waiting import check_wait_for_result

@@ -14,8 +14,9 @@ from django.db import connections, transaction
 
 from conductor_app.body import apart, scopes
 from conductor_app.body.children import resolve_child
-from conductor_app.body.context import SWALLOWED_ADVICE, ExecutionContext, swallowed_suspension
+from conductor_app.body.context import ExecutionContext
 from conductor_app.body.misuse import unclean
+from conductor_app.body.run import SWALLOWED_ADVICE, swallowed_suspension
 from conductor_app.conf import conductor_settings
 from conductor_app.exceptions import (
     EndAttempt,

@@ -222,7 +222,7 @@ MUTANTS = [
     ),
     Mutant(
         "let a body catch an error of ours",
-        "body/context.py",
+        "body/run.py",
         "            self._ending = EndAttempt(error)\n            raise self._ending from None\n",
         "            raise\n",
         (REMEMBERED,),
@@ -1569,7 +1569,7 @@ MUTANTS = [
     ),
     Mutant(
         "end a body that has caught a step's failure before that is remembered",
-        "body/context.py",
+        "body/run.py",
         "        self.flush()\n        self._lease_must_hold()\n\n    def _must",
         "        self._lease_must_hold()\n        self.flush()\n\n    def _must",
         (REMEMBERED,),
