@@ -324,14 +324,11 @@ class ExecutionContext(BodyRun):
             if not return_exceptions and remembered.status != StepStatus.SUCCEEDED:
                 outcomes: list[tuple[Any, ChildError | None]] = [(None, child_error(remembered))]
             else:
-                outcomes = outcomes_of_map(remembered, self._recall_map(remembered.name))
+                outcomes = outcomes_of_map(remembered, self._journal.outcomes_of_map(remembered.name))
         first = next((error for _, error in outcomes if error is not None), None)
         if first is not None and not return_exceptions:
             raise first
         return [value if error is None else error for value, error in outcomes]
-
-    def _recall_map(self, step: str) -> list[steps.ChildOutcome]:
-        return transitions.patiently(lambda: steps.recall_map(self._execution.pk, step))
 
     def start(
         self,
@@ -367,14 +364,11 @@ class ExecutionContext(BodyRun):
             wait = remembered
             self._give_way()
             with self._beyond_the_body():
-                remembered = self._start_child(wait)
+                remembered = self._journal.start_child(wait)
             self._memory[remembered.name] = remembered
             self._replayed += 1
         self._lease_must_hold()
         return ChildHandle(remembered.name, remembered.child_id, self)
-
-    def _start_child(self, wait: transitions.Invocation) -> steps.Memory:
-        return transitions.start_child(self._execution, wait)
 
     def gather(self, *handles: ChildHandle[Any], return_exceptions: bool = False) -> list[Any]:
         """Wait for started children and return their results, in the order of ``handles``.
@@ -404,8 +398,7 @@ class ExecutionContext(BodyRun):
                 )
         names = list(dict.fromkeys(handle.step for handle in handles))
         step = gather_name(names, return_exceptions=return_exceptions)
-        self._used.pop(step, None)
-        self._enter(step, "ctx.gather()")
+        self._enter(step, "ctx.gather()", may_repeat=True)
         if not names:
             return []
         remembered = self._recall(step, StepKind.GATHER)
@@ -464,7 +457,7 @@ class ExecutionContext(BodyRun):
         self._must_be_closed(self._watch.added(), call)
         text, value = _encode_result(result, call)
         with self._beyond_the_body():
-            memory = self._record(step, result=text)
+            memory = self._journal.record(step, result=text)
         self._checked_at = time.monotonic()
         self._memory[step] = memory
         self._replayed += 1
@@ -488,7 +481,7 @@ class ExecutionContext(BodyRun):
         with self._nested(call), observing.stepping(self._execution, step):
             try:
                 with self._beyond_the_body():
-                    done = self._record_together(
+                    done = self._journal.record_together(
                         step, lambda: self._closing(lambda: _encode_result(fn(*args, **kwargs), call), call)
                     )
             except BaseException as error:

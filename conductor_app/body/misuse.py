@@ -74,7 +74,7 @@ def _wrong_call(error: TypeError) -> InvalidArgumentType | None:
 _PUBLIC = tuple(
     name
     for name in (*dir(ExecutionContext), "logger")
-    if not name.startswith("_") and name not in ("ending", "entered", "flush", "memory", "suspension")
+    if not name.startswith("_") and name not in ("ending", "entered", "flush", "memory", "reached", "suspension")
 )
 
 

@@ -18,6 +18,7 @@ from django.db import DatabaseError, InterfaceError
 
 from conductor_app import transitions
 from conductor_app.body import left_open
+from conductor_app.body.journal import DatabaseJournal, Journal
 from conductor_app.body.logger import ReplayAwareLogger, log_extra
 from conductor_app.body.places import caller, shown_place
 from conductor_app.body.plain import Invocable
@@ -28,7 +29,6 @@ from conductor_app.exceptions import (
     ContextClosed,
     ControlFlow,
     EndAttempt,
-    Failure,
     InvokeInsideTransaction,
     LeaseLost,
     NestedDurableCall,
@@ -69,11 +69,13 @@ class BodyRun:
         lease: Lease,
         task: Task[Any, Any] | None = None,
         *,
+        journal: Journal | None = None,
         draining: Callable[[], bool] = lambda: False,
         end_stuck: Callable[[BodyRun, str], None] = lambda _context, _what: None,
     ) -> None:
         self._execution = execution
         self._memory = memory
+        self._journal: Journal = DatabaseJournal(execution) if journal is None else journal
         self._lease = lease
         self._task = task
         self._draining = draining
@@ -148,6 +150,11 @@ class BodyRun:
         """All that the execution remembers by now; for the executor."""
         return self._memory
 
+    @property
+    def reached(self) -> list[str]:
+        """The steps that the body has come to in this run, in their order; for the test kit."""
+        return list(self._used)
+
     def _has_come_to(self, step: str) -> bool:
         """Whether the body has called this step in this run; for the executor."""
         return step in self._used
@@ -179,14 +186,14 @@ class BodyRun:
             self._unrecorded = None
             failure = describe(error, conductor_settings().MAX_ERROR_BYTES)
             with self._beyond_the_body():
-                self._memory[step] = self._record(step, failure=failure)
+                self._memory[step] = self._journal.record(step, failure=failure)
             self._replayed += 1
 
-    def _enter(self, step: str, call: str) -> None:
+    def _enter(self, step: str, call: str, *, may_repeat: bool = False) -> None:
         """Check everything that is wrong with any call, whatever is remembered."""
         self._usable(call)
         place = caller()
-        if step in self._used:
+        if step in self._used and not may_repeat:
             raise StepNameReused(
                 f'Step name "{step}" was already used at {shown_place(self._used[step])} and again at '
                 f"{shown_place(place)}; give each call its "
@@ -302,7 +309,7 @@ class BodyRun:
         """Ask the database whether this run may go on, if it has not said so for a while."""
         if time.monotonic() - self._checked_at >= seconds:
             with self._beyond_the_body():
-                self._check_held()
+                self._journal.check_held()
             self._checked_at = time.monotonic()
 
     def _recall(self, step: str, kind: StepKind, *, task: str = "", payload_digest: str = "") -> Any:
@@ -333,18 +340,10 @@ class BodyRun:
                 "the recorded outcome counts. "
                 "Payloads should follow from the execution's own payload and earlier steps."
             )
-            if self._is_strict:
+            if self._journal.is_strict:
                 raise StepMismatch(message)
             logger.warning(message, extra=log_extra(self._execution))
         return remembered
-
-    # What goes to the database from inside a body; the test kit's context keeps it in memory.
-
-    def _record(self, step: str, *, result: str | None = None, failure: Failure | None = None) -> steps.Memory:
-        return transitions.record_step(self._execution, step, result=result, failure=failure)
-
-    def _record_together(self, step: str, work: Callable[[], tuple[str, Any]]) -> transitions.Together:
-        return transitions.record_together(self._execution, step, work)
 
     def _closing(self, work: Callable[[], R], call: str) -> R:
         """Run the function of an ``atomic_step``, and refuse what it leaves open; inside of that step's block."""
@@ -358,13 +357,6 @@ class BodyRun:
         self._must_be_in_its_process(call)
         self._must_be_closed(watch.clean(), call)
         return done
-
-    def _check_held(self) -> None:
-        transitions.check_held(self._execution)
-
-    @property
-    def _is_strict(self) -> bool:
-        return conductor_settings().STRICT_REPLAY
 
     def _suspend(self, wait: transitions.Wait) -> NoReturn:
         self._suspension = (wait, self._used[wait.step])

@@ -112,8 +112,8 @@ def _run(
         execution.fence += 1
         context = _MemoryContext(execution, memory, outcomes, task)
         ended, value, error = _run_once(context, execution)
-        _check_replay(task.name, before, context.order, error)
-        before = context.order
+        _check_replay(task.name, before, context.reached, error)
+        before = context.reached
         if context.suspension is None:
             if error is not None:
                 raise error
@@ -156,38 +156,26 @@ def _check_replay(task: str, before: list[str], now: list[str], error: Exception
         ) from error
 
 
-class _MemoryContext(ExecutionContext):
-    """A context whose steps are kept in a dict."""
+class _MemoryJournal:
+    """A journal that is kept in memory, and starts no children: the test gives their outcomes."""
 
-    def __init__(
-        self, execution: Execution, memory: dict[str, Memory], outcomes: Outcomes, task: DurableTask[..., Any]
-    ) -> None:
-        super().__init__(execution, memory, Lease(execution), task)
-        self.body = task
-        #: The steps that this run has come to, in their order.
-        self.order: list[str] = []
+    def __init__(self, execution: Execution, outcomes: Outcomes) -> None:
+        self._execution = execution
         self._outcomes = outcomes
 
-    def _enter(self, step: str, call: str) -> None:
-        super()._enter(step, call)
-        self.order.append(step)
-
-    def step(self, step: str, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return super().step(step, self._outcomes.function(step, fn), *args, **kwargs)
-
-    def atomic_step(self, step: str, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return super().atomic_step(step, self._outcomes.function(step, fn), *args, **kwargs)
-
     @property
-    def _is_strict(self) -> bool:
+    def is_strict(self) -> bool:
         return True
 
-    def _record(self, step: str, *, result: str | None = None, failure: Failure | None = None) -> Memory:
+    def check_held(self) -> None:
+        pass
+
+    def record(self, step: str, *, result: str | None = None, failure: Failure | None = None) -> Memory:
         status = StepStatus.SUCCEEDED if failure is None else StepStatus.FAILED
         error = None if failure is None else dump_failure(failure)
         return remember(step, StepKind.STEP, status, result=result, error=error, fence=self._execution.fence)
 
-    def _record_together(self, step: str, work: Callable[[], tuple[str, Any]]) -> Together:
+    def record_together(self, step: str, work: Callable[[], tuple[str, Any]]) -> Together:
         # A transaction only where one is open already, as in a TestCase: there is no telling what else has a database.
         using = database()
         is_open = connections[using].in_atomic_block
@@ -196,13 +184,28 @@ class _MemoryContext(ExecutionContext):
                 text, value = work()
         except Exception as error:  # noqa: BLE001 - the function may raise anything
             return Together(error=error)
-        return Together(self._record(step, result=text), value)
+        return Together(self.record(step, result=text), value)
 
-    def _check_held(self) -> None:
-        pass
-
-    def _start_child(self, wait: Invocation) -> Memory:
+    def start_child(self, wait: Invocation) -> Memory:
         return self._outcomes.start(wait)
 
-    def _recall_map(self, step: str) -> list[ChildOutcome]:
+    def outcomes_of_map(self, step: str) -> list[ChildOutcome]:
         return self._outcomes.maps[step]
+
+
+class _MemoryContext(ExecutionContext):
+    """A context whose steps' functions a test may replace."""
+
+    def __init__(
+        self, execution: Execution, memory: dict[str, Memory], outcomes: Outcomes, task: DurableTask[..., Any]
+    ) -> None:
+        journal = _MemoryJournal(execution, outcomes)
+        super().__init__(execution, memory, Lease(execution), task, journal=journal)
+        self.body = task
+        self._outcomes = outcomes
+
+    def step(self, step: str, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return super().step(step, self._outcomes.function(step, fn), *args, **kwargs)
+
+    def atomic_step(self, step: str, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return super().atomic_step(step, self._outcomes.function(step, fn), *args, **kwargs)
