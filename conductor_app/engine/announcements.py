@@ -11,34 +11,33 @@ django-celery-results is no such thing: it is counted down in the transaction th
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 from celery import current_app, states
 from celery.app.task import Context
 from celery.backends.base import DisabledBackend
-from celery.canvas import group, maybe_signature
-from celery.exceptions import ChordError, QueueNotFound, TaskRevokedError
-from celery.utils.functional import arity_greater
-from celery.utils.serialization import get_pickleable_exception
 from django.db import DatabaseError, IntegrityError, InterfaceError, connections, router, transaction
-from kombu.exceptions import EncodeError
 
 from conductor_app import transitions
-from conductor_app.body.plain import is_invocable
 from conductor_app.engine import calls
-from conductor_app.exceptions import ExecutionFailed, OutcomeLost, ProgrammingError, StepFailed
-from conductor_app.models import Execution, FailedExecution, database
+from conductor_app.engine.callbacks import (
+    PERMANENT_ERRORS,
+    ChordBody,
+    call_errbacks,
+    is_canvas,
+    is_durable,
+    is_eager,
+    signature_of,
+)
+from conductor_app.engine.outcomes import Outcome, outcome_of
+from conductor_app.models import Execution, database
 from conductor_app.states import ExecutionStatus
 from conductor_app.store.ids import of_task_id
 from conductor_app.store.sql import is_outage, is_transaction, is_undone, locked, together
-from conductor_app.values.serialization import read_failure, revive
 
 logger = logging.getLogger(__name__)
 
@@ -46,19 +45,6 @@ logger = logging.getLogger(__name__)
 #: for 20 seconds before it gives up, and the sweeper has other things to do.
 SLOW_SECONDS, REST_SECONDS = 1.0, 30.0
 _rests_until = 0.0
-
-#: What no repetition mends: the callback does not take these arguments, or its queue is none of this project's.
-_PERMANENT_ERRORS = (ProgrammingError, TypeError, EncodeError, QueueNotFound)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How an execution ended, in the form in which Celery is told."""
-
-    status: ExecutionStatus
-    result: Any = None
-    error: Exception | None = None
-    traceback: str = ""
 
 
 def deliver(execution: Execution) -> None:
@@ -68,24 +54,6 @@ def deliver(execution: Execution) -> None:
         Exception: Whatever the broker or the result backend raises; the sweeper then tries again.
     """
     tell(execution, outcome_of(execution))
-
-
-def outcome_of(execution: Execution) -> Outcome:
-    """Return how a final execution ended, as its row says."""
-    if execution.status == ExecutionStatus.CANCELLED:
-        return cancelled(execution.error_message)
-    if execution.status == ExecutionStatus.FAILED:
-        trace = FailedExecution.objects.using(database()).filter(pk=execution.pk).values_list("traceback", flat=True)
-        error = revive(read_failure(execution.error))
-        if isinstance(error, StepFailed):  # its class is not known here
-            error = ExecutionFailed(str(error))
-        error = portable(error, execution.error_message)
-        return Outcome(ExecutionStatus.FAILED, error=error, traceback=next(iter(trace), ""))
-    try:
-        return Outcome(ExecutionStatus.SUCCEEDED, execution.get_result())
-    except OutcomeLost as lost:
-        # Whoever waits is not to get something that nobody returned.
-        return Outcome(ExecutionStatus.FAILED, error=lost)
 
 
 def restore(execution: Execution) -> None:
@@ -100,28 +68,6 @@ def restore(execution: Execution) -> None:
         announcement = _Announcement(execution, outcome_of(execution), None)
         with _watched(announcement.shares_database):
             announcement.store_alone()
-
-
-def cancelled(message: str) -> Outcome:
-    """Return the outcome of a cancelled execution."""
-    return Outcome(ExecutionStatus.CANCELLED, error=TaskRevokedError(message))
-
-
-def portable(error: BaseException, message: str) -> Exception:
-    """Return what Celery is told of a body's error: it, if Celery's tracer, its pools and its backends can carry it.
-
-    They take no ``BaseException`` for an error, and an exception whose arguments, texts or pickling misbehave would be
-    lost on its way, and the outcome with it.
-    """
-    if isinstance(error, Exception):
-        try:
-            str(error), repr(error), tuple(error.args), traceback.format_exception(error)
-            get_pickleable_exception(error)
-        except BaseException:  # noqa: BLE001 - whatever its class makes of it
-            logger.debug("Celery cannot carry %s.", type(error).__qualname__)
-        else:
-            return error
-    return ExecutionFailed(message).with_traceback(error.__traceback__)
 
 
 def tell(execution: Execution, outcome: Outcome, hostname: str | None = None) -> None:
@@ -264,8 +210,8 @@ class _Announcement:
         chain: list[Any] = options.get("chain") or []
         if outcome.status == ExecutionStatus.SUCCEEDED:
             self._callbacks: list[tuple[Any, list[Any] | None]] = [
-                *((_signature(callback), None) for callback in options.get("link") or ()),
-                *((_signature(following), chain[:-1]) for following in chain[-1:]),
+                *((signature_of(callback), None) for callback in options.get("link") or ()),
+                *((signature_of(following), chain[:-1]) for following in chain[-1:]),
             ]
         else:
             self._callbacks = []
@@ -283,7 +229,7 @@ class _Announcement:
                 if not self._belongs_to_transaction(callback):
                     self._send(callback, chain)
             if self._outcome.error is not None:
-                _call_errbacks(self._request, self._outcome.error, self._outcome.traceback)
+                call_errbacks(self._request, self._outcome.error, self._outcome.traceback)
 
     def write(self) -> None:
         """Send what only writes to the database, store the result, and count down the chord."""
@@ -291,7 +237,7 @@ class _Announcement:
             for callback, chain in self._callbacks:
                 if self._belongs_to_transaction(callback):
                     self._send(callback, chain)
-        with _ChordBody(self._request, together=self.shares_database), self._as_chord():
+        with ChordBody(self._request, together=self.shares_database), self._as_chord():
             self._store()
 
     def store_alone(self) -> None:
@@ -330,7 +276,7 @@ class _Announcement:
 
     def _belongs_to_transaction(self, callback: Any) -> bool:
         # A canvas of durable tasks alone is stored as a whole or not at all: starting a chord cannot be repeated.
-        return self.shares_database and _is_canvas(callback) and _is_durable(callback) and not _is_eager()
+        return self.shares_database and is_canvas(callback) and is_durable(callback) and not is_eager()
 
     def _send(self, callback: Any, chain: list[Any] | None) -> None:
         """Send what Celery's tracer sends after a success (``_dispatch_callbacks_and_chain`` in its source)."""
@@ -343,7 +289,7 @@ class _Announcement:
             options["chain"] = chain
         try:
             sent = callback.apply_async((self._outcome.result,), **options)
-        except _PERMANENT_ERRORS as error:
+        except PERMANENT_ERRORS as error:
             logger.error(
                 "Execution %s succeeded, but its callback %s cannot be called: %s",
                 self._execution.pk,
@@ -353,7 +299,7 @@ class _Announcement:
             )
             self._fail_callback(callback, chain, error)
         except IntegrityError:
-            if not (self._outcome.status == ExecutionStatus.SUCCEEDED and _is_canvas(callback)):
+            if not (self._outcome.status == ExecutionStatus.SUCCEEDED and is_canvas(callback)):
                 raise
             # Its chord is counted already: an earlier announcement began to send it and was interrupted.
             logger.warning("Execution %s: its callback had been sent before.", self._execution.pk)
@@ -367,7 +313,7 @@ class _Announcement:
         Its id may be that of another call, too, which goes on or has ended: what that has to say is not overwritten.
         """
         options = callback.options
-        if _is_canvas(callback) or not options.get("task_id"):
+        if is_canvas(callback) or not options.get("task_id"):
             return
         request = Context(
             id=options["task_id"],
@@ -380,7 +326,7 @@ class _Announcement:
             root_id=self._request.root_id,
             delivery_info={},
         )
-        _call_errbacks(request, error)
+        call_errbacks(request, error)
         ids = [request.id, *(one["options"].get("task_id") for one in chain or ())]
         unknown = [task_id for task_id in ids if task_id and not self._is_known(task_id)]
         is_alone = len(unknown) == len(list(filter(None, ids)))
@@ -395,91 +341,6 @@ class _Announcement:
         return not isinstance(self._backend, DisabledBackend) and self._backend.get_state(task_id) != states.PENDING
 
 
-class _ChordBody:
-    """Takes care that the body of a chord is sent once, when the last part of the header has returned.
-
-    django-celery-results counts down and sends the body; here both happen inside the announcement's transaction. A body
-    of durable tasks is stored in it. A plain task's message is sent before the commit, and a refusal undoes the count,
-    so that it is tried again. A body that starts a chord with plain tasks goes after the commit: its parts would return
-    before their counter can be seen.
-    """
-
-    def __init__(self, request: Any, *, together: bool) -> None:
-        self._refused: Exception | None = None
-        if together and request.chord:
-            body = _signature(request.chord)
-            send = body.delay
-            body.delay = lambda *args: self._send(body, send, args)
-            request.chord = body
-
-    def _send(self, body: Any, send: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        if _is_canvas(body) and not _is_durable(body):
-            transaction.on_commit(lambda: _send_late(body, send, args), using=database())
-            return
-        try:
-            send(*args)
-        except _PERMANENT_ERRORS:
-            raise  # the backend fails the chord
-        except Exception as error:  # noqa: BLE001 - whatever the broker's client raises
-            self._refused = error
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_exc: object) -> None:
-        if self._refused is not None:
-            raise self._refused
-
-
-def _send_late(body: Any, send: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    try:
-        send(*args)
-    except Exception as error:
-        logger.exception("The body of a chord was not sent.")
-        current_app.backend.chord_error_from_stack(body, ChordError(f"Callback error: {error!r}"))
-
-
-def _call_errbacks(request: Any, error: Exception, traceback: str | None = None) -> None:
-    """Call the error callbacks of a request, all in the way of Celery 5.7 (``Backend._call_task_errbacks``).
-
-    5.6 takes an old-style callback that has arguments of its own (``log_error.s(order=7)``) for one of the newer form,
-    and calls none of them after one that raises.
-    """
-    sent = []
-    for stored in request.errbacks or ():
-        errback = _signature(stored)
-        if not _takes_failure(errback):
-            sent.append(errback)
-            continue
-        try:
-            errback(request, error, traceback)
-        except Exception:
-            logger.exception("Error callback %s of %s raised an exception.", errback.task, request.id)
-    if not sent:
-        return
-    together = group(sent, app=current_app)
-    send = together.apply if _is_eager() or request.delivery_info.get("is_eager") else together.apply_async
-    try:
-        send((request.id,), parent_id=request.id, root_id=request.root_id or request.id)
-    except _PERMANENT_ERRORS as refusal:
-        logger.error("%s failed, and its error callbacks cannot be called: %s", request.id, refusal)
-
-
-def _takes_failure(errback: Any) -> bool:
-    """Tell whether an error callback is of the newer form, called on the spot with request, error and traceback."""
-    task = current_app.tasks.get(errback.task)
-    # A task that this process does not know goes to one that does; a bound one (``partial``) is always sent.
-    header = getattr(task, "__header__", None)
-    if header is None or isinstance(header, functools.partial):
-        return False
-    if not errback.immutable and (errback.args or errback.kwargs):
-        with suppress(TypeError, ValueError):
-            # Of the parameters, those that the signature leaves to the failure. Its own positional arguments come last
-            # in the call; here they only count.
-            return bool(arity_greater(functools.partial(header, *errback.args, **errback.kwargs), 1))
-    return bool(arity_greater(header, 1))
-
-
 def _backend_of(task_name: str) -> Any:
     task = current_app.tasks.get(task_name)
     return current_app.backend if task is None else task.backend
@@ -488,32 +349,3 @@ def _backend_of(task_name: str) -> Any:
 def _shares_database(backend: Any) -> bool:
     model = getattr(backend, "TaskModel", None)
     return model is not None and router.db_for_write(model) == database()
-
-
-def _signature(stored: Any) -> Any:
-    return maybe_signature(stored, app=current_app)
-
-
-def _is_eager() -> bool:
-    return bool(current_app.conf.task_always_eager)
-
-
-def _is_canvas(signature: Any) -> bool:
-    return bool(signature.get("subtask_type"))
-
-
-def _is_durable(signature: Any) -> bool:
-    """Tell whether all tasks of a signature are durable, so that calling it only writes to the database."""
-    if not _is_canvas(signature):
-        return is_invocable(current_app.tasks.get(signature.get("task")))
-    return all(_is_durable(_signature(member)) for member in _members(signature))
-
-
-def _members(signature: Any) -> Iterable[Any]:
-    kwargs = signature.get("kwargs") or {}
-    if signature.get("subtask_type") == "chord":
-        header = kwargs.get("header") or ()
-        yield from [header] if hasattr(header, "get") else header
-        yield kwargs["body"]
-    else:
-        yield from kwargs.get("tasks") or ()

@@ -31,7 +31,7 @@ from conductor_app.body.context import ExecutionContext
 from conductor_app.body.misuse import as_misuse, unclean, unclean_start
 from conductor_app.body.run import SWALLOWED_ADVICE, BodyRun, swallowed_suspension
 from conductor_app.conf import conductor_settings
-from conductor_app.engine import announcements, hand_off
+from conductor_app.engine import announcements, hand_off, outcomes
 from conductor_app.engine.process import process
 from conductor_app.exceptions import (
     AbandonRun,
@@ -717,7 +717,7 @@ def _store_stuck(started: Run, context: BodyRun, message: str) -> None:
         _store(started, lambda: transitions.fail(execution, failure))
     except CancelExecution:
         _cancel(started)
-    _tell_celery(started, announcements.Outcome(ExecutionStatus.FAILED, error=ProgrammingError(message)))
+    _tell_celery(started, outcomes.Outcome(ExecutionStatus.FAILED, error=ProgrammingError(message)))
 
 
 def _note(error: BaseException, text: str) -> None:
@@ -752,7 +752,7 @@ def report(execution: Execution, what: str, error: BaseException) -> None:
         what,
         failure.type,
         failure.message,
-        exc_info=announcements.portable(error, failure.message),
+        exc_info=outcomes.portable(error, failure.message),
         extra={"execution_id": str(execution.pk)},
     )
 
@@ -824,7 +824,7 @@ def _succeed(started: Run, value: Any) -> Any:
         delivery.settle(execution, text)
         delivery.suspended.clear()
     result = loads(text)
-    _tell_celery(started, announcements.Outcome(ExecutionStatus.SUCCEEDED, result))
+    _tell_celery(started, outcomes.Outcome(ExecutionStatus.SUCCEEDED, result))
     return result
 
 
@@ -884,7 +884,7 @@ def _cancel(started: Run, detail: str = "") -> NoReturn:
 
 
 def _end_cancelled(started: Run, failure: Failure, detail: str) -> NoReturn:
-    _tell_celery(started, announcements.cancelled(failure.message))
+    _tell_celery(started, outcomes.cancelled(failure.message))
     reason = started.execution.cancel_reason
     raise RunEnded("cancelled", "; ".join(filter(None, (reason, detail))), 0.0) from None
 
@@ -928,8 +928,8 @@ def _end_attempt(started: Run, error: BaseException) -> NoReturn:
     except CancelExecution:
         _cancel(started, _raised(failure))
     is_death = isinstance(error, KeyboardInterrupt)
-    told = WorkerLost(failure.message) if is_death else announcements.portable(error, failure.message)
-    _tell_celery(started, announcements.Outcome(ExecutionStatus.FAILED, error=told, traceback=failure.traceback))
+    told = WorkerLost(failure.message) if is_death else outcomes.portable(error, failure.message)
+    _tell_celery(started, outcomes.Outcome(ExecutionStatus.FAILED, error=told, traceback=failure.traceback))
     raise told
 
 
@@ -977,7 +977,7 @@ def _keep_tracer_out(request: Any) -> None:
     request.ignore_result = True
 
 
-def _tell_celery(started: Run, outcome: announcements.Outcome) -> None:
+def _tell_celery(started: Run, outcome: outcomes.Outcome) -> None:
     """Tell Celery of the outcome, which is committed; what fails here, the sweeper does again."""
     execution = started.execution
     options = execution.get_options()

@@ -19,7 +19,7 @@ from billiard.einfo import ExceptionInfo
 from celery import current_app
 from celery import signals as celery_signals
 
-from conductor_app.engine import announcements, executor
+from conductor_app.engine import announcements, executor, outcomes
 from conductor_app.host import plain_runs
 from conductor_app.models import Execution, database
 from conductor_app.states import ExecutionStatus
@@ -104,7 +104,7 @@ def _send_revoked(task: Any, execution: Execution) -> None:
 
 
 def _send_failure(task: Any, execution: Execution) -> None:
-    error: Any = announcements.outcome_of(execution).error
+    error: Any = outcomes.outcome_of(execution).error
     try:
         raise error  # Celery's details of an exception are those of one that was raised
     except type(error):

@@ -31,7 +31,7 @@ from conductor_app import transitions
 from conductor_app.body import apart, headers, left_open
 from conductor_app.body.plain import PlainTask, is_invocable
 from conductor_app.conf import conductor_settings
-from conductor_app.engine import announcements, executor, hand_off
+from conductor_app.engine import executor, hand_off, outcomes
 from conductor_app.engine.executor import RunEnded
 from conductor_app.engine.process import process
 from conductor_app.exceptions import (
@@ -235,7 +235,7 @@ class _Run:
         if is_exit and (hand_off.gate.is_own_process or executor.is_ending(error)):
             raise error
         # Of what is no Exception Celery would make an unreadable message, or a slot that is never free.
-        told = announcements.portable(error, describe(error, conductor_settings().MAX_ERROR_BYTES).message)
+        told = outcomes.portable(error, describe(error, conductor_settings().MAX_ERROR_BYTES).message)
         try:
             raise told
         except Exception:  # noqa: BLE001 - what has just been raised

@@ -14,7 +14,7 @@ import pytest
 from django.db import connections, transaction
 
 from conductor_app import api, transitions
-from conductor_app.engine import announcements
+from conductor_app.engine import announcements, outcomes
 from conductor_app.exceptions import LeaseLost
 from conductor_app.models import Execution
 from conductor_app.states import ExecutionStatus
@@ -106,7 +106,7 @@ def told() -> Execution:
 
 
 def announce(run: Execution) -> None:
-    announcements.tell(run, announcements.Outcome(ExecutionStatus.SUCCEEDED, 1))
+    announcements.tell(run, outcomes.Outcome(ExecutionStatus.SUCCEEDED, 1))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from celery.result import AsyncResult
 from django.db import OperationalError, transaction
 
 from conductor_app import ExecutionContext, api
-from conductor_app.engine import announcements, sweeper
+from conductor_app.engine import announcements, outcomes, sweeper
 from conductor_app.host import worker
 from conductor_app.models import Execution
 from project.celery import app
@@ -199,7 +199,7 @@ def test_whoever_tells_celery_late_does_not_tell_of_the_next_end(
     if end == "cancelled":
         api.cancel(result)
     late = reload(result)
-    outcome = announcements.outcome_of(late)
+    outcome = outcomes.outcome_of(late)
     assert late.announce_at is not None
     if teller == "run":  # it knows of the end what it has brought about
         late.status, late.finished_at = "running", None
@@ -213,7 +213,7 @@ def test_whoever_tells_celery_late_does_not_tell_of_the_next_end(
     row = reload(result)
     assert (row.status, row.get_result()) == ("succeeded", "done")
     assert row.announce_at is not None, "of which nobody has told"
-    tell(row, announcements.outcome_of(row))
+    tell(row, outcomes.outcome_of(row))
     assert reload(result).announce_at is None
     tell(late, outcome)
     assert (AsyncResult(result.id).state, AsyncResult(result.id).result) == (states.SUCCESS, "done")
@@ -252,7 +252,7 @@ def test_an_error_callback_is_called_once_for_each_end(monkeypatch: pytest.Monke
             return
         told.append(execution.pk)
         Execution.objects.filter(pk=execution.pk).update(announce_at=execution.created_at)
-        tell(reload(execution), announcements.outcome_of(reload(execution)))
+        tell(reload(execution), outcomes.outcome_of(reload(execution)))
 
     monkeypatch.setattr(announcements, "tell", tell_twice)
     result = fails.apply_async(link_error=notes_failure.s())

@@ -1398,14 +1398,14 @@ MUTANTS = [
     ),
     Mutant(
         "an error callback's own arguments are taken for the failure's",
-        "engine/announcements.py",
+        "engine/callbacks.py",
         "    if not errback.immutable and (errback.args or errback.kwargs):",
         "    if False:",
         ("tests/acceptance/test_canvas.py",),
     ),
     Mutant(
         "an error callback that raises keeps the others from being called",
-        "engine/announcements.py",
+        "engine/callbacks.py",
         """        except Exception:
             logger.exception("Error callback %s of %s raised an exception.", errback.task, request.id)
 """,
