@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from conductor_app import signals
-from conductor_app.engine.executor import RunEnded
+from conductor_app.engine.run import RunEnded
 from conductor_app.exceptions import Failure
 from conductor_app.models import Execution
 from conductor_app.store import observing

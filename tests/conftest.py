@@ -10,7 +10,7 @@ from celery import _state, current_app, signals
 from django.db import connection
 
 from conductor_app.body.logger import body_logger
-from conductor_app.engine import announcements, executor
+from conductor_app.engine import announcements, draining
 from conductor_app.transitions import dispatch
 from tests.support.broker import purge
 from tests.support.databases import empty_by_deleting, end_other_sessions
@@ -66,7 +66,7 @@ def _nothing_rests(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let no test find what another one has left: a broker or a result backend that rests, a shutdown."""
     dispatch.reset_breaker()
     monkeypatch.setattr(announcements, "_rests_until", 0.0)
-    monkeypatch.setattr(executor, "is_draining", lambda: False)
+    monkeypatch.setattr(draining, "is_draining", lambda: False)
     # A worker that is set up in this process hangs Celery's task logger over it.
     monkeypatch.setattr(body_logger, "parent", body_logger.parent)
     # Celery publishes with the list of receivers that there was at the first publish. When one of them has died, the

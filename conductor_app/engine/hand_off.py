@@ -182,6 +182,12 @@ class Delivery:
 current: ContextVar[Delivery | None] = ContextVar("conductor_app_delivery", default=None)
 
 
+def delivery_of(execution_id: uuid.UUID) -> Delivery | None:
+    """Return the delivery that this run belongs to; none for one in eager mode, inside another body for example."""
+    delivery = current.get()
+    return delivery if delivery is not None and delivery.running == execution_id else None
+
+
 def is_between_runs() -> bool:
     """Tell whether another run follows in this thread, or has not quite begun."""
     delivery = current.get()

@@ -33,8 +33,8 @@ from django.db import DatabaseError
 from conductor_app import transitions
 from conductor_app.body import left_open
 from conductor_app.body.plain import is_invocable
-from conductor_app.engine import executor, hand_off
-from conductor_app.engine.executor import RunEnded, resume_unsuspended
+from conductor_app.engine import claims, endings, executor, hand_off, misfits
+from conductor_app.engine.run import Run, RunEnded
 from conductor_app.exceptions import AbandonRun, LeaseLost
 from conductor_app.models import Execution
 from conductor_app.store.ids import of_task_id
@@ -153,7 +153,7 @@ def _run_delivered(
             finally:
                 task.refused.reset(token)
         try:
-            execution = executor.take(task, execution_id, request.get("hostname"))
+            execution = claims.take(task, execution_id, request.get("hostname"))
         except RunEnded as ended:
             return _drop(task, task_id, ended, request)
         return _run_claimed(task, tracer, execution, lambda: request_of(execution, request, task_id), limit)
@@ -172,13 +172,13 @@ def _run_claimed(
     task: Any, tracer: Tracer, execution: Execution, make_request: Callable[[], dict[str, Any]], limit: Any
 ) -> trace_ok_t:
     """Let Celery's tracer run a claimed execution, and see to it that something is stored of it."""
-    with executor.held(task, execution, limit, None) as started:
+    with claims.held(task, execution, limit, None) as started:
         request: dict[str, Any] = {}
         try:
             request = make_request()
             started.hostname = request["hostname"]
             try:
-                executor.put_off_misfit(started, is_eager=request["is_eager"])
+                misfits.put_off_misfit(started, is_eager=request["is_eager"])
             except RunEnded as ended:
                 return _drop(task, request["id"], ended, request)
             args, kwargs = started.arguments() or ([], {})
@@ -188,7 +188,7 @@ def _run_claimed(
         return outcome if started.is_over else _settle(started, outcome)
 
 
-def _settle(started: executor.Run, outcome: Any) -> trace_ok_t:
+def _settle(started: Run, outcome: Any) -> trace_ok_t:
     """Store how a run has ended that never came as far as its body."""
     error = outcome.info.retval if outcome.info else None
     started.watch.clean()
@@ -206,7 +206,7 @@ def _settle(started: executor.Run, outcome: Any) -> trace_ok_t:
     return outcome  # type: ignore[no-any-return]
 
 
-def _escaped(started: executor.Run, error: BaseException) -> trace_ok_t:
+def _escaped(started: Run, error: BaseException) -> trace_ok_t:
     """Store what came out of Celery's tracer, and return what Celery is to make of it.
 
     Only what ends the process may leave the pool's function: it would take anything else for an unreadable message, or
@@ -215,7 +215,7 @@ def _escaped(started: executor.Run, error: BaseException) -> trace_ok_t:
     if started.is_over:
         if isinstance(error, (SystemExit, KeyboardInterrupt)):
             raise error
-        executor.report(started.execution, "has ended, and what followed failed", error)
+        endings.report(started.execution, "has ended, and what followed failed", error)
         if started.error is None:
             return trace_ok_t(started.result, None, 0.0, "")
         return _ended_by(started.error)
@@ -223,7 +223,7 @@ def _escaped(started: executor.Run, error: BaseException) -> trace_ok_t:
     try:
         executor.end_by(started, error)
     except Exception as told:  # noqa: BLE001 - what failed the execution for good, or ``RunEnded``
-        executor.report(started.execution, "has failed outside of its body", error)
+        endings.report(started.execution, "has failed outside of its body", error)
         return _ended_by(told)
     return _ended_by(error)
 
@@ -286,7 +286,7 @@ def _run_handed_off(task: Any, execution: Execution, request: dict[str, Any]) ->
     try:
         left_open.clear(f"{task.name}[{execution.pk}]")
         try:
-            taken = executor.take(task, execution.pk, request["hostname"])
+            taken = claims.take(task, execution.pk, request["hostname"])
         except RunEnded as ended:
             return _drop(task, request["id"], ended, request)
         return _run_claimed(task, task.__trace__.tracer, taken, lambda: request, limit)
@@ -376,4 +376,4 @@ def _give_back(delivery: hand_off.Delivery) -> None:
         transitions.release(execution)
     except (DatabaseError, LeaseLost, AbandonRun) as error:
         logger.warning("Execution %s is left to its lease: %s", execution.pk, error)
-        resume_unsuspended(delivery.suspended)
+        claims.resume_unsuspended(delivery.suspended)

@@ -19,7 +19,8 @@ from billiard.einfo import ExceptionInfo
 from celery import current_app
 from celery import signals as celery_signals
 
-from conductor_app.engine import announcements, executor, outcomes
+from conductor_app.engine import announcements, outcomes
+from conductor_app.engine.run import current_run
 from conductor_app.host import plain_runs
 from conductor_app.models import Execution, database
 from conductor_app.states import ExecutionStatus
@@ -77,7 +78,7 @@ def _celery_tells(execution: Execution, status: str) -> bool:
     """Tell whether Celery has sent a signal of this end, or is about to."""
     if _told.pop(execution.pk, None) is not None or plain_runs.is_running(str(execution.pk)):
         return True
-    run = executor.current_run.get()
+    run = current_run.get()
     is_its_own = run is not None and run.execution.pk == execution.pk
     # Of a body that its cancellation has ended, Celery's tracer says nothing.
     return is_its_own and status == ExecutionStatus.FAILED

@@ -31,9 +31,9 @@ from conductor_app import transitions
 from conductor_app.body import apart, headers, left_open
 from conductor_app.body.plain import PlainTask, is_invocable
 from conductor_app.conf import conductor_settings
-from conductor_app.engine import executor, hand_off, outcomes
-from conductor_app.engine.executor import RunEnded
+from conductor_app.engine import claims, draining, endings, hand_off, misfits, outcomes
 from conductor_app.engine.process import process
+from conductor_app.engine.run import RunEnded
 from conductor_app.exceptions import (
     AbandonRun,
     CancelExecution,
@@ -145,18 +145,18 @@ def _claim(task: Any, execution_id: uuid.UUID, request: dict[str, Any]) -> Execu
     attempt = (retries if isinstance(retries, int) else 0) + 1
     owner = owners.lease_owner(request.get("hostname"))
     try:
-        execution = executor.claim(execution_id, owner, task.name, attempt)
+        execution = claims.claim(execution_id, owner, task.name, attempt)
         if execution is None:
             rows = Execution.objects.using(database()).filter(pk=execution_id, task=task.name)
             if rows.exists():
                 raise RunEnded("dropped", "not queued, about another attempt, or another run has it")
     except (DatabaseError, InterfaceError) as error:
-        raise executor.not_claimed(execution_id, error) from None
+        raise claims.not_claimed(execution_id, error) from None
     return execution
 
 
 def _put_off_misfit(task: Any, execution: Execution, request: dict[str, Any]) -> RunEnded | None:
-    """Leave a claimed execution whose payload does not fit the task here to other workers, as ``executor`` does.
+    """Leave a claimed execution whose payload does not fit the task here to other workers, as ``misfits`` does.
 
     When that was tried enough, the task says itself what it misses.
     """
@@ -169,7 +169,7 @@ def _put_off_misfit(task: Any, execution: Execution, request: dict[str, Any]) ->
     if not misfit:
         return None
     try:
-        return executor.put_off(execution, misfit, request.get("hostname"))
+        return misfits.put_off(execution, misfit, request.get("hostname"))
     except CancelExecution:
         transitions.cancel_running(execution)
         return RunEnded("cancelled", execution.cancel_reason, 0.0)
@@ -222,7 +222,7 @@ class _Run:
     def _escaped(self, error: BaseException, request: dict[str, Any]) -> Any:
         """Store what has come out of the tracer and is no ``Exception``, and return or raise what Celery is to get."""
         is_exit = isinstance(error, (SystemExit, KeyboardInterrupt))
-        if not self.ended and is_exit and executor.is_ending(error):
+        if not self.ended and is_exit and draining.is_ending(error):
             # As at any end of a worker: what Celery would not run again is not run again here, either.
             if self._execution.runs_again:
                 self._write(lambda: transitions.release(self._execution))
@@ -232,7 +232,7 @@ class _Run:
             self._lose(error)
         elif not self.ended and not is_exit:
             self._write(lambda: self._fail(error))
-        if is_exit and (hand_off.gate.is_own_process or executor.is_ending(error)):
+        if is_exit and (hand_off.gate.is_own_process or draining.is_ending(error)):
             raise error
         # Of what is no Exception Celery would make an unreadable message, or a slot that is never free.
         told = outcomes.portable(error, describe(error, conductor_settings().MAX_ERROR_BYTES).message)
@@ -294,7 +294,7 @@ class _Run:
                 self._try(act)
             except (DatabaseError, InterfaceError) as error:
                 # Whatever this outcome is refused for, the execution has to get one while its process lives.
-                executor.report(self._execution, "could not end as it was to", error)
+                endings.report(self._execution, "could not end as it was to", error)
                 refused = error
                 self._try(lambda: self._fail(refused))
         except LeaseLost as error:

@@ -10,8 +10,8 @@ from celery.utils.log import ColorFormatter
 
 from conductor_app import signals
 from conductor_app.body.logger import body_logger
-from conductor_app.engine.executor import RunEnded
 from conductor_app.engine.process import process
+from conductor_app.engine.run import RunEnded
 from conductor_app.exceptions import Failure
 from conductor_app.host import durable_runs, ending, ends, inherited, plain_runs, publishing
 from conductor_app.models import Execution

@@ -20,7 +20,8 @@ from django.db import connections
 
 from conductor_app.body import left_open
 from conductor_app.body.plain import is_invocable
-from conductor_app.engine import executor, hand_off
+from conductor_app.engine import hand_off
+from conductor_app.engine.run import current_run
 from conductor_app.host import durable_runs
 
 
@@ -58,7 +59,7 @@ def _taught(original: Callable[..., None]) -> Callable[..., None]:
 
 def _is_claimed_already(task: Any) -> bool:
     """Tell whether a run of the task is about to begin in this thread, whose execution is claimed."""
-    started = executor.current_run.get()
+    started = current_run.get()
     return started is not None and started.task.name == task.name and not (started.has_begun or started.is_over)
 
 

@@ -48,8 +48,8 @@ from kombu.transport.memory import Transport as MemoryTransport
 
 from conductor_app import api, transitions
 from conductor_app.conf import conductor_settings
-from conductor_app.engine import announcements, calls, executor, hand_off, sweeper
-from conductor_app.engine.executor import RunEnded
+from conductor_app.engine import announcements, calls, draining, hand_off, sweeper
+from conductor_app.engine.run import RunEnded
 from conductor_app.exceptions import AbandonRun, CancelExecution, Failure, LeaseLost, class_path
 from conductor_app.host import durable_runs, ends, loops, plain_runs, pools, reuse
 from conductor_app.models import Execution, database
@@ -1058,7 +1058,7 @@ class ConductorStep(bootsteps.StartStopStep):
         pools.on_process_end = news.process_ended
         # Before the pool forks, so that its processes inherit the shared memory.
         self.shutdown = Shutdown()
-        executor.is_draining = self.shutdown.is_requested
+        draining.is_draining = self.shutdown.is_requested
         hand_off.gate = SharedGate(worker, self.shutdown)
         signals.worker_shutting_down.connect(self._on_shutting_down, weak=False)
         self.thread: SweeperThread | None = None
@@ -1100,7 +1100,7 @@ class ConductorStep(bootsteps.StartStopStep):
     def _leave(self) -> None:
         """Leave a process that goes on without this worker as it was: what it queues and runs now is no worker's."""
         signals.worker_shutting_down.disconnect(self._on_shutting_down)
-        executor.is_draining = lambda: False
+        draining.is_draining = lambda: False
         hand_off.gate = hand_off.Gate()
         _forks.thread = None
         dispatch.forget_broker()

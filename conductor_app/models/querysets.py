@@ -30,7 +30,7 @@ class ExecutionQuerySet(models.QuerySet["Execution"]):
         """The execution, if the run that claimed it as ``run`` still holds it.
 
         The fence alone does not tell: a claim that a crash of the database has undone, and the one that followed, have
-        the same. They have other owners, or the second one raises the fence (``executor``).
+        the same. They have other owners, or the second one raises the fence (``claims``).
         """
         return self.filter(pk=run.pk, fence=run.fence, lease_owner=run.lease_owner, status=ExecutionStatus.RUNNING)
 

@@ -31,6 +31,7 @@ from conductor_app.body.names import check_key
 from conductor_app.body.run import current_context
 from conductor_app.conf import conductor_settings
 from conductor_app.engine import announcements, calls, executor
+from conductor_app.engine.run import current_run
 from conductor_app.engine.waiting import check_wait_for_result
 from conductor_app.exceptions import (
     AbandonRun,
@@ -204,7 +205,7 @@ class DurableTask(_Task[P, R]):
                 else f'In a durable body use ctx.invoke("name", {name}, payload).'
             )
             raise InvalidArgumentType(f"{self.name} is durable and cannot be called like a function. {instead}")
-        started = executor.current_run.get()
+        started = current_run.get()
         if started is not None and started.task.name == self.name and started.execution.pk == of_task_id(request.id):
             return executor.run_body(started)
         refused = self.refused.get()
@@ -356,7 +357,7 @@ class DurableTask(_Task[P, R]):
         That of the body's own execution stays while it waits, instead of ``CONDUCTOR["REPORTED_STATE"]``. What a body
         that runs again from the top says before it has come to where the last run ended is left out.
         """
-        started, context = executor.current_run.get(), current_context.get()
+        started, context = current_run.get(), current_context.get()
         if (
             started is not None
             and context is not None

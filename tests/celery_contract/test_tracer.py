@@ -101,7 +101,7 @@ def test_ignore_ends_a_run_without_storing_anything(app: Celery, told: Told) -> 
 
 
 def test_an_ignore_survives_the_way_to_the_main_process() -> None:
-    from conductor_app.engine.executor import RunEnded
+    from conductor_app.engine.run import RunEnded
 
     try:
         raise RunEnded("suspended", "waiting for step 'a'", 1.5, "a")

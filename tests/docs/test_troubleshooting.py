@@ -15,7 +15,7 @@ from django.core.management import call_command
 from django.db import transaction
 
 from conductor_app import ExecutionContext, api, durable_task, transitions
-from conductor_app.engine import executor
+from conductor_app.engine import claims
 from conductor_app.exceptions import Failure
 from conductor_app.models import Execution
 from conductor_app.store import clock
@@ -145,7 +145,7 @@ def _silent() -> str:
 def _dropped() -> str:
     execution = executions.queued()
     execution.delete()
-    return _raised(lambda: executor.take(scenarios.echo, execution.pk, "celery@host"))
+    return _raised(lambda: claims.take(scenarios.echo, execution.pk, "celery@host"))
 
 
 def _died() -> str:

@@ -12,7 +12,7 @@ from django.db import IntegrityError, OperationalError, connection, transaction
 
 from conductor_app import signals, transitions
 from conductor_app.conf import conductor_settings
-from conductor_app.engine import executor, pruner
+from conductor_app.engine import claims, pruner
 from conductor_app.exceptions import AbandonRun, LeaseLost
 from conductor_app.models import Execution, FailedExecution, Step
 from conductor_app.states import ExecutionStatus, OnTimeout
@@ -503,7 +503,7 @@ def test_a_run_takes_its_own_claim_when_the_commit_got_no_answer(monkeypatch: py
     """It would be nobody's until the lease ends, and cost an attempt: the only one, with ``max_retries=0``."""
     execution = queued()
     with answers_lost(monkeypatch):
-        run = executor.claim(execution.pk, OWNER, execution.task)
+        run = claims.claim(execution.pk, OWNER, execution.task)
     assert run is not None
     assert (run.fence, run.attempt) == (2, 1)
     transitions.succeed(run, "1")
@@ -528,7 +528,7 @@ def test_a_lost_answer_takes_no_lease_from_a_run_that_has_it(monkeypatch: pytest
         for execution in (mine, others):
             with monkeypatch.context() as patched:
                 patched.setattr(transitions, "claim", fails_once(transitions.claim))
-                assert executor.claim(execution.pk, OWNER, execution.task) is None
+                assert claims.claim(execution.pk, OWNER, execution.task) is None
     assert (fresh(mine).fence, fresh(others).fence) == (1, 1)
 
 

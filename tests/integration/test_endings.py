@@ -10,9 +10,9 @@ from celery.signals import task_postrun
 from django.db import DatabaseError, IntegrityError, OperationalError, connection, transaction
 
 from conductor_app import ExecutionContext, transitions
-from conductor_app.engine import executor, hand_off
-from conductor_app.engine.executor import RunEnded
+from conductor_app.engine import claims, draining, hand_off
 from conductor_app.engine.process import process
+from conductor_app.engine.run import RunEnded
 from conductor_app.exceptions import InvokeInsideTransaction, StepFailed, UncleanConnection
 from conductor_app.host import durable_runs
 from conductor_app.models import Execution
@@ -114,7 +114,7 @@ def test_a_worker_that_shuts_down_gives_a_body_back_that_it_ends(
 ) -> None:
     @durable(max_retries=0)
     def ends(ctx: ExecutionContext) -> None:
-        monkeypatch.setattr(executor, "is_draining", lambda: True)
+        monkeypatch.setattr(draining, "is_draining", lambda: True)
         raise ending
 
     result = ends.delay()
@@ -229,19 +229,19 @@ def test_a_run_that_changes_nothing_does_not_loop(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_process_whose_claims_fail_although_the_database_answers_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(executor, "_answers_others", lambda: True)
-    monkeypatch.setattr(executor, "_failed_claims", 0)
+    monkeypatch.setattr(claims, "_answers_others", lambda: True)
+    monkeypatch.setattr(claims, "_failed_claims", 0)
     monkeypatch.setattr(type(hand_off.gate), "is_own_process", True)
     error = DatabaseError("spoilt")
     some = Execution().pk
-    for _ in range(executor.MAX_FAILED_CLAIMS - 1):
-        assert executor.not_claimed(some, error).what == "abandoned"
+    for _ in range(claims.MAX_FAILED_CLAIMS - 1):
+        assert claims.not_claimed(some, error).what == "abandoned"
     with pytest.raises(SystemExit):
-        executor.not_claimed(some, error)
+        claims.not_claimed(some, error)
 
 
 def test_an_outage_ends_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(hand_off.gate), "is_own_process", True)
-    monkeypatch.setattr(executor, "_answers_others", lambda: False)
-    for error in (OperationalError(2013, "Lost connection"), DatabaseError("spoilt")) * executor.MAX_FAILED_CLAIMS:
-        assert str(executor.not_claimed(Execution().pk, error)) == "abandoned: the database is away"
+    monkeypatch.setattr(claims, "_answers_others", lambda: False)
+    for error in (OperationalError(2013, "Lost connection"), DatabaseError("spoilt")) * claims.MAX_FAILED_CLAIMS:
+        assert str(claims.not_claimed(Execution().pk, error)) == "abandoned: the database is away"

@@ -20,7 +20,8 @@ from django.db import OperationalError, connection
 from django.test.utils import CaptureQueriesContext
 
 from conductor_app import signals, transitions
-from conductor_app.engine import executor, hand_off
+from conductor_app.engine import claims, hand_off
+from conductor_app.engine.run import RunEnded
 from conductor_app.exceptions import ChildFailed
 from conductor_app.host import durable_runs, worker
 from conductor_app.models import Execution, Step
@@ -387,7 +388,7 @@ def test_a_run_without_an_outcome_has_no_traceback_to_copy() -> None:
     assert isinstance(suspended, durable_runs.EndInfo)
     for info in (suspended, pickle.loads(pickle.dumps(suspended))):
         assert (info.type, repr(info.exception), info.internal) == (
-            executor.RunEnded,
+            RunEnded,
             "<run suspended: waiting for step 'nap'>",
             True,
         )
@@ -442,9 +443,9 @@ def test_a_claim_whose_commit_got_no_answer_is_taken_up(monkeypatch: pytest.Monk
 def test_a_claim_of_another_run_in_this_process_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     execution = running()
     with keeper.hold(execution):
-        assert executor._claimed_unheard(execution, OWNER) is None
+        assert claims._claimed_unheard(execution, OWNER) is None
     assert fresh(execution).fence == 1
-    taken = executor._claimed_unheard(execution, OWNER)
+    taken = claims._claimed_unheard(execution, OWNER)
     assert taken is not None
     assert taken.fence == 2
 

@@ -13,7 +13,7 @@ from celery.app.trace import build_tracer
 from celery.events.state import State
 
 from conductor_app import ExecutionContext, api
-from conductor_app.engine.executor import RunEnded
+from conductor_app.engine.run import RunEnded
 from conductor_app.host import durable_runs
 from conductor_app.host.worker import DurableRequest
 from conductor_app.transitions import dispatch

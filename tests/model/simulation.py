@@ -21,7 +21,7 @@ import pytest
 from celery.signals import task_failure
 from django.db import OperationalError, connection, connections
 
-from conductor_app.engine import executor
+from conductor_app.engine import claims, draining
 from conductor_app.host import inline, publishing
 from conductor_app.models import Execution
 from conductor_app.store import clock, owners, sql
@@ -223,8 +223,8 @@ class Stage:
         monkeypatch.setattr(dispatch, "is_embedded", lambda app=None: False)
         monkeypatch.setattr(publishing, "send", self._publish)
         monkeypatch.setattr(durable, "new_root_id", self._new_root_id)
-        monkeypatch.setattr(executor, "keeper", Keeper())
-        monkeypatch.setattr(executor, "is_draining", lambda: self.world.is_draining)
+        monkeypatch.setattr(claims, "keeper", Keeper())
+        monkeypatch.setattr(draining, "is_draining", lambda: self.world.is_draining)
         monkeypatch.setattr(owners, "lease_owner", lambda hostname: getattr(current_actor(), "name", "nobody"))
         # Nobody waits for anything: what is repeated is repeated at once.
         impatient = types.SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda seconds: None)

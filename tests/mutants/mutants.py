@@ -142,7 +142,7 @@ MUTANTS = [
     ),
     Mutant(
         "take over the lease of a run in the same process after an outage",
-        "engine/executor.py",
+        "engine/claims.py",
         "if execution is None and not keeper.holds(execution_id):",
         "if execution is None:",
         (COMMITS,),
@@ -280,7 +280,7 @@ MUTANTS = [
     ),
     Mutant(
         "call a body with arguments that it does not take",
-        "engine/executor.py",
+        "engine/misfits.py",
         'misfit = "" if arguments is None else task.misfit(*arguments)',
         'misfit = ""',
         (POSTPONING,),
@@ -288,7 +288,7 @@ MUTANTS = [
     Mutant(
         "let a base class make an error of arguments that the body does not take",
         "host/durable_runs.py",
-        '                executor.put_off_misfit(started, is_eager=request["is_eager"])\n',
+        '                misfits.put_off_misfit(started, is_eager=request["is_eager"])\n',
         "                pass\n",
         (POSTPONING,),
     ),
@@ -928,7 +928,7 @@ MUTANTS = [
     Mutant("hand off while the worker shuts down", "engine/hand_off.py", " or not gate.is_open()", "", (HAND_OFF,)),
     Mutant(
         "leave a handed off claim without an answer to its lease",
-        "engine/executor.py",
+        "engine/claims.py",
         "offer.claimed or _claimed_unheard(offer.wanted, execution.lease_owner)",
         "offer.claimed",
         (HAND_OFF,),
@@ -1464,7 +1464,7 @@ MUTANTS = [
     ),
     Mutant(
         "give two runs in one process the same fence",
-        "engine/executor.py",
+        "engine/claims.py",
         "if execution is not None and keeper.holds(execution_id, execution.fence):",
         "if False:",
         (AMNESIA,),
@@ -1472,7 +1472,7 @@ MUTANTS = [
     ),
     Mutant(
         "leave a parent whose suspension was forgotten to its lease",
-        "engine/executor.py",
+        "engine/endings.py",
         "        started.lease.on_loss()\n",
         "",
         (AMNESIA,),
@@ -1480,7 +1480,7 @@ MUTANTS = [
     ),
     Mutant(
         "resume only the innermost of several parents whose suspensions were forgotten",
-        "engine/executor.py",
+        "engine/claims.py",
         "    for parent in reversed(parents):",
         "    for parent in parents[-1:]:",
         (AMNESIA,),
@@ -1590,14 +1590,14 @@ MUTANTS = [
     ),
     Mutant(
         "leave a run to its lease whose last write has failed",
-        "engine/executor.py",
+        "engine/endings.py",
         '            report(started.execution, "could not end as it was to", error)\n',
         "            raise\n",
         (ENDINGS,),
     ),
     Mutant(
         "fail a body that a shutdown ends",
-        "engine/executor.py",
+        "engine/draining.py",
         "    return is_draining() or isinstance(error, (WorkerShutdown, WorkerTerminate))\n",
         "    return False\n",
         (ENDINGS,),
