@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from conductor_app.exceptions import EventTimedOut as EventTimedOut
     from conductor_app.exceptions import LeaseLost as LeaseLost
     from conductor_app.exceptions import SuspendExecution as SuspendExecution
-    from conductor_app.tasks.durable import DurableTask as DurableTask
-    from conductor_app.tasks.durable import durable_task as durable_task
+    from conductor_app.tasks.decorator import durable_task as durable_task
+    from conductor_app.tasks.task import DurableTask as DurableTask
 
 __version__ = "0.1.0"
 
@@ -32,12 +32,12 @@ _EXPORTS = {
     "ChildHandle": "conductor_app.body.children",
     "ChildTimedOut": "conductor_app.exceptions",
     "ConductorError": "conductor_app.exceptions",
-    "DurableTask": "conductor_app.tasks.durable",
+    "DurableTask": "conductor_app.tasks.task",
     "EventTimedOut": "conductor_app.exceptions",
     "ExecutionContext": "conductor_app.body.context",
     "LeaseLost": "conductor_app.exceptions",
     "SuspendExecution": "conductor_app.exceptions",
-    "durable_task": "conductor_app.tasks.durable",
+    "durable_task": "conductor_app.tasks.decorator",
 }
 
 __all__ = [*sorted(_EXPORTS), "__version__"]  # noqa: PLE0604 - names, each a string

@@ -6,7 +6,7 @@ import logging
 
 from celery import Celery, current_app
 
-from conductor_app.tasks.durable import DurableTask
+from conductor_app.tasks.task import DurableTask
 from conductor_app.telling.words import short_name
 
 logger = logging.getLogger(__name__)

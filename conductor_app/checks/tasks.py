@@ -10,7 +10,7 @@ from django.core import checks
 from django.core.checks import CheckMessage
 
 from conductor_app.checks import subject
-from conductor_app.tasks.durable import DurableTask
+from conductor_app.tasks.task import DurableTask
 
 
 def durable_tasks(app: Celery) -> list[DurableTask[Any, Any]]:

@@ -14,7 +14,8 @@ from django.db import DatabaseError, IntegrityError, InterfaceError, connections
 
 from conductor_app import transitions
 from conductor_app.body import left_open
-from conductor_app.body.context import ExecutionContext, as_misuse, unclean
+from conductor_app.body.context import ExecutionContext
+from conductor_app.body.misuse import as_misuse, unclean
 from conductor_app.conf import conductor_settings
 from conductor_app.engine import announcements, hand_off, outcomes
 from conductor_app.engine.claims import handing_off

@@ -19,9 +19,9 @@ from celery import Task
 from django.db import DatabaseError
 
 from conductor_app import transitions
-from conductor_app.body import apart, left_open, scopes
+from conductor_app.body import apart, scopes
 from conductor_app.body.context import ExecutionContext
-from conductor_app.body.misuse import as_misuse, unclean, unclean_start
+from conductor_app.body.misuse import unclean, unclean_start
 from conductor_app.body.run import SWALLOWED_ADVICE, BodyRun, swallowed_suspension
 from conductor_app.conf import conductor_settings
 from conductor_app.engine import hand_off, outcomes

@@ -27,7 +27,7 @@ from conductor_app.exceptions import (
 )
 from conductor_app.models import Execution, database
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
-from conductor_app.tasks.durable import DurableTask
+from conductor_app.tasks.task import DurableTask
 from conductor_app.testing.outcomes import BodyError, Outcomes, StepCall, remember
 from conductor_app.transitions import Invocation, Together
 from conductor_app.transitions.leases import Lease

@@ -21,7 +21,7 @@ from conductor_app.exceptions import (
     InvalidArgumentType,
 )
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
-from conductor_app.tasks.durable import DurableTask
+from conductor_app.tasks.task import DurableTask
 from conductor_app.transitions import AwaitEvent, Gather, Invocation, Map, NewExecution, Sleep, Wait
 from conductor_app.transitions.steps import ChildOutcome, Memory
 from conductor_app.values.serialization import describe, dump_failure, dumps, loads, round_trip, shown

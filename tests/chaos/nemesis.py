@@ -20,7 +20,7 @@ from typing import Any
 import psycopg
 from kombu.exceptions import OperationalError
 
-from conductor_app.tasks.durable import DurableTask
+from conductor_app.tasks.task import DurableTask
 from project.celery import app
 from tests.chaos.stack import Servers, Workers
 from tests.support.messages import ring

@@ -19,7 +19,7 @@ from celery.utils.dispatch import Signal
 
 from conductor_app.host import inline
 from conductor_app.store import clock
-from conductor_app.tasks import durable
+from conductor_app.tasks import decorator
 from conductor_app.testing import Conductor
 from project.celery import app
 from tests.docs.pages import Block
@@ -119,7 +119,7 @@ def matches(want: str, got: str, flags: int = _FLAGS) -> bool:
 @contextlib.contextmanager
 def session() -> Iterator[Session]:
     """A session whose modules, tasks and receivers of Celery's signals are gone afterwards."""
-    tasks, modules, names = set(app.tasks), set(sys.modules), dict(durable._defined_at)
+    tasks, modules, names = set(app.tasks), set(sys.modules), dict(decorator._defined_at)
     finalizers = set(_state._on_app_finalizers)
     receivers = [(signal, list(signal.receivers)) for signal in vars(signals).values() if isinstance(signal, Signal)]
     try:
@@ -130,8 +130,8 @@ def session() -> Iterator[Session]:
         for name in set(sys.modules) - modules:
             if getattr(sys.modules[name], "__doc_page__", False):
                 del sys.modules[name]
-        durable._defined_at.clear()
-        durable._defined_at.update(names)
+        decorator._defined_at.clear()
+        decorator._defined_at.update(names)
         _state._on_app_finalizers.intersection_update(finalizers)
         for signal, known in receivers:
             signal.receivers[:] = known

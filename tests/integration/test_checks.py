@@ -25,7 +25,7 @@ from django.db import OperationalError, connection
 
 from conductor_app import checks, durable_task
 from conductor_app.conf import ConductorSettings
-from conductor_app.tasks.durable import DurableTask
+from conductor_app.tasks.task import DurableTask
 from project.celery import app as project_app
 from tests.app import scenarios
 from tests.support.worker import ROOT, Worker

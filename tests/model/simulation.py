@@ -25,7 +25,7 @@ from conductor_app.engine import claims, draining
 from conductor_app.host import inline, publishing
 from conductor_app.models import Execution
 from conductor_app.store import clock, owners, sql
-from conductor_app.tasks import durable
+from conductor_app.tasks import kept_options, task
 from conductor_app.transitions import dispatch, leases
 from conductor_app.transitions.leases import Lease
 from project.celery import app
@@ -222,7 +222,8 @@ class Stage:
         monkeypatch.setattr(clock.DatabaseNow, "as_sqlite", _frozen_now)
         monkeypatch.setattr(dispatch, "is_embedded", lambda app=None: False)
         monkeypatch.setattr(publishing, "send", self._publish)
-        monkeypatch.setattr(durable, "new_root_id", self._new_root_id)
+        for module in (task, kept_options):
+            monkeypatch.setattr(module, "new_root_id", self._new_root_id)
         monkeypatch.setattr(claims, "keeper", Keeper())
         monkeypatch.setattr(draining, "is_draining", lambda: self.world.is_draining)
         monkeypatch.setattr(owners, "lease_owner", lambda hostname: getattr(current_actor(), "name", "nobody"))

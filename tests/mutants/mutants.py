@@ -1760,7 +1760,7 @@ MUTANTS = [
     ),
     Mutant(
         "apply inside a body that a worker runs",
-        "tasks/durable.py",
+        "tasks/task.py",
         "running.task is not None and running.task.request.is_eager)",
         "running.task is not None)",
         (EAGER,),
@@ -1823,7 +1823,7 @@ MUTANTS = [
     ),
     Mutant(
         "apply nothing to an id that is taken",
-        "tasks/durable.py",
+        "tasks/task.py",
         "calls.create(new, calls.nobody())",
         "calls.create(new, None)",
         (CALLS,),

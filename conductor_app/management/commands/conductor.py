@@ -14,7 +14,7 @@ from django.db import Error as AnyDatabaseError
 from django.db import InterfaceError, OperationalError
 
 from conductor_app.checks import schema
-from conductor_app.management.output import Output, clean
+from conductor_app.management.output import Output
 from conductor_app.management.subcommands.acting import Cancel, Publish, Rerun, Retry, Send, Wake
 from conductor_app.management.subcommands.base import OK, PROBLEM, Subcommand
 from conductor_app.management.subcommands.doctor import Doctor
@@ -24,6 +24,7 @@ from conductor_app.management.subcommands.show import Show
 from conductor_app.management.subcommands.sweep import Sweep
 from conductor_app.models import database
 from conductor_app.store import eager
+from conductor_app.telling.words import clean
 
 SUBCOMMANDS: tuple[Subcommand, ...] = (
     Doctor(),

@@ -15,7 +15,7 @@ from django.core.management.base import CommandError, CommandParser
 from conductor_app.management.output import Output
 from conductor_app.models import Execution, database
 from conductor_app.store.ids import range_of
-from conductor_app.tasks.durable import DurableTask
+from conductor_app.tasks.task import DurableTask
 
 #: Exit codes.
 OK = 0

@@ -26,7 +26,7 @@ from conductor_app.checks.database import session_warnings
 from conductor_app.checks.result_backend import check_result_backend
 from conductor_app.checks.subject import TAG, has_app
 from conductor_app.conf import conductor_settings
-from conductor_app.management.output import STYLES, Output, clean, plain
+from conductor_app.management.output import STYLES, Output, plain
 from conductor_app.management.subcommands.base import (
     OK,
     PROBLEM,
@@ -41,7 +41,7 @@ from conductor_app.store import clock, sessions
 from conductor_app.store.owners import node_name
 from conductor_app.telling.hints import app_to_load
 from conductor_app.telling.queues import UNDELIVERABLE_DISPATCHES
-from conductor_app.telling.words import duration
+from conductor_app.telling.words import clean, duration
 from conductor_app.transitions import dispatch, steps
 
 T = TypeVar("T")

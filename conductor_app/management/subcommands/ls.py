@@ -10,13 +10,13 @@ from django.core.management.base import CommandParser
 from rich.table import Table
 from rich.text import Text
 
-from conductor_app.management.output import Output, clean, plain, status
+from conductor_app.management.output import Output, plain, status
 from conductor_app.management.subcommands.base import OK, Subcommand, celery_app, load_durable_tasks, positive_int
 from conductor_app.models import Execution, FailedExecution, Step, database
 from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.store import clock
 from conductor_app.telling.labels import attempts, document, label
-from conductor_app.telling.words import duration, first_line, short_name
+from conductor_app.telling.words import clean, duration, first_line, short_name
 
 #: Columns of a terminal; with less room than this, errors are left out.
 MIN_ERROR_WIDTH = 16

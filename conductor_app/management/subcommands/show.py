@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from conductor_app.management.output import STYLES, Output, clean, plain, status
+from conductor_app.management.output import STYLES, Output, plain, status
 from conductor_app.management.subcommands.base import OK, Subcommand, execution_ids, not_found
 from conductor_app.models import Execution, Step
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
@@ -24,7 +24,7 @@ from conductor_app.telling.labels import STEP_MARKS, attempts, label
 from conductor_app.telling.mailbox import unclaimed
 from conductor_app.telling.steps import MOST_STEPS
 from conductor_app.telling.story import Story, read
-from conductor_app.telling.words import duration, exact, first_line, offset, short_name
+from conductor_app.telling.words import clean, duration, exact, first_line, offset, short_name
 from conductor_app.values.redaction import decode, readable, redact
 from conductor_app.values.serialization import load_failure
 

@@ -1,0 +1,77 @@
+"""The result of a durable task, and when waiting for it is in vain."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, cast
+
+import celery.exceptions
+from celery.result import AsyncResult
+from django.db import DatabaseError, InterfaceError
+
+from conductor_app.body.run import current_context
+from conductor_app.conf import conductor_settings
+from conductor_app.engine.waiting import check_wait_for_result
+from conductor_app.exceptions import BlockingCallInTask
+from conductor_app.store.sql import drop_dead_connections, is_outage, once_more
+
+#: How often to look whether a database is back, in seconds.
+_AWAY_POLL_SECONDS = 0.2
+
+if TYPE_CHECKING:
+    _AsyncResult = AsyncResult[Any]
+else:  # Celery 5.6 cannot be subscripted at run time.
+    _AsyncResult = AsyncResult
+
+
+class DurableResult(_AsyncResult):
+    """An ``AsyncResult`` that refuses to be waited for inside a durable body.
+
+    It gets over a database connection that dies meanwhile, where results are in the database.
+    """
+
+    def _get_task_meta(self) -> Any:
+        read: Any = super()._get_task_meta  # type: ignore[misc]  # its stubs do not know it
+        return once_more(read)
+
+    def get(self, timeout: float | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Wait for the result; see ``celery.result.AsyncResult.get``. ``None`` at once if the call ignores it.
+
+        Args:
+            timeout: Seconds to wait; ``None`` waits without limit, 0 only looks (Celery's own waits without limit).
+
+        Raises:
+            celery.exceptions.TimeoutError: It has not come by then.
+            BlockingCallInTask: The call stands in a durable body.
+            WaitInsideTransaction: The current transaction can never see the end: it has created the execution, or one
+                before it in its chain, or reads a snapshot.
+        """
+        if current_context.get() is not None:
+            raise BlockingCallInTask(
+                f"Waiting for {self.id} inside a durable body would hold the worker. Use ctx.invoke instead of "
+                ".delay(…).get()."
+            )
+        if self.ignored:
+            return None
+        check_wait_for_result(self, timeout)
+        if timeout == 0 and not self.ready():
+            raise celery.exceptions.TimeoutError(f"The result of {self.id} is not there yet. It goes on; wait again.")
+        began, seen_at = time.monotonic(), None
+        left = timeout
+        while True:
+            try:
+                return super().get(left, *args, **kwargs)
+            except (DatabaseError, InterfaceError) as error:
+                now = time.monotonic()
+                if cast(Any, self)._cache is not None or not is_outage(error):
+                    raise  # the task's own error
+                if drop_dead_connections():
+                    seen_at = now
+                elif seen_at is None or now - seen_at > conductor_settings().LEASE_SECONDS:
+                    raise
+                else:
+                    time.sleep(_AWAY_POLL_SECONDS)
+                if timeout is not None:
+                    left = began + timeout - time.monotonic()
+                    if left <= 0:
+                        raise
