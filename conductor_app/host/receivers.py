@@ -25,16 +25,16 @@ logger = logging.getLogger("conductor_app.execution")
 def prepare_worker(**kwargs: Any) -> None:
     """Install the sweeper in a worker that starts."""
     # Celery's worker modules are heavy, and web processes never need them.
-    from conductor_app.host import worker  # noqa: PLC0415
+    from conductor_app.host import bootsteps  # noqa: PLC0415
 
-    worker.install(**kwargs)
+    bootsteps.install(**kwargs)
 
 
 def prepare_embedded_worker(sender: Any = None, **_kwargs: Any) -> None:
     """Install the sweeper in a worker that another program starts: Celery's ``start_worker`` does so, for tests."""
-    from conductor_app.host import worker  # noqa: PLC0415
+    from conductor_app.host import bootsteps  # noqa: PLC0415
 
-    worker.install(instance=sender)
+    bootsteps.install(instance=sender)
 
 
 def log_finished(execution: Execution, status: str, **_kwargs: Any) -> None:

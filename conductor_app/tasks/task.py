@@ -56,9 +56,9 @@ class DurableTask(RefusingTask[P, R]):
 
     abstract = True
     #: What the worker wraps around each delivery.
-    Request = "conductor_app.host.worker:DurableRequest"
+    Request = "conductor_app.host.request:DurableRequest"
     #: What the worker does with each message.
-    Strategy = "conductor_app.host.worker:strategy"
+    Strategy = "conductor_app.host.request:strategy"
 
     # A message is a doorbell: acknowledged at once and never brought back by Celery. Leases and the sweeper do that.
     acks_late = False

@@ -24,7 +24,7 @@ BODY = f"{LOOP};apply_target (/x/site-packages/celery/concurrency/base.py:30);ru
             f"{BODY};publish (/x/site-packages/kombu/messaging.py:1);wait (/x/site-packages/amqp/x.py:1)",
             "broker publish",
         ),
-        (f"{BODY};acknowledge (conductor_app/host/worker.py:1)", "broker acknowledge"),
+        (f"{BODY};acknowledge (conductor_app/host/request.py:1)", "broker acknowledge"),
         (BODY, "conductor_app"),
         (f"{BODY};steps (benchmarks/tasks.py:3)", "bodies"),
         (f"{BODY};sleep (time.py:3)", "other"),
@@ -37,7 +37,7 @@ def test_a_sample_belongs_to_the_one_who_has_the_worker(stack: str, expected: st
 def test_start_up_and_other_threads_are_left_out() -> None:
     lines = [
         "thread (1);_run_module_as_main (<frozen runpy>:198);a (x.py);_find_and_load (<frozen importlib>);b (y.py) 50",
-        "thread (2);_bootstrap (threading.py:1);sweep (conductor_app/host/worker.py:1) 50",
+        "thread (2);_bootstrap (threading.py:1);sweep (conductor_app/host/sweeper_thread.py:1) 50",
         f"thread (1);{BODY} 1",
     ]
     assert shares(lines) == [("conductor_app", 1.0)]

@@ -1,4 +1,4 @@
-"""What billiard's pool limits in each of its processes: relied on by the gate of ``worker``."""
+"""What billiard's pool limits in each of its processes: relied on by ``gate``."""
 
 from __future__ import annotations
 

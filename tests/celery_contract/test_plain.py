@@ -1,4 +1,4 @@
-"""What Celery does with a plain task's delivery: relied on by ``plain_runs``, ``dispatch`` and ``worker``."""
+"""What Celery does with a plain task's delivery: relied on by ``plain_runs``, ``dispatch`` and ``plain_reports``."""
 
 from __future__ import annotations
 
@@ -265,7 +265,7 @@ class Stub:
 
 
 def test_a_consumer_asks_its_class_what_to_do_with_an_unknown_task() -> None:
-    """``worker`` puts its own in the place of that: Celery's records a failure."""
+    """``unknown_tasks`` puts its own in the place of that: Celery's records a failure."""
     assert list(inspect.signature(consumer.Consumer.on_unknown_task).parameters) == ["self", "body", "message", "exc"]
     asked: list[Any] = []
 

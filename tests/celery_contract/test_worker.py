@@ -1,4 +1,4 @@
-"""Celery's worker in its main process: relied on by ``worker`` and ``receivers``."""
+"""Celery's worker in its main process: relied on by ``bootsteps`` and ``receivers``."""
 
 from __future__ import annotations
 

@@ -23,7 +23,10 @@ from conductor_app import signals, transitions
 from conductor_app.engine import claims, hand_off
 from conductor_app.engine.run import RunEnded
 from conductor_app.exceptions import ChildFailed
-from conductor_app.host import durable_runs, worker
+from conductor_app.host import commands, durable_runs, news
+from conductor_app.host.gate import SharedGate, Shutdown
+from conductor_app.host.request import DurableRequest
+from conductor_app.host.sweeper_thread import SweeperThread
 from conductor_app.models import Execution, Step
 from conductor_app.store import clock, owners
 from conductor_app.transitions import dispatch, statements
@@ -513,10 +516,10 @@ def test_a_body_that_ends_its_pool_process_has_its_attempt_stored_and_the_main_p
 # -------------------------------------------------------------------------------------------- the worker's main process
 
 
-def shared_gate(**worker_options: Any) -> worker.SharedGate:
+def shared_gate(**worker_options: Any) -> SharedGate:
     limits = ("time_limit", "soft_time_limit", "max_tasks_per_child", "max_memory_per_child")
     options = {**dict.fromkeys(limits), **worker_options}
-    return worker.SharedGate(SimpleNamespace(**options), worker.Shutdown())
+    return SharedGate(SimpleNamespace(**options), Shutdown())
 
 
 @pytest.mark.parametrize("option", ["time_limit", "soft_time_limit", "max_tasks_per_child"])
@@ -528,7 +531,7 @@ def test_a_worker_that_counts_or_times_its_jobs_hands_off_nothing(option: str) -
 def test_a_process_that_has_grown_over_its_limit_hands_off_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pool replaces it when its job ends, and each run that follows would put that off."""
     used = 100
-    monkeypatch.setattr(worker, "mem_rss", lambda: used)
+    monkeypatch.setattr("conductor_app.host.gate.mem_rss", lambda: used)
     gate = shared_gate(max_memory_per_child=200)
     gate._main_pid = 0  # a pool process
     assert gate.is_open()
@@ -549,7 +552,7 @@ def test_commands_that_change_what_a_worker_may_run_close_the_gate(monkeypatch: 
     gate = shared_gate()
     monkeypatch.setattr(hand_off, "gate", gate)
     called: list[Any] = []
-    worker._closing_the_gate(lambda state, **kwargs: called.append(kwargs))(None, task_name="x")
+    commands._closing_the_gate(lambda state, **kwargs: called.append(kwargs))(None, task_name="x")
     assert (called, gate.is_open()) == ([{"task_name": "x"}], False)
 
 
@@ -559,7 +562,7 @@ def test_pool_processes_show_what_they_run(monkeypatch: pytest.MonkeyPatch) -> N
     gate.show(ids[0])
     assert gate.running_in(main) is None  # not a pool process
     # Two of one place: the first one dies in the middle of a run, and keeps it until that is noticed.
-    first, second = 100, 100 + worker.SharedGate.SLOTS
+    first, second = 100, 100 + SharedGate.SLOTS
     for pid, run in ((first, ids[0]), (second, ids[1]), (second, ids[2])):
         monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
         assert gate.is_open()
@@ -575,13 +578,13 @@ def test_pool_processes_show_what_they_run(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_pool_process_without_a_place_hands_off_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = shared_gate()
-    for number in range(worker.SharedGate.PLACES + 1):
-        monkeypatch.setattr(os, "getpid", lambda number=number: 100 + number * worker.SharedGate.SLOTS)
-        assert gate.is_open() is (number < worker.SharedGate.PLACES)
+    for number in range(SharedGate.PLACES + 1):
+        monkeypatch.setattr(os, "getpid", lambda number=number: 100 + number * SharedGate.SLOTS)
+        assert gate.is_open() is (number < SharedGate.PLACES)
         gate.show(uuid.uuid4())
 
 
-def delivery_of(row: Execution, pid: int) -> worker.DurableRequest:
+def delivery_of(row: Execution, pid: int) -> DurableRequest:
     """A worker's request for an execution's message, which a pool process runs."""
     message = SimpleNamespace(
         headers={"id": str(row.pk), "task": row.task, dispatch.HEADER: dispatch.DOORBELL},
@@ -592,7 +595,7 @@ def delivery_of(row: Execution, pid: int) -> worker.DurableRequest:
         delivery_info={},
         properties={},
     )
-    request = worker.DurableRequest(message, app=app, task=scenarios.echo, hostname=NODE)
+    request = DurableRequest(message, app=app, task=scenarios.echo, hostname=NODE)
     request.time_start, request.worker_pid = 1.0, pid  # type: ignore[assignment]
     return request
 
@@ -605,7 +608,7 @@ def test_a_message_that_is_gone_with_its_process_is_published_again_at_once_and_
     """The process died before it claimed anything."""
     row = queued()
     Execution.objects.filter(pk=row.pk).update(dispatch_at=clock.after(3_600))
-    sweeper = worker.SweeperThread(SimpleNamespace(app=app, hostname=NODE), worker.Shutdown())
+    sweeper = SweeperThread(SimpleNamespace(app=app, hostname=NODE), Shutdown())
     sweeper._embedded = False
     for expected in ([row.pk], []):
         del published[:]
@@ -617,7 +620,7 @@ def test_a_message_that_is_gone_with_its_process_is_published_again_at_once_and_
 
 
 def test_a_second_worker_of_ones_name_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
-    sweeper = worker.SweeperThread(SimpleNamespace(app=app, hostname=NODE), worker.Shutdown())
+    sweeper = SweeperThread(SimpleNamespace(app=app, hostname=NODE), Shutdown())
     later = time.monotonic() + 10_000
     claimed(queued(), owners.lease_owner(NODE, DEAD))
     claimed(queued(), "another@host/0badcafe/1")
@@ -650,9 +653,9 @@ def test_what_a_dead_process_had_not_begun_costs_no_attempt(
         gate.show(begun.pk)
     if is_delivered:
         delivery_of(unbegun, DEAD)._report_death()
-    worker.news.process_ended(DEAD)
+    news.news.process_ended(DEAD)
     assert gate.running_in(DEAD) is None
-    sweeper = worker.SweeperThread(SimpleNamespace(app=app, hostname=NODE), worker.Shutdown())
+    sweeper = SweeperThread(SimpleNamespace(app=app, hostname=NODE), Shutdown())
     sweeper._next_sweep = float("inf")
     sweeper._tick()
     rows = {row.pk: (row.status, row.attempt) for row in Execution.objects.all()}
@@ -677,8 +680,8 @@ def test_an_end_that_a_dead_process_had_not_told_celery_of_is_told(monkeypatch: 
         gate.show(root.pk)
     transitions.succeed(root, "[0, 1]")
     assert fresh(root).announce_at is not None
-    worker.news.process_ended(DEAD)
-    sweeper = worker.SweeperThread(SimpleNamespace(app=app, hostname=NODE), worker.Shutdown())
+    news.news.process_ended(DEAD)
+    sweeper = SweeperThread(SimpleNamespace(app=app, hostname=NODE), Shutdown())
     sweeper._next_sweep = float("inf")
     sweeper._tick()
     assert fresh(root).announce_at is None
@@ -695,8 +698,8 @@ def test_terminate_kills_no_process_that_has_gone_on(monkeypatch: pytest.MonkeyP
     gate.show(follower)
     request.terminate(pool)
     assert killed == []
-    assert worker.news.take("revoked") == [], "an operator's retry may have followed the command"
-    worker._terminate_follower(SimpleNamespace(consumer=SimpleNamespace(pool=pool)), str(follower), None)
+    assert news.news.take("revoked") == [], "an operator's retry may have followed the command"
+    commands._terminate_follower(SimpleNamespace(consumer=SimpleNamespace(pool=pool)), str(follower), None)
     assert killed == [4242]
 
 

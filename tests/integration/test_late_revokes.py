@@ -17,9 +17,12 @@ from celery.worker.control import Panel
 
 from conductor_app import api
 from conductor_app.engine import sweeper
-from conductor_app.host import worker
+from conductor_app.host import commands, news
+from conductor_app.host.gate import Shutdown
+from conductor_app.host.sweeper_thread import SweeperThread
 from conductor_app.models import Execution
 from conductor_app.testing import advance
+from conductor_app.transitions import dispatch
 from project.celery import app
 from tests.app.canvas import add_up
 from tests.app.scenarios import echo
@@ -38,14 +41,14 @@ def result_backend() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def main_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[worker.SweeperThread]:
+def main_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[SweeperThread]:
     """A worker's main process: its remote commands, its memory of revokes, and its sweeper's thread."""
-    monkeypatch.setattr(worker, "news", worker.News())
+    monkeypatch.setattr(news, "news", news.News())
     monkeypatch.setattr(control, "revoke", control.revoke)
     for name in ("revoke", "revoke_by_stamped_headers", "hello"):
         monkeypatch.setitem(Panel.data, name, Panel.data[name])
-    worker._watch_revokes()
-    yield worker.SweeperThread(SimpleNamespace(app=app, hostname="w@h"), worker.Shutdown())
+    commands.watch_revokes()
+    yield SweeperThread(SimpleNamespace(app=app, hostname="w@h"), Shutdown())
     worker_state.revoked.clear()
     worker_state.revoked_stamps.clear()
 
@@ -88,7 +91,7 @@ def body_of_chord() -> tuple[str, list[str]]:
 
 @pytest.mark.parametrize("make", [tail_of_chain, callback, body_of_chord])
 def test_what_is_revoked_before_it_exists_ends_cancelled(
-    make: Callable[[], tuple[str, list[str]]], main_process: worker.SweeperThread
+    make: Callable[[], tuple[str, list[str]]], main_process: SweeperThread
 ) -> None:
     later, before = make()
     assert not Execution.objects.filter(pk=later).exists()
@@ -111,7 +114,7 @@ def test_what_is_revoked_before_it_exists_ends_cancelled(
 
 
 def test_a_message_of_others_that_comes_after_its_revoke_becomes_no_execution(
-    main_process: worker.SweeperThread,
+    main_process: SweeperThread,
 ) -> None:
     task_id = str(uuid.uuid4())
     revoke(task_id)
@@ -130,7 +133,7 @@ def stamped(**options: Any) -> str:
     return str(signature.apply_async(**options).id)
 
 
-def test_what_bears_a_stamp_that_was_revoked_earlier_ends_cancelled(main_process: worker.SweeperThread) -> None:
+def test_what_bears_a_stamp_that_was_revoked_earlier_ends_cancelled(main_process: SweeperThread) -> None:
     existed = stamped()
     Panel.data["revoke_by_stamped_headers"](STATE, {"batch": ["b-0", "b-1"]})
     main_process._hear()
@@ -149,7 +152,7 @@ def test_what_bears_a_stamp_that_was_revoked_earlier_ends_cancelled(main_process
 
 
 def test_a_failure_from_before_a_stamp_was_revoked_can_be_retried(
-    main_process: worker.SweeperThread, monkeypatch: pytest.MonkeyPatch
+    main_process: SweeperThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was not open when the stamp was revoked, so that nothing was cancelled then."""
     cancelled = stamped()
@@ -161,14 +164,14 @@ def test_a_failure_from_before_a_stamp_was_revoked_can_be_retried(
     assert run(cancelled), "dropped"
     published: list[Any] = []
     with monkeypatch.context() as patch:
-        patch.setattr(worker.dispatch, "publish", published.append)
+        patch.setattr(dispatch, "publish", published.append)
         main_process._hear()
     assert [row.pk for row in published] == [uuid.UUID(cancelled)], "put back, since nobody else would at once"
     assert not run(cancelled)
     assert status(cancelled) == "succeeded"
 
 
-def test_a_worker_remembers_and_passes_on_only_what_did_not_exist(main_process: worker.SweeperThread) -> None:
+def test_a_worker_remembers_and_passes_on_only_what_did_not_exist(main_process: SweeperThread) -> None:
     existing, unborn = echo.apply_async((1,), countdown=60).id, str(uuid.uuid4())
     revoke(existing, unborn)
     main_process._hear()

@@ -335,7 +335,7 @@ def test_the_view_is_not_sent_to_a_login_form(settings: Any, token: str) -> None
 def test_without_the_settings_neither_package_is_imported() -> None:
     code = (
         "import django, sys; django.setup()\n"
-        "from conductor_app.host import inline, worker\n"
+        "from conductor_app.host import bootsteps, inline, request\n"
         "assert 'django' in sys.modules\n"
         "print([name for name in sys.modules if name.split('.')[0] in ('prometheus_client', 'opentelemetry')])"
     )

@@ -14,7 +14,7 @@ from celery.worker.consumer import Consumer
 
 from conductor_app import DurableTask, ExecutionContext, transitions
 from conductor_app.exceptions import CancelExecution, Failure, LeaseLost, PayloadMismatch
-from conductor_app.host import durable_runs, worker
+from conductor_app.host import durable_runs, news, unknown_tasks
 from conductor_app.models import Execution
 from conductor_app.store import clock
 from conductor_app.telling.headlines import headline
@@ -266,8 +266,8 @@ class Stub:
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Consumer, "on_unknown_task", Consumer.on_unknown_task)
-    monkeypatch.setattr(worker, "news", worker.News())
-    worker._watch_unknown_tasks()
+    monkeypatch.setattr(news, "news", news.News())
+    unknown_tasks.watch_unknown_tasks()
 
 
 @pytest.mark.usefixtures("watched")
@@ -277,10 +277,10 @@ def test_celery_stores_no_failure_of_a_task_of_ours_that_a_worker_does_not_know(
     message = Message(id=str(execution.pk), task="not.there", **{dispatch.HEADER: kind})
     Consumer.on_unknown_task(stub, None, message, KeyError("not.there"))  # type: ignore[arg-type]
     assert (stub.stored, message.rejected) == ([], 1)
-    unknown = worker.news.take("unknown")
+    unknown = news.news.take("unknown")
     assert [report.execution_id for report in unknown] == ([] if kind == dispatch.PLAIN else [execution.pk])
     for report in unknown:
-        worker._put_off_unknown(report, "w1@host")
+        unknown_tasks.put_off_unknown(report, "w1@host")
         assert fresh(execution).put_off_because == (
             'Worker w1@host took its message and knows no task "not.there". Is its module imported there, and the '
             "worker as new as the code that stored it?"
@@ -291,4 +291,4 @@ def test_celery_stores_no_failure_of_a_task_of_ours_that_a_worker_does_not_know(
 def test_a_message_of_others_about_an_unknown_task_is_celerys() -> None:
     stub, message = Stub(), Message(id="1", task="not.there")
     Consumer.on_unknown_task(stub, None, message, KeyError("not.there"))  # type: ignore[arg-type]
-    assert (stub.stored, message.rejected, worker.news.take("unknown")) == (["1"], 1, [])
+    assert (stub.stored, message.rejected, news.news.take("unknown")) == (["1"], 1, [])

@@ -13,7 +13,7 @@ from celery.exceptions import QueueNotFound
 from kombu import Exchange, Queue
 
 from conductor_app import ExecutionContext, api
-from conductor_app.host import worker
+from conductor_app.host.feed import Feed
 from conductor_app.models import Execution
 from conductor_app.transitions import dispatch
 from project.celery import app
@@ -159,9 +159,9 @@ def test_a_queue_that_is_missing_is_refused_at_the_call(queues: Any, routes: Any
 
 def test_a_queue_that_is_new_is_not_one_that_this_process_serves(queues: Any) -> None:
     queues()
-    thread = worker.SweeperThread(SimpleNamespace(app=app, hostname="w@h"), worker.Shutdown())
-    served = list(thread._queues())
+    feed = Feed(SimpleNamespace(app=app, hostname="w@h"))
+    served = list(feed._queues())
     echo.apply_async((1,), queue="new")
     assert "new" not in app.amqp.queues
     app.amqp.queues["routed"]
-    assert thread._queues() == served == [app.conf.task_default_queue]
+    assert feed._queues() == served == [app.conf.task_default_queue]

@@ -16,7 +16,10 @@ from django.db import OperationalError
 from conductor_app import signals, transitions
 from conductor_app.engine import announcements, sweeper
 from conductor_app.exceptions import Failure
-from conductor_app.host import publishing, worker
+from conductor_app.host import news, publishing, sweeper_thread
+from conductor_app.host.feed import Feed
+from conductor_app.host.gate import Shutdown
+from conductor_app.host.sweeper_thread import SweeperThread
 from conductor_app.models import Execution, FailedExecution, Step
 from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.store import clock
@@ -496,7 +499,7 @@ def test_a_worker_reclaims_only_after_it_has_looked_on_for_half_a_lease(monkeypa
     elapsed, asleep = 0.0, 0.0
     allowed: list[bool] = []
     clocks = SimpleNamespace(monotonic=lambda: 500 + elapsed, time=lambda: 1_000_000 + elapsed + asleep)
-    monkeypatch.setattr(worker, "time", clocks)
+    monkeypatch.setattr(sweeper_thread, "time", clocks)
     falls_asleep_for = 0.0
 
     def sweep(*, reclaim: bool, **_options: Any) -> Any:
@@ -506,7 +509,7 @@ def test_a_worker_reclaims_only_after_it_has_looked_on_for_half_a_lease(monkeypa
         return sweeper.Found()
 
     monkeypatch.setattr(sweeper, "sweep", sweep)
-    thread = worker.SweeperThread(SimpleNamespace(app=current_app), worker.Shutdown())
+    thread = SweeperThread(SimpleNamespace(app=current_app), Shutdown())
 
     def sweep_for(seconds: float) -> list[bool]:
         nonlocal elapsed
@@ -531,7 +534,7 @@ def test_a_worker_sweeps_again_at_once_when_there_was_more_than_a_batch(
     settings.CONDUCTOR = {**settings.CONDUCTOR, "SWEEP_BATCH": 2, "SWEEP_SECONDS": 100}
     naps = [napping(seconds=1) for _ in range(5)]
     pass_seconds(1_100)
-    thread = worker.SweeperThread(SimpleNamespace(app=current_app), worker.Shutdown())
+    thread = SweeperThread(SimpleNamespace(app=current_app), Shutdown())
     sweeps = 0
     while thread._next_sweep <= monotonic():
         thread._sweep()
@@ -547,10 +550,10 @@ def test_a_sweep_that_fails_is_repeated_at_once_and_then_after_a_pause(monkeypat
         raise OperationalError("terminating connection due to administrator command")
 
     monkeypatch.setattr(sweeper, "sweep", refuse)
-    monkeypatch.setattr(worker, "RETRY_PAUSE_SECONDS", 0)
+    monkeypatch.setattr(sweeper_thread, "RETRY_PAUSE_SECONDS", 0)
     # The thread's own; that of the test is not to be closed.
-    monkeypatch.setattr(worker.SweeperThread, "_close", lambda thread: None)
-    thread = worker.SweeperThread(SimpleNamespace(app=current_app), worker.Shutdown())
+    monkeypatch.setattr(SweeperThread, "_close", lambda thread: None)
+    thread = SweeperThread(SimpleNamespace(app=current_app), Shutdown())
     pauses = []
     for _ in range(3):
         thread._next_sweep = 0.0
@@ -567,47 +570,47 @@ def test_a_sweep_that_fails_is_repeated_at_once_and_then_after_a_pause(monkeypat
 
 
 def test_a_worker_is_fed_with_what_it_works_off_meanwhile() -> None:
-    news = worker.News()
-    assert news.room == 1, "nothing is known of the runs"
-    news.run_ended(seconds=0.1)
-    assert news.room == worker.SHORT_RUN_ROOM
+    told = news.News()
+    assert told.room == 1, "nothing is known of the runs"
+    told.run_ended(seconds=0.1)
+    assert told.room == news.SHORT_RUN_ROOM
     for _ in range(50):
-        news.run_ended(seconds=0.004)
-    assert 9 <= news.room <= 10
+        told.run_ended(seconds=0.004)
+    assert 9 <= told.room <= 10
     for _ in range(50):
-        news.run_ended(seconds=0.0)
-    assert news.room == worker.MAX_ROOM
-    news.run_ended(seconds=1.0)
-    assert news.room == 1, "a long run may follow, and others are free for the next"
+        told.run_ended(seconds=0.0)
+    assert told.room == news.MAX_ROOM
+    told.run_ended(seconds=1.0)
+    assert told.room == 1, "a long run may follow, and others are free for the next"
 
 
 def test_the_feed_is_woken_when_its_stock_is_low_and_not_for_each_run() -> None:
-    news = worker.News()
-    news.run_ended()
-    assert not news._wake.is_set(), "a broker server feeds this worker"
-    news.feeds = True
-    news.run_ended()
-    assert news._wake.is_set()
-    news._wake.clear()
-    news.spare = 3
-    news.run_ended()
-    news.run_ended()
-    assert not news._wake.is_set()
-    news.run_ended(due_in=0)
-    assert news._wake.is_set(), "the sweeper has something to do"
-    news._wake.clear()
-    news.run_ended()
-    assert news._wake.is_set()
+    told = news.News()
+    told.run_ended()
+    assert not told._wake.is_set(), "a broker server feeds this worker"
+    told.feeds = True
+    told.run_ended()
+    assert told._wake.is_set()
+    told._wake.clear()
+    told.spare = 3
+    told.run_ended()
+    told.run_ended()
+    assert not told._wake.is_set()
+    told.run_ended(due_in=0)
+    assert told._wake.is_set(), "the sweeper has something to do"
+    told._wake.clear()
+    told.run_ended()
+    assert told._wake.is_set()
 
 
 @pytest.mark.parametrize(("waiting", "fetched", "spare"), [(0, [6], 3), (3, [3], 3), (4, [], 1), (6, [], 3)], ids=repr)
 def test_a_worker_is_fed_when_half_of_that_is_worked_off(
     monkeypatch: pytest.MonkeyPatch, waiting: int, fetched: list[int], spare: int
 ) -> None:
-    monkeypatch.setattr(worker, "news", worker.News())
-    monkeypatch.setattr(worker.News, "room", worker.SHORT_RUN_ROOM)
-    monkeypatch.setattr(worker.SweeperThread, "_pool_size", lambda thread: 2)
-    monkeypatch.setattr(worker.SweeperThread, "_unread", lambda thread: waiting)
+    monkeypatch.setattr(news, "news", news.News())
+    monkeypatch.setattr(news.News, "room", news.SHORT_RUN_ROOM)
+    monkeypatch.setattr(Feed, "_pool_size", lambda feed: 2)
+    monkeypatch.setattr(Feed, "_unread", lambda feed: waiting)
     asked: list[int] = []
 
     def publish(room: int, _queues: list[str]) -> int:
@@ -615,9 +618,9 @@ def test_a_worker_is_fed_when_half_of_that_is_worked_off(
         return room
 
     monkeypatch.setattr(sweeper, "publish_due", publish)
-    worker.SweeperThread(SimpleNamespace(app=current_app), worker.Shutdown())._feed()
+    Feed(SimpleNamespace(app=current_app)).fill()
     assert asked == fetched
-    assert worker.news.spare == spare
+    assert news.news.spare == spare
 
 
 # ---------------------------------------------------------------------------------------------------- what is due next
@@ -659,8 +662,8 @@ def test_what_becomes_due_while_a_sweep_lasts_is_not_left_to_the_regular_one(mon
         return found
 
     monkeypatch.setattr(sweeper, "sweep", slow)
-    monkeypatch.setattr(worker, "news", worker.News())
-    thread = worker.SweeperThread(SimpleNamespace(app=current_app), worker.Shutdown())
+    monkeypatch.setattr(news, "news", news.News())
+    thread = SweeperThread(SimpleNamespace(app=current_app), Shutdown())
     thread._sweep()
     thread._look_ahead()
-    assert worker.news._next_due - monotonic() < 1
+    assert news.news._next_due - monotonic() < 1

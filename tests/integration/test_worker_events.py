@@ -15,7 +15,7 @@ from celery.events.state import State
 from conductor_app import ExecutionContext, api
 from conductor_app.engine.run import RunEnded
 from conductor_app.host import durable_runs
-from conductor_app.host.worker import DurableRequest
+from conductor_app.host.request import DurableRequest
 from conductor_app.transitions import dispatch
 from project.celery import app
 from tests.support.bodies import durable, reload

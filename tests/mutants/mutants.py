@@ -322,7 +322,7 @@ MUTANTS = [
     ),
     Mutant(
         "let Celery record a failure of an unknown task",
-        "host/worker.py",
+        "host/unknown_tasks.py",
         "        if dispatch.HEADER not in headers:\n            return original(self, body, message, exc)\n",
         "        return original(self, body, message, exc)\n",
         (POSTPONING,),
@@ -942,14 +942,14 @@ MUTANTS = [
     ),
     Mutant(
         "let what a dead process had not begun lose an attempt",
-        "host/worker.py",
+        "host/sweeper_thread.py",
         "if end.running is None or plain:",
         "if True:",
         (HAND_OFF,),
     ),
     Mutant(
         "blame the execution that was delivered for a death",
-        "host/worker.py",
+        "host/request.py",
         "if pid is not None and self._is_running_in(int(pid)):",
         "if pid is not None:",
         (HAND_OFF,),

@@ -8,7 +8,7 @@ from typing import Any
 from celery import Celery
 from celery.worker.request import Request
 
-from conductor_app.host.worker import DurableRequest
+from conductor_app.host.request import DurableRequest
 from conductor_app.models import Execution
 from conductor_app.transitions import dispatch
 from project.celery import app
