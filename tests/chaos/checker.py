@@ -40,8 +40,8 @@ _EXPECTED_TRACEBACKS = re.compile(
     # py-amqp drops the part of a frame that it has read when the rest is not there yet and the connection just dies
     # (``read_frame``, EAGAIN). Celery connects anew.
     r"|\S*UnexpectedFrame: Received frame_end .*$"
-    # py-amqp looks for a channel without a number before it opens one (``Connection.channel``): what it comes upon then,
-    # a connection that dies just there, is told of as having come "during handling" of that.
+    # py-amqp looks for a channel without a number before it opens one (``Connection.channel``). A connection that dies
+    # just there is told of as "during handling" of that.
     r"|KeyError: None$"
     # A warm shutdown while the broker is away, in the middle of an attempt to connect.
     r"|\S*WorkerShutdown: 0$"

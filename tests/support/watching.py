@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from django.db import DatabaseError, connection, transaction
@@ -51,10 +52,24 @@ def frozen(worker: Worker) -> Iterator[None]:
 
 def _freeze(worker: Worker) -> bool:
     os.killpg(worker.pid, signal.SIGSTOP)
+    # On a busy machine a thread may still be on its way out of the kernel, with the lock that it has asked for there.
+    wait_until(lambda: _is_standing(worker.pid), message="The worker did not stop")
     if _nothing_is_locked():
         return True
     os.killpg(worker.pid, signal.SIGCONT)
     return False
+
+
+def _is_standing(group: int) -> bool:
+    """Tell whether each thread of a process group is stopped, or dead; where there is no /proc, suppose so."""
+    for stat in Path("/proc").glob("[0-9]*/task/[0-9]*/stat"):
+        try:
+            state, _parent, in_group = stat.read_text().rpartition(")")[2].split()[:3]
+        except OSError:  # it has ended meanwhile
+            continue
+        if int(in_group) == group and state not in "TtZX":
+            return False
+    return True
 
 
 def _nothing_is_locked() -> bool:
