@@ -32,7 +32,8 @@ from conductor_app.store import eager
 from conductor_app.store.ids import new_root_id
 from conductor_app.store.sql import persist_briefly
 from conductor_app.values.arguments import MESSAGE_OPTIONS, check_duration
-from conductor_app.values.serialization import dump_options, dumps, shown
+from conductor_app.values.payloads import dump_options, dumps
+from conductor_app.values.texts import shown
 
 #: How an execution may be named: itself, its id, or the ``AsyncResult`` that ``.delay()`` returned.
 ExecutionRef = Union[Execution, "AsyncResult[Any]", uuid.UUID, str]

@@ -371,5 +371,5 @@ class Failure:
     attributes: dict[str, Any] | None = None
     #: Whether ``attributes`` lacks something that JSON cannot hold.
     is_partial: bool = False
-    #: What it lacks, as far as it can be told: see ``serialization``.
+    #: What it lacks, as far as it can be told: see ``values.failures``.
     rest: dict[str, Any] | None = None

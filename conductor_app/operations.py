@@ -17,7 +17,7 @@ from conductor_app.body.names import check_name, gather_name
 from conductor_app.exceptions import InvalidArgument, InvalidArgumentType, RenameRefused
 from conductor_app.states import ExecutionStatus, StepKind
 from conductor_app.store import clock, owners
-from conductor_app.values.serialization import dumps, loads
+from conductor_app.values.payloads import dumps, loads
 
 logger = logging.getLogger(__name__)
 

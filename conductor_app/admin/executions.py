@@ -29,7 +29,7 @@ from conductor_app.telling.queues import with_queue
 from conductor_app.telling.situation import Situation
 from conductor_app.telling.withholding import withhold
 from conductor_app.telling.words import duration
-from conductor_app.values.serialization import load_failure
+from conductor_app.values.failures import load_failure
 
 KEY_PREFIX = "key:"
 #: Children that an execution's JSON document has.

@@ -22,7 +22,7 @@ from conductor_app.exceptions import ActionRefused, ConductorError, ExecutionFin
 from conductor_app.models import Execution, Step, database
 from conductor_app.states import FINAL_STATUSES, OPEN_STATUSES, ExecutionStatus, StepKind, StepStatus
 from conductor_app.store import clock
-from conductor_app.values.serialization import dumps
+from conductor_app.values.payloads import dumps
 
 #: A due execution whose message may have been lost: nobody has taken it for so many seconds.
 OVERDUE_SECONDS = 60

@@ -34,8 +34,8 @@ from conductor_app.telling import headlines, labels, waits, words
 from conductor_app.telling.history import history, shortened
 from conductor_app.telling.story import Story, tell
 from conductor_app.telling.tree import Branch
+from conductor_app.values.failures import load_failure
 from conductor_app.values.redaction import decode, readable, redact
-from conductor_app.values.serialization import load_failure
 
 #: Characters of a payload or result on the page; the download has all of it.
 LONG_PREVIEW = 65_536

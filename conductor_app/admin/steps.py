@@ -14,7 +14,7 @@ from conductor_app.admin.base import ReadOnlyAdmin
 from conductor_app.admin.text import readable_value, shown, step_pill, task_name
 from conductor_app.models import Step
 from conductor_app.telling.words import duration
-from conductor_app.values.serialization import load_failure
+from conductor_app.values.failures import load_failure
 
 
 @admin.register(Step)

@@ -20,7 +20,7 @@ from conductor_app.exceptions import InvalidArgument, InvalidArgumentType, TooMa
 from conductor_app.states import OnTimeout
 from conductor_app.values.arguments import check_duration
 from conductor_app.values.options import check_call_options
-from conductor_app.values.serialization import shown
+from conductor_app.values.texts import shown
 
 R = TypeVar("R")
 

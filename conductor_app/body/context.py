@@ -42,7 +42,8 @@ from conductor_app.store import observing, sessions
 from conductor_app.store.ids import derive_child_id
 from conductor_app.transitions import steps
 from conductor_app.values.arguments import check_duration, check_instant
-from conductor_app.values.serialization import digest, revive_in_body, round_trip
+from conductor_app.values.failures import revive_in_body
+from conductor_app.values.payloads import digest, round_trip
 
 P = ParamSpec("P")
 R = TypeVar("R")

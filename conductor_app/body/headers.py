@@ -23,7 +23,7 @@ from conductor_app.exceptions import PayloadTooLarge
 from conductor_app.models import Execution
 from conductor_app.store.soft_limits import uninterrupted
 from conductor_app.transitions import NewExecution, dispatch
-from conductor_app.values.serialization import dump_options, loads
+from conductor_app.values.payloads import dump_options, loads
 
 logger = logging.getLogger(__name__)
 

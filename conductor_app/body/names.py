@@ -11,7 +11,8 @@ from celery.canvas import Signature
 from celery.local import Proxy
 
 from conductor_app.exceptions import InvalidArgument, InvalidArgumentType
-from conductor_app.values.serialization import digest, shown
+from conductor_app.values.payloads import digest
+from conductor_app.values.texts import shown
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,127}\Z")
 _NAME_PATTERN = "[A-Za-z0-9][A-Za-z0-9_.:-]*"

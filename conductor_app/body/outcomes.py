@@ -8,7 +8,7 @@ from typing import Any
 from conductor_app.exceptions import ChildCancelled, ChildError, ChildFailed, ChildTimedOut
 from conductor_app.states import StepStatus
 from conductor_app.transitions import steps
-from conductor_app.values.serialization import read_result
+from conductor_app.values.payloads import read_result
 
 
 def outcome_of(remembered: steps.Memory) -> tuple[Any, ChildError | None]:

@@ -28,7 +28,7 @@ from conductor_app.values.arguments import (
     message_options,
     routed,
 )
-from conductor_app.values.serialization import dump_call, dump_options
+from conductor_app.values.payloads import dump_call, dump_options
 
 #: The module ``django.tasks``; ``None`` before Django 6.0.
 django_tasks: Any = importlib.import_module("django.tasks") if importlib.util.find_spec("django.tasks") else None

@@ -46,7 +46,7 @@ from conductor_app.states import StepKind
 from conductor_app.store import sessions
 from conductor_app.transitions import steps
 from conductor_app.transitions.leases import Lease
-from conductor_app.values.serialization import describe, is_caught_by_bodies
+from conductor_app.values.failures import describe, is_caught_by_bodies
 
 R = TypeVar("R")
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from conductor_app import transitions
 from conductor_app.models import Execution, database
 from conductor_app.store.ids import derive_namesake_id, namesakes_range, of_task_id
-from conductor_app.values.serialization import dump_options, loads
+from conductor_app.values.payloads import dump_options, loads
 
 
 class Caller(NamedTuple):

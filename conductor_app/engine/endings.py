@@ -41,8 +41,9 @@ from conductor_app.models import Execution, database
 from conductor_app.states import ExecutionStatus
 from conductor_app.store.sql import is_read_only, raising_read_only
 from conductor_app.transitions import dispatch
+from conductor_app.values.failures import describe
+from conductor_app.values.payloads import dumps, loads
 from conductor_app.values.retries import RetryPolicy
-from conductor_app.values.serialization import describe, dumps, loads
 
 T = TypeVar("T")
 

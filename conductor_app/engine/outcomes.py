@@ -13,7 +13,7 @@ from celery.utils.serialization import get_pickleable_exception
 from conductor_app.exceptions import ExecutionFailed, OutcomeLost, StepFailed
 from conductor_app.models import Execution, FailedExecution, database
 from conductor_app.states import ExecutionStatus
-from conductor_app.values.serialization import read_failure, revive
+from conductor_app.values.failures import read_failure, revive
 
 logger = logging.getLogger(__name__)
 

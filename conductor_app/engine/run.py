@@ -14,7 +14,7 @@ from conductor_app.exceptions import NewerFormat
 from conductor_app.models import Execution
 from conductor_app.store.soft_limits import SoftLimit
 from conductor_app.transitions.leases import Lease
-from conductor_app.values.serialization import loads
+from conductor_app.values.payloads import loads
 
 logger = logging.getLogger("conductor_app.execution")
 

@@ -21,7 +21,7 @@ from conductor_app.models import Execution, FailedExecution, Step, database
 from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.store import clock, eager
 from conductor_app.transitions import dispatch
-from conductor_app.values.serialization import load_failure, revive
+from conductor_app.values.failures import load_failure, revive
 
 if TYPE_CHECKING:
     from celery import Celery

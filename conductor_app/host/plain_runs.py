@@ -48,7 +48,8 @@ from conductor_app.store import observing, owners
 from conductor_app.store.ids import as_child_id
 from conductor_app.store.soft_limits import soft_limit
 from conductor_app.transitions.leases import keeper
-from conductor_app.values.serialization import describe, dump_call, dumps, loads
+from conductor_app.values.failures import describe
+from conductor_app.values.payloads import dump_call, dumps, loads
 
 logger = logging.getLogger("conductor_app.execution")
 

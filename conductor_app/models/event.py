@@ -11,7 +11,7 @@ from django.utils.translation import gettext_lazy as _
 from conductor_app.models.execution import Execution
 from conductor_app.models.fields import ExactCharField, PartialIndex
 from conductor_app.models.step import Step
-from conductor_app.values.serialization import loads
+from conductor_app.values.payloads import loads
 
 
 class Event(models.Model):
@@ -24,7 +24,7 @@ class Event(models.Model):
     name = ExactCharField(_("name"), max_length=128)
     #: The sender's own id, or one made up for the occasion: sent twice, it is one event.
     key = ExactCharField(_("key"), max_length=255)
-    #: As ``conductor_app.values.serialization`` stores it.
+    #: As ``conductor_app.values.payloads`` stores it.
     payload = models.TextField(_("payload"))
     #: The step that has taken it; null while nobody has.
     step = models.ForeignKey(

@@ -13,7 +13,8 @@ from conductor_app.exceptions import OutcomeLost
 from conductor_app.models.fields import ExactCharField, PartialIndex
 from conductor_app.models.querysets import ExecutionQuerySet
 from conductor_app.states import FINAL_STATUSES, ExecutionStatus
-from conductor_app.values.serialization import load_failure, loads, read_result
+from conductor_app.values.failures import load_failure
+from conductor_app.values.payloads import loads, read_result
 
 _STATUS_CHOICES = [
     (ExecutionStatus.QUEUED.value, _("queued")),
@@ -43,7 +44,7 @@ class Execution(models.Model):
     task = ExactCharField(_("task"), max_length=255)
     queue = ExactCharField(_("queue"), max_length=255)
     priority = models.SmallIntegerField(_("priority"), null=True, blank=True)
-    #: ``[args, kwargs]``, as ``conductor_app.values.serialization`` stores it.
+    #: ``[args, kwargs]``, as ``conductor_app.values.payloads`` stores it.
     payload = models.TextField(_("payload"))
     status = models.CharField(_("status"), max_length=16, choices=_STATUS_CHOICES)
     #: The current attempt, counted from 1. Failures and crashes count it up, suspensions do not.

@@ -11,7 +11,7 @@ from django.utils.translation import gettext_lazy as _
 from conductor_app.models.execution import Execution
 from conductor_app.models.fields import ExactCharField, PartialIndex
 from conductor_app.states import OnTimeout, StepKind, StepStatus
-from conductor_app.values.serialization import loads
+from conductor_app.values.payloads import loads
 
 _KIND_CHOICES = [
     (StepKind.STEP.value, _("step")),

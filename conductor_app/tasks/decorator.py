@@ -17,7 +17,7 @@ from conductor_app.body.context import ExecutionContext
 from conductor_app.tasks.task import DurableTask
 from conductor_app.values.options import RoutingOptions, TaskOptions, check_task_options
 from conductor_app.values.retries import RetryPolicy
-from conductor_app.values.serialization import shown
+from conductor_app.values.texts import shown
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -42,8 +42,9 @@ from conductor_app.tasks.signatures import body_signature, misfit_of_call
 from conductor_app.transitions import dispatch
 from conductor_app.values.arguments import call_arguments, check_priority, due_time, expiry, routed
 from conductor_app.values.options import OF_A_CHORD, CallOptions, check_call_options, check_callbacks
+from conductor_app.values.payloads import dump_call, dump_options, loads
 from conductor_app.values.retries import RetryPolicy
-from conductor_app.values.serialization import dump_call, dump_options, loads, shown
+from conductor_app.values.texts import shown
 from conductor_app.values.validated import dump_models, load_models
 from conductor_app.values.validated import misfit as misfit_of_models
 

@@ -18,7 +18,7 @@ from conductor_app.telling.words import (
     short_name,
     since,
 )
-from conductor_app.values.serialization import load_failure
+from conductor_app.values.failures import load_failure
 
 
 def succeeded(situation: Situation) -> Headline:

@@ -6,7 +6,7 @@ import json
 import re
 
 from conductor_app.exceptions import Failure
-from conductor_app.values.serialization import dump_failure
+from conductor_app.values.failures import dump_failure
 
 #: Characters of an error that are read of each execution and step, and of each failure's message.
 ERROR_LENGTH = 1_000

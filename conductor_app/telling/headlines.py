@@ -29,7 +29,7 @@ from conductor_app.telling.words import (
     short_name,
     since,
 )
-from conductor_app.values.serialization import load_failure
+from conductor_app.values.failures import load_failure
 
 #: Why a worker could not read a message.
 _REFUSALS = frozenset({"kombu.exceptions.ContentDisallowed", "kombu.exceptions.DecodeError"})

@@ -9,7 +9,7 @@ from django.db.models import QuerySet
 
 from conductor_app.exceptions import Failure
 from conductor_app.models import Execution, FailedExecution, Step
-from conductor_app.values.serialization import dump_failure, load_failure
+from conductor_app.values.failures import dump_failure, load_failure
 
 
 def withhold(

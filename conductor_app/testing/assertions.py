@@ -13,7 +13,9 @@ from conductor_app.states import CHILD_KINDS, ExecutionStatus, StepKind, StepSta
 from conductor_app.store import clock
 from conductor_app.telling.headlines import headline
 from conductor_app.telling.situation import Situation
-from conductor_app.values.serialization import load_failure, revive, round_trip, shown
+from conductor_app.values.failures import load_failure, revive
+from conductor_app.values.payloads import round_trip
+from conductor_app.values.texts import shown
 
 #: How many children of a map a failure shows.
 _SHOWN_CHILDREN = 5

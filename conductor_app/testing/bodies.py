@@ -32,7 +32,9 @@ from conductor_app.testing.outcomes import BodyError, Outcomes, StepCall, rememb
 from conductor_app.transitions import Invocation, Together
 from conductor_app.transitions.leases import Lease
 from conductor_app.transitions.steps import ChildOutcome, Memory
-from conductor_app.values.serialization import dump_failure, loads, round_trip, shown
+from conductor_app.values.failures import dump_failure
+from conductor_app.values.payloads import loads, round_trip
+from conductor_app.values.texts import shown
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -24,7 +24,9 @@ from conductor_app.states import ExecutionStatus, StepKind, StepStatus
 from conductor_app.tasks.task import DurableTask
 from conductor_app.transitions import AwaitEvent, Gather, Invocation, Map, NewExecution, Sleep, Wait
 from conductor_app.transitions.steps import ChildOutcome, Memory
-from conductor_app.values.serialization import describe, dump_failure, dumps, loads, round_trip, shown
+from conductor_app.values.failures import describe, dump_failure
+from conductor_app.values.payloads import dumps, loads, round_trip
+from conductor_app.values.texts import shown
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -20,7 +20,8 @@ from conductor_app.store import clock
 from conductor_app.store.sql import locked
 from conductor_app.transitions import claiming, guards, running, steps, waking
 from conductor_app.transitions.leases import keeper
-from conductor_app.values.serialization import clean_text, dump_failure
+from conductor_app.values.failures import dump_failure
+from conductor_app.values.texts import clean_text
 
 
 def cancel_running(

@@ -32,7 +32,7 @@ from conductor_app.models import Execution, database
 from conductor_app.store import clock, eager, forks, observing
 from conductor_app.store.ids import created_at
 from conductor_app.values.arguments import MESSAGE_OPTIONS, PLAIN_OPTIONS
-from conductor_app.values.serialization import loads
+from conductor_app.values.payloads import loads
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ from conductor_app.models import Execution, FailedExecution, database
 from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.store import clock
 from conductor_app.transitions import claiming, guards, waking
-from conductor_app.values.serialization import clean_text, dump_failure
+from conductor_app.values.failures import dump_failure
+from conductor_app.values.texts import clean_text
 
 
 def fail(

@@ -19,7 +19,7 @@ from conductor_app.models.execution import PUT_OFF_AT_FENCE
 from conductor_app.states import ExecutionStatus
 from conductor_app.store import clock
 from conductor_app.transitions import dispatch, guards
-from conductor_app.values.serialization import dump_failure, load_failure
+from conductor_app.values.failures import dump_failure, load_failure
 
 #: The pause is a second, and grows by this factor up to so many seconds.
 PAUSE_FACTOR, MAX_PAUSE_SECONDS = 1.5, 60.0

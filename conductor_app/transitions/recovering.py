@@ -21,7 +21,7 @@ from conductor_app.states import LATE_REASON, ExecutionStatus, OnTimeout, StepKi
 from conductor_app.store import clock, owners
 from conductor_app.store.sql import locked
 from conductor_app.transitions import cancelling, dispatch, failing, guards, statements, steps, waking
-from conductor_app.values.serialization import dump_failure
+from conductor_app.values.failures import dump_failure
 
 
 def lose(

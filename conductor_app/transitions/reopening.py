@@ -17,7 +17,7 @@ from conductor_app.exceptions import (
 from conductor_app.models import Execution, FailedExecution, Step, database
 from conductor_app.states import CHILD_KINDS, ExecutionStatus, StepKind, StepStatus
 from conductor_app.transitions import dispatch, guards, sending, steps
-from conductor_app.values.serialization import loads
+from conductor_app.values.payloads import loads
 
 #: How often an operator's retry looks again at a tree that changes while it is reopened.
 _REOPEN_TRIES = 5

@@ -26,7 +26,8 @@ from conductor_app.store import clock, sql
 from conductor_app.store.soft_limits import SoftLimit, soft_limit
 from conductor_app.store.sql import locked
 from conductor_app.transitions import claiming, dispatch, guards, statements, steps, waking
-from conductor_app.values.serialization import dump_failure, dump_options
+from conductor_app.values.failures import dump_failure
+from conductor_app.values.payloads import dump_options
 
 logger = logging.getLogger("conductor_app.execution")
 

@@ -11,7 +11,7 @@ from conductor_app.exceptions import ExecutionFinished, IdempotencyConflict
 from conductor_app.models import Event, Execution, Step, database
 from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.transitions import guards, mailbox, steps, waking
-from conductor_app.values.serialization import digest
+from conductor_app.values.payloads import digest
 
 _ENDED = {
     ExecutionStatus.SUCCEEDED: "has succeeded",

@@ -39,7 +39,8 @@ from conductor_app.states import (
 )
 from conductor_app.store import clock
 from conductor_app.store.sql import Literal, update_returning
-from conductor_app.values.serialization import dump_failure, dumps, read_failure, read_result
+from conductor_app.values.failures import dump_failure, read_failure
+from conductor_app.values.payloads import dumps, read_result
 
 
 class Memory(NamedTuple):

@@ -18,7 +18,7 @@ from conductor_app.states import ExecutionStatus, OnTimeout, StepKind, StepStatu
 from conductor_app.store import clock
 from conductor_app.store.sql import is_transaction
 from conductor_app.transitions import claiming, creating, dispatch, guards, running, sending, statements, steps
-from conductor_app.values.serialization import dump_options, loads
+from conductor_app.values.payloads import dump_options, loads
 
 #: Children of a map that one INSERT stores.
 _INSERT_BATCH = 500

@@ -16,7 +16,7 @@ from conductor_app.states import ExecutionStatus, StepKind, StepStatus
 from conductor_app.store import clock
 from conductor_app.store.sql import locked, update_returning
 from conductor_app.transitions import claiming, dispatch, guards, steps
-from conductor_app.values.serialization import dump_failure
+from conductor_app.values.failures import dump_failure
 
 
 def settle_parent(child: Execution, status: StepStatus, *, error: str | None = None) -> None:

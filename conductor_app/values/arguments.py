@@ -15,7 +15,7 @@ from celery.utils.time import maybe_iso8601
 from conductor_app.exceptions import InvalidArgument, InvalidArgumentType
 from conductor_app.store import clock, observing
 from conductor_app.values.options import check_limits
-from conductor_app.values.serialization import shown
+from conductor_app.values.texts import shown
 
 #: Longest timeout and longest sleep, in seconds (about 100 years).
 MAX_SECONDS = 100 * 366 * 86_400

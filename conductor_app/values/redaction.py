@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from conductor_app.conf import conductor_settings
-from conductor_app.values.serialization import loads
+from conductor_app.values.payloads import loads
 
 #: What stands in the place of a masked value.
 MASK = "********"

@@ -19,7 +19,7 @@ from conductor_app.exceptions import LeaseLost
 from conductor_app.models import Execution
 from conductor_app.states import ExecutionStatus
 from conductor_app.transitions.leases import Lease, renew
-from conductor_app.values.serialization import dump_options
+from conductor_app.values.payloads import dump_options
 from project.celery import app
 from tests.app import scenarios
 from tests.support import invariants

@@ -13,7 +13,7 @@ from django.core.management import call_command
 
 from conductor_app import api
 from conductor_app.models import Execution, FailedExecution
-from conductor_app.values.serialization import dump_failure, load_failure
+from conductor_app.values.failures import dump_failure, load_failure
 from tests.app import versions
 from tests.app.ledger import count
 from tests.support import invariants

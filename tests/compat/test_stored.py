@@ -16,7 +16,7 @@ from django.core.management import call_command
 from conductor_app import api
 from conductor_app.models import Execution, FailedExecution, Step
 from conductor_app.testing import advance, drain
-from conductor_app.values.serialization import dumps, loads
+from conductor_app.values.payloads import dumps, loads
 from tests.app import stored
 
 pytestmark = pytest.mark.django_db

@@ -23,7 +23,7 @@ from conductor_app.telling import story
 from conductor_app.telling.headlines import headline
 from conductor_app.telling.mailbox import mailbox_of, unclaimed
 from conductor_app.transitions import AwaitEvent, dispatch
-from conductor_app.values.serialization import load_failure
+from conductor_app.values.failures import load_failure
 from tests.app import scenarios
 from tests.docs.pages import ROOT, prose
 from tests.support import executions

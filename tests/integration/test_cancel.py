@@ -18,7 +18,7 @@ from conductor_app.store import clock
 from conductor_app.telling import story
 from conductor_app.telling.headlines import headline
 from conductor_app.telling.history import history
-from conductor_app.values.serialization import load_failure
+from conductor_app.values.failures import load_failure
 from tests.app import scenarios
 from tests.app.ledger import count, note
 from tests.support import executions

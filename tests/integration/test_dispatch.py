@@ -20,7 +20,7 @@ from conductor_app.host import publishing
 from conductor_app.models import Execution
 from conductor_app.store import clock
 from conductor_app.transitions import dispatch
-from conductor_app.values.serialization import dump_options
+from conductor_app.values.payloads import dump_options
 from tests.support.executions import TASK, committing, fresh, invoke, new, queued, running
 
 pytestmark = pytest.mark.messaging

@@ -15,7 +15,7 @@ from conductor_app.models import Execution, Step
 from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.store import clock
 from conductor_app.transitions import dispatch, steps
-from conductor_app.values.serialization import dump_options
+from conductor_app.values.payloads import dump_options
 from project.celery import app
 from tests.app import scenarios
 from tests.support import executions

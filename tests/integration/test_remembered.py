@@ -19,7 +19,7 @@ from conductor_app.models import Execution, Step
 from conductor_app.store import clock, sessions, sql
 from conductor_app.transitions import statements, steps
 from conductor_app.transitions.leases import keeper
-from conductor_app.values.serialization import describe, load_failure
+from conductor_app.values.failures import describe, load_failure
 from tests.app import endings, scenarios
 from tests.app.ledger import count, note
 from tests.app.models import Ledger

@@ -10,7 +10,8 @@ from typing import Any
 from conductor_app.exceptions import WorkerLost
 from conductor_app.models import Event, Execution, Step
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
-from conductor_app.values.serialization import load_failure, loads
+from conductor_app.values.failures import load_failure
+from conductor_app.values.payloads import loads
 from tests.app.programs import Flaky, Instruction, Refused, name_of
 
 _ERRORS = {StepStatus.TIMED_OUT: "ChildTimedOut", StepStatus.CANCELLED: "ChildCancelled"}

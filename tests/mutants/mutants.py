@@ -266,7 +266,7 @@ MUTANTS = [
     ),
     Mutant(
         "replay a result that is gone as None",
-        "values/serialization.py",
+        "values/payloads.py",
         "    if not text:\n        raise lost()\n",
         "    if not text:\n        return None\n",
         (REMEMBERED,),
@@ -1576,7 +1576,7 @@ MUTANTS = [
     ),
     Mutant(
         "take what is to end a process for a step's outcome",
-        "values/serialization.py",
+        "values/failures.py",
         "not issubclass(cls, (SystemExit, KeyboardInterrupt, GeneratorExit, ControlFlow))",
         "True",
         (REMEMBERED,),

@@ -22,7 +22,7 @@ from conductor_app.exceptions import (
     ProgrammingError,
     RetryExecution,
 )
-from conductor_app.values.serialization import dumps
+from conductor_app.values.payloads import dumps
 from project.shop.models import Order
 
 PACKAGE = Path(conductor_app.__file__).parent

@@ -21,21 +21,10 @@ from hypothesis import strategies as st
 from kombu.utils.json import register_type
 
 from conductor_app.exceptions import Failure, NewerFormat, NotSerializable, PayloadTooLarge, StepFailed
-from conductor_app.values.serialization import (
-    MAX_NESTING,
-    clean_text,
-    describe,
-    digest,
-    dump_call,
-    dump_failure,
-    dump_options,
-    dumps,
-    load_failure,
-    loads,
-    revive,
-    round_trip,
-    shown,
-)
+from conductor_app.values.failures import describe, dump_failure, load_failure, revive
+from conductor_app.values.payloads import digest, dump_call, dump_options, dumps, loads, round_trip
+from conductor_app.values.storage_format import MAX_NESTING
+from conductor_app.values.texts import clean_text, shown
 
 # --------------------------------------------------------------------------------------------------------------- values
 

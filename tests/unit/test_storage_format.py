@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from conductor_app.exceptions import Failure, NewerFormat
-from conductor_app.values.serialization import MARK, dump_call, dump_failure, dumps, load_failure, loads, read_failure
+from conductor_app.values.failures import dump_failure, load_failure, read_failure
+from conductor_app.values.payloads import dump_call, dumps, loads
+from conductor_app.values.storage_format import MARK
 
 AT = dt.datetime(2026, 11, 28, 12, 30, 15, 250_000, tzinfo=dt.UTC)
 

@@ -25,8 +25,8 @@ from conductor_app.telling.mailbox import unclaimed
 from conductor_app.telling.steps import MOST_STEPS
 from conductor_app.telling.story import Story, read
 from conductor_app.telling.words import clean, duration, exact, first_line, offset, short_name
+from conductor_app.values.failures import load_failure
 from conductor_app.values.redaction import decode, readable, redact
-from conductor_app.values.serialization import load_failure
 
 #: Characters of a value in the steps' table.
 PREVIEW = 60

@@ -20,8 +20,9 @@ from conductor_app.admin.access import PRIVATE_COLUMNS
 from conductor_app.exceptions import Failure
 from conductor_app.models import Event, Execution, FailedExecution, Step
 from conductor_app.store import clock
+from conductor_app.values.failures import dump_failure
+from conductor_app.values.payloads import digest
 from conductor_app.values.redaction import MASK
-from conductor_app.values.serialization import digest, dump_failure
 from tests.support import executions
 
 BASE = "/admin/conductor_app"
