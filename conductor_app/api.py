@@ -30,7 +30,7 @@ from conductor_app.models import Execution, database
 from conductor_app.states import ExecutionStatus
 from conductor_app.store import eager
 from conductor_app.store.ids import new_root_id
-from conductor_app.store.sql import persist_briefly
+from conductor_app.store.transactions import persist_briefly
 from conductor_app.values.arguments import MESSAGE_OPTIONS, check_duration
 from conductor_app.values.payloads import dump_options, dumps
 from conductor_app.values.texts import shown

@@ -18,7 +18,7 @@ from conductor_app.admin import access, causes, names
 from conductor_app.models import Execution, FailedExecution, Step, database
 from conductor_app.states import OPEN_STATUSES, ExecutionStatus, StepStatus
 from conductor_app.store import clock, ids
-from conductor_app.store.sql import Literal
+from conductor_app.store.statements import Literal
 from conductor_app.telling.words import clean, first_line, short_name
 
 #: The latest so many failures tell which error classes there are to choose from.

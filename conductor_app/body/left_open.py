@@ -6,8 +6,8 @@ between the two lines of ``with transaction.atomic():`` does it, too. Unnoticed,
 back, and that of each later run in its process.
 
 Django and the drivers know most of it without asking the database. What a statement such as ``SET`` has changed, they
-do not; so whoever runs a body lets such statements be noticed (``sql.notice_session_statements``), and only then the
-database is asked.
+do not; so whoever runs a body lets such statements be noticed (``session_changes.notice_session_statements``), and only
+then the database is asked.
 """
 
 from __future__ import annotations
@@ -19,12 +19,8 @@ from typing import Any, NamedTuple
 from django.db import connections
 
 from conductor_app.store import sessions
-from conductor_app.store.sql import (
-    has_changed_session,
-    notice_session_statements,
-    opened_connections,
-    stop_noticing,
-)
+from conductor_app.store.opened import opened_connections
+from conductor_app.store.session_changes import has_changed_session, notice_session_statements, stop_noticing
 
 logger = logging.getLogger("conductor_app.execution")
 

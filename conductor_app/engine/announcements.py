@@ -36,8 +36,11 @@ from conductor_app.engine.callbacks import (
 from conductor_app.engine.outcomes import Outcome, outcome_of
 from conductor_app.models import Execution, database
 from conductor_app.states import ExecutionStatus
+from conductor_app.store.errors import is_outage, is_undone
 from conductor_app.store.ids import of_task_id
-from conductor_app.store.sql import is_outage, is_transaction, is_undone, locked, together
+from conductor_app.store.locks import locked
+from conductor_app.store.opened import is_transaction
+from conductor_app.store.transactions import together
 
 logger = logging.getLogger(__name__)
 

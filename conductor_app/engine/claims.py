@@ -19,8 +19,8 @@ from conductor_app.engine.run import Run, RunEnded, current_run
 from conductor_app.exceptions import AbandonRun, LeaseLost
 from conductor_app.models import Execution, database
 from conductor_app.store import owners
+from conductor_app.store.errors import is_outage, name_outage
 from conductor_app.store.soft_limits import SoftLimit
-from conductor_app.store.sql import is_outage, name_outage
 from conductor_app.transitions.leases import keeper
 
 logger = logging.getLogger("conductor_app.execution")

@@ -39,7 +39,8 @@ from conductor_app.exceptions import (
 )
 from conductor_app.models import Execution, database
 from conductor_app.states import ExecutionStatus
-from conductor_app.store.sql import is_read_only, raising_read_only
+from conductor_app.store.errors import is_read_only
+from conductor_app.store.transactions import raising_read_only
 from conductor_app.transitions import dispatch
 from conductor_app.values.failures import describe
 from conductor_app.values.payloads import dumps, loads

@@ -17,7 +17,8 @@ from conductor_app.models import Event, Execution, FailedExecution, Step, databa
 from conductor_app.models.querysets import ExecutionQuerySet
 from conductor_app.states import FINAL_STATUSES
 from conductor_app.store import clock
-from conductor_app.store.sql import locked, persist_briefly
+from conductor_app.store.locks import locked
+from conductor_app.store.transactions import persist_briefly
 
 MODELS = (Event, Step, FailedExecution, Execution)
 

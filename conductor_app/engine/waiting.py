@@ -12,7 +12,7 @@ from conductor_app.exceptions import WaitInsideTransaction
 from conductor_app.models import Execution, database
 from conductor_app.states import FINAL_STATUSES
 from conductor_app.store.ids import of_task_id
-from conductor_app.store.sql import is_in_test_alone, is_transaction, snapshot_level, was_created_here
+from conductor_app.store.opened import is_in_test_alone, is_transaction, snapshot_level, was_created_here
 
 
 def check_wait(execution: Execution, timeout: float | None) -> None:

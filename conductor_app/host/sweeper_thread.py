@@ -31,7 +31,7 @@ from conductor_app.models import Execution, database
 from conductor_app.states import ExecutionStatus
 from conductor_app.store import clock, owners, sessions
 from conductor_app.store.ids import of_task_id
-from conductor_app.store.sql import RowsLocked, waiting_at_most
+from conductor_app.store.locks import RowsLocked, waiting_at_most
 from conductor_app.transitions import dispatch, leases
 
 logger = logging.getLogger("conductor_app.worker")

@@ -19,7 +19,7 @@ from conductor_app.host.news import PlainReport, UnknownMessage
 from conductor_app.models import database
 from conductor_app.store import owners
 from conductor_app.store.ids import of_task_id
-from conductor_app.store.sql import persist_briefly
+from conductor_app.store.transactions import persist_briefly
 from conductor_app.transitions import dispatch
 
 logger = logging.getLogger("conductor_app.worker")

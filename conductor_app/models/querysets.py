@@ -9,7 +9,7 @@ from django.db.models import Exists, OuterRef, Q
 
 from conductor_app.states import LATE_REASON, OPEN_STATUSES, ExecutionStatus
 from conductor_app.store import clock
-from conductor_app.store.sql import Literal
+from conductor_app.store.statements import Literal
 
 if TYPE_CHECKING:
     from conductor_app.models.execution import Execution

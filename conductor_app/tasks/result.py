@@ -13,7 +13,8 @@ from conductor_app.body.run import current_context
 from conductor_app.conf import conductor_settings
 from conductor_app.engine.waiting import check_wait_for_result
 from conductor_app.exceptions import BlockingCallInTask
-from conductor_app.store.sql import drop_dead_connections, is_outage, once_more
+from conductor_app.store.errors import is_outage
+from conductor_app.store.transactions import drop_dead_connections, once_more
 
 #: How often to look whether a database is back, in seconds.
 _AWAY_POLL_SECONDS = 0.2

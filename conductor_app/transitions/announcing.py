@@ -10,7 +10,7 @@ from conductor_app.conf import conductor_settings
 from conductor_app.models import Execution, database
 from conductor_app.states import ExecutionStatus
 from conductor_app.store import clock
-from conductor_app.store.sql import locked
+from conductor_app.store.locks import locked
 from conductor_app.transitions import guards, statements
 
 

@@ -17,7 +17,7 @@ from conductor_app.models import Execution, database
 from conductor_app.models.querysets import ExecutionQuerySet
 from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.store import clock
-from conductor_app.store.sql import locked
+from conductor_app.store.locks import locked
 from conductor_app.transitions import claiming, guards, running, steps, waking
 from conductor_app.transitions.leases import keeper
 from conductor_app.values.failures import dump_failure

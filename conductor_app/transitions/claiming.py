@@ -16,7 +16,7 @@ from conductor_app.conf import conductor_settings
 from conductor_app.models import Execution, database
 from conductor_app.states import ExecutionStatus
 from conductor_app.store import clock, sessions
-from conductor_app.store.sql import update_returning
+from conductor_app.store.statements import update_returning
 from conductor_app.transitions import dispatch, guards, statements
 from conductor_app.transitions.statements import CLAIM_FIELDS
 

@@ -13,7 +13,7 @@ from conductor_app import signals
 from conductor_app.models import Execution, database
 from conductor_app.states import ExecutionStatus
 from conductor_app.store import clock, forks
-from conductor_app.store.sql import note_created, one_statement
+from conductor_app.store.opened import note_created, one_statement
 from conductor_app.transitions import dispatch, guards
 
 

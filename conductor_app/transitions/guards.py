@@ -17,7 +17,7 @@ from conductor_app.exceptions import (
     LeaseLost,
 )
 from conductor_app.models import Execution, database
-from conductor_app.store import clock, sql
+from conductor_app.store import clock, locks, transactions
 from conductor_app.transitions import dispatch
 
 T = TypeVar("T")
@@ -64,7 +64,7 @@ def persist(work: Callable[[], T], unless_already: Callable[[], bool] | None = N
             its answer was lost.
     """
     try:
-        return sql.persist(database(), work, patience=conductor_settings().LEASE_SECONDS)
+        return transactions.persist(database(), work, patience=conductor_settings().LEASE_SECONDS)
     except LeaseLost:
         if unless_already is not None and patiently(unless_already):
             return None  # type: ignore[return-value]
@@ -73,7 +73,7 @@ def persist(work: Callable[[], T], unless_already: Callable[[], bool] | None = N
 
 def persist_briefly(work: Callable[[], T], *, skips_locked: bool = False) -> T:
     """Run a transaction on which no lease depends; while the database is away, that is the caller's to know."""
-    return sql.persist_briefly(database(), work, skips_locked=skips_locked)
+    return transactions.persist_briefly(database(), work, skips_locked=skips_locked)
 
 
 def take(rows: QuerySet[Execution]) -> Execution | None:
@@ -82,9 +82,9 @@ def take(rows: QuerySet[Execution]) -> Execution | None:
     Raises:
         RowsLocked: Somebody has, and this is background work, which has to know that there is something left to do.
     """
-    execution = sql.locked(rows, skip=True).first()
-    if execution is None and sql.is_background() and rows.exists():
-        raise sql.RowsLocked("its row is locked")
+    execution = locks.locked(rows, skip=True).first()
+    if execution is None and locks.is_background() and rows.exists():
+        raise locks.RowsLocked("its row is locked")
     return execution
 
 
@@ -98,7 +98,7 @@ def leave_if_locked(execution_id: uuid.UUID, *, with_children: bool = False) -> 
     own = executions.filter(pk=execution_id)
     # A queryset, so that it is not even read where nothing has to be found out.
     needed = [executions.filter(pk__in=own.values("parent_id")), own]
-    sql.leave_if_locked(*([executions.filter(parent_id=execution_id).open()] if with_children else []), *needed)
+    locks.leave_if_locked(*([executions.filter(parent_id=execution_id).open()] if with_children else []), *needed)
 
 
 def is_mine(execution: Execution, **ended: Any) -> bool:

@@ -11,7 +11,7 @@ from conductor_app.exceptions import ActionRefused
 from conductor_app.models import Execution, Step, database
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
 from conductor_app.store import clock
-from conductor_app.store.sql import locked
+from conductor_app.store.locks import locked
 from conductor_app.transitions import dispatch, guards, waking
 
 

@@ -29,7 +29,8 @@ from conductor_app.conf import conductor_settings
 from conductor_app.models import Execution, database
 from conductor_app.states import ExecutionStatus
 from conductor_app.store import clock, sessions
-from conductor_app.store.sql import RowsLocked, locked, persist_briefly, waiting_at_most
+from conductor_app.store.locks import RowsLocked, locked, waiting_at_most
+from conductor_app.store.transactions import persist_briefly
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from django.db import IntegrityError, transaction
 
 from conductor_app.models import Event, Step, database
 from conductor_app.store import clock
-from conductor_app.store.sql import locked
+from conductor_app.store.locks import locked
 
 
 def find(execution_id: uuid.UUID, name: str, key: str) -> Event | None:

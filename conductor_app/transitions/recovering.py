@@ -19,7 +19,7 @@ from conductor_app.exceptions import (
 from conductor_app.models import Execution, Step, database
 from conductor_app.states import LATE_REASON, ExecutionStatus, OnTimeout, StepKind, StepStatus
 from conductor_app.store import clock, owners
-from conductor_app.store.sql import locked
+from conductor_app.store.locks import locked
 from conductor_app.transitions import cancelling, dispatch, failing, guards, statements, steps, waking
 from conductor_app.values.failures import dump_failure
 

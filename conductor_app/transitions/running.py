@@ -22,9 +22,9 @@ from conductor_app.exceptions import (
 )
 from conductor_app.models import Execution, database
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
-from conductor_app.store import clock, sql
+from conductor_app.store import clock, errors, transactions
+from conductor_app.store.locks import locked
 from conductor_app.store.soft_limits import SoftLimit, soft_limit
-from conductor_app.store.sql import locked
 from conductor_app.transitions import claiming, dispatch, guards, statements, steps, waking
 from conductor_app.values.failures import dump_failure
 from conductor_app.values.payloads import dump_options
@@ -129,21 +129,21 @@ def record_together(execution: Execution, name: str, act: Callable[[], tuple[str
             return Together(recorded, recorded.get_result())
         if connection.in_atomic_block or not attempt.is_of_ours:
             return done  # an error of another database, though it look like one of ours, has undone nothing here
-        if sql.is_outage(error):
+        if errors.is_outage(error):
             outages += 1
             with contextlib.suppress(Exception):
                 connection.close()
-        elif sql.is_undone(error) or (attempt.has_acted and sql.is_conflict(error)):
+        elif errors.is_undone(error) or (attempt.has_acted and errors.is_conflict(error)):
             conflicts += 1
         else:
             return done
-        if outages > _OUTAGE_TRIES or conflicts > sql.CONFLICT_TRIES:
+        if outages > _OUTAGE_TRIES or conflicts > transactions.CONFLICT_TRIES:
             return done
         logger.warning("Step %s of execution %s was undone and is run again: %s", name, execution.pk, error)
-        if sql.is_outage(error):
-            sql.pause_after_outage(outages)
+        if errors.is_outage(error):
+            transactions.pause_after_outage(outages)
         else:
-            sql.pause_after_conflict(conflicts)
+            transactions.pause_after_conflict(conflicts)
         check_held(execution)
 
 

@@ -24,7 +24,8 @@ from conductor_app.conf import conductor_settings
 from conductor_app.models import Execution, Step, database
 from conductor_app.states import ExecutionStatus, OnTimeout, StepKind, StepStatus
 from conductor_app.store import clock
-from conductor_app.store.sql import fetch, is_transaction
+from conductor_app.store.opened import is_transaction
+from conductor_app.store.statements import fetch
 from conductor_app.transitions import dispatch, steps
 
 #: What a run needs to know of the execution that it claims, in the order of the model's fields (as ``from_db`` takes

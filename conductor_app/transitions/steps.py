@@ -38,7 +38,7 @@ from conductor_app.states import (
     StepStatus,
 )
 from conductor_app.store import clock
-from conductor_app.store.sql import Literal, update_returning
+from conductor_app.store.statements import Literal, update_returning
 from conductor_app.values.failures import dump_failure, read_failure
 from conductor_app.values.payloads import dumps, read_result
 

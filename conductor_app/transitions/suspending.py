@@ -16,7 +16,7 @@ from conductor_app.exceptions import CancelExecution, OutcomeLost
 from conductor_app.models import Execution, database
 from conductor_app.states import ExecutionStatus, OnTimeout, StepKind, StepStatus
 from conductor_app.store import clock
-from conductor_app.store.sql import is_transaction
+from conductor_app.store.opened import is_transaction
 from conductor_app.transitions import claiming, creating, dispatch, guards, running, sending, statements, steps
 from conductor_app.values.payloads import dump_options, loads
 

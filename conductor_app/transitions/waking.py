@@ -14,7 +14,8 @@ from conductor_app.exceptions import Failure
 from conductor_app.models import Execution, Step, database
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
 from conductor_app.store import clock
-from conductor_app.store.sql import locked, update_returning
+from conductor_app.store.locks import locked
+from conductor_app.store.statements import update_returning
 from conductor_app.transitions import claiming, dispatch, guards, steps
 from conductor_app.values.failures import dump_failure
 

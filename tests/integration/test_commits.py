@@ -16,7 +16,7 @@ from conductor_app.engine import claims, pruner
 from conductor_app.exceptions import AbandonRun, LeaseLost
 from conductor_app.models import Execution, FailedExecution, Step
 from conductor_app.states import ExecutionStatus, OnTimeout
-from conductor_app.store import clock, sql
+from conductor_app.store import clock, transactions
 from conductor_app.store.ids import new_root_id
 from conductor_app.transitions import Gather, HandOff, Map, Sleep, dispatch, waking
 from conductor_app.transitions.leases import keeper
@@ -551,7 +551,7 @@ def test_an_outage_longer_than_a_lease_abandons_a_run_and_is_an_error_to_everybo
 ) -> None:
     """Only a run can be abandoned: in the sweeper's thread, or in a web process, it would end what serves others."""
     settings.CONDUCTOR = {**settings.CONDUCTOR, "LEASE_SECONDS": 0.03, "HEARTBEAT_SECONDS": 0.01, "SWEEP_SECONDS": 0.01}
-    monkeypatch.setattr(sql, "_BRIEF_SECONDS", 0)
+    monkeypatch.setattr(transactions, "_BRIEF_SECONDS", 0)
     run, waiting = running(), napping()
 
     def refuse(*_args: Any) -> Any:

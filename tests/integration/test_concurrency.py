@@ -19,7 +19,7 @@ from conductor_app.engine import sweeper
 from conductor_app.exceptions import CancelExecution, LeaseLost
 from conductor_app.models import Execution
 from conductor_app.states import ALLOWED_MOVES, FINAL_STATUSES, ExecutionStatus
-from conductor_app.store.sql import is_conflict
+from conductor_app.store.errors import is_conflict
 from conductor_app.transitions import Pending, dispatch, steps, waking
 from tests.support import history
 from tests.support.executions import OWNER, committing, families

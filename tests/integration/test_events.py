@@ -26,7 +26,7 @@ from conductor_app.exceptions import (
 )
 from conductor_app.models import Event, Execution, Step
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
-from conductor_app.store import clock, sql
+from conductor_app.store import clock, transactions
 from conductor_app.transitions import AwaitEvent, Pending
 from tests.app import scenarios
 from tests.app.ledger import count, note
@@ -311,7 +311,7 @@ def test_a_repetition_after_a_lost_commit_finds_its_own_event(monkeypatch: pytes
         repeated.append(work())
         return work()
 
-    monkeypatch.setattr(sql, "persist_briefly", twice)
+    monkeypatch.setattr(transactions, "persist_briefly", twice)
     assert api.send_event(execution, "item", 1) is True
     assert api.send_event(execution, "item", 2, id="mail-7") is True
     assert repeated == [True, True]
@@ -328,7 +328,7 @@ def test_a_suspension_that_is_repeated_after_a_lost_commit_takes_one_event(monke
         work()
         return work()
 
-    monkeypatch.setattr(sql, "persist", twice)
+    monkeypatch.setattr(transactions, "persist", twice)
     assert transitions.suspend(execution, wait) is False
     assert step_of(execution, "first").get_result() == 1
     assert [event.get_payload() for event in Event.objects.filter(taken_at__isnull=True)] == [2]

@@ -16,7 +16,7 @@ from conductor_app import ExecutionContext, api, transitions
 from conductor_app.engine import hand_off
 from conductor_app.exceptions import ChildCancelled, LeaseLost, OutcomeLost
 from conductor_app.models import Execution, Step
-from conductor_app.store import clock, sessions, sql
+from conductor_app.store import clock, sessions, transactions
 from conductor_app.transitions import statements, steps
 from conductor_app.transitions.leases import keeper
 from conductor_app.values.failures import describe, load_failure
@@ -39,8 +39,8 @@ def transactional_db(django_db_setup: None, django_db_blocker: Any) -> Iterator[
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sql, "pause_after_conflict", lambda number: None)
-    monkeypatch.setattr(sql, "pause_after_outage", lambda number: None)
+    monkeypatch.setattr(transactions, "pause_after_conflict", lambda number: None)
+    monkeypatch.setattr(transactions, "pause_after_outage", lambda number: None)
 
 
 def query(statement: str) -> None:
@@ -174,7 +174,7 @@ def _undoing() -> list[tuple[str, str]]:
     return []
 
 
-@pytest.mark.parametrize("times", [1, sql.CONFLICT_TRIES])
+@pytest.mark.parametrize("times", [1, transactions.CONFLICT_TRIES])
 def test_an_atomic_step_that_was_undone_is_run_again(times: int) -> None:
     if not (undoing := _undoing()):
         pytest.skip("SQLite lets one write at a time")
@@ -217,7 +217,11 @@ def test_an_atomic_step_that_is_undone_each_time_fails_as_what_it_is_and_stays_f
     root = start(body)
     calls_made = len(calls)
     advance(6)
-    assert (reload(root).get_result(), calls_made, len(calls)) == ("gave up", sql.CONFLICT_TRIES + 1, calls_made)
+    assert (reload(root).get_result(), calls_made, len(calls)) == (
+        "gave up",
+        transactions.CONFLICT_TRIES + 1,
+        calls_made,
+    )
 
 
 def end_own_session() -> None:

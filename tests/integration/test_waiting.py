@@ -13,7 +13,7 @@ from django.test import TestCase
 from conductor_app import api
 from conductor_app.exceptions import WaitInsideTransaction
 from conductor_app.models import Execution, database
-from conductor_app.store import sql
+from conductor_app.store import opened
 from conductor_app.testing import ConductorTestCase
 from tests.app.scenarios import add, echo
 from tests.support.bodies import go_on
@@ -70,9 +70,9 @@ def test_a_rolled_back_transaction_or_savepoint_is_forgotten(commits: None) -> N
         transaction.set_rollback(True)
     with transaction.atomic():
         other = echo.apply_async((1,), task_id=again.id)
-        assert sql.was_created_here(database(), api.find(other).pk)
+        assert opened.was_created_here(database(), api.find(other).pk)
     with transaction.atomic():
-        assert not sql.was_created_here(database(), api.find(other).pk)
+        assert not opened.was_created_here(database(), api.find(other).pk)
 
 
 @TIMEOUTS
@@ -89,7 +89,7 @@ def test_what_comes_after_it_in_a_chain_or_belongs_to_a_group_is_not_waited_for_
 def test_a_transaction_waits_for_what_was_committed_before_if_it_can_see_it_end(wait: Any, commits: None) -> None:
     result = echo.delay(1)
     with transaction.atomic():
-        if sql.snapshot_level(database()):
+        if opened.snapshot_level(database()):
             with pytest.raises(WaitInsideTransaction, match="at its beginning"):
                 wait(result, timeout=30)
         else:

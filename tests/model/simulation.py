@@ -24,7 +24,7 @@ from django.db import OperationalError, connection, connections
 from conductor_app.engine import claims, draining
 from conductor_app.host import inline, publishing
 from conductor_app.models import Execution
-from conductor_app.store import clock, owners, sql
+from conductor_app.store import clock, owners, transactions
 from conductor_app.tasks import kept_options, task
 from conductor_app.transitions import dispatch, leases
 from conductor_app.transitions.leases import Lease
@@ -229,7 +229,7 @@ class Stage:
         monkeypatch.setattr(owners, "lease_owner", lambda hostname: getattr(current_actor(), "name", "nobody"))
         # Nobody waits for anything: what is repeated is repeated at once.
         impatient = types.SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda seconds: None)
-        monkeypatch.setattr(sql, "time", impatient)
+        monkeypatch.setattr(transactions, "time", impatient)
         monkeypatch.setattr(connection, "_commit", self._commit_and_answer)
         with connection.cursor() as cursor:
             cursor.execute("PRAGMA synchronous = OFF")

@@ -237,8 +237,8 @@ MUTANTS = [
     Mutant(
         "run no atomic step again that was undone",
         "transitions/running.py",
-        "        elif sql.is_undone(error) or (attempt.has_acted and sql.is_conflict(error)):\n",
-        "        elif attempt.has_acted and sql.is_conflict(error):\n",
+        "        elif errors.is_undone(error) or (attempt.has_acted and errors.is_conflict(error)):\n",
+        "        elif attempt.has_acted and errors.is_conflict(error):\n",
         (REMEMBERED,),
         on_postgres=True,
     ),
@@ -259,8 +259,8 @@ MUTANTS = [
     Mutant(
         "run an atomic step again that is to be cancelled",
         "transitions/running.py",
-        "            sql.pause_after_conflict(conflicts)\n        check_held(execution)\n",
-        "            sql.pause_after_conflict(conflicts)\n",
+        "            transactions.pause_after_conflict(conflicts)\n        check_held(execution)\n",
+        "            transactions.pause_after_conflict(conflicts)\n",
         (REMEMBERED,),
         on_postgres=True,
     ),
@@ -513,9 +513,9 @@ MUTANTS = [
     # --- rows that somebody has locked
     Mutant(
         "wait for a locked row in the background",
-        "store/sql.py",
-        "            if limit is not None and (_is_locked(error)",
-        "            if limit is not None and False and (_is_locked(error)",
+        "store/transactions.py",
+        "            if limit is not None and (\n",
+        "            if limit is not None and False and (\n",
         (LOCKED_ROWS,),
     ),
     Mutant(
@@ -1887,7 +1887,7 @@ MUTANTS = [
     ),
     Mutant(
         "refuse to wait for what an earlier transaction has created",
-        "store/sql.py",
+        "store/opened.py",
         "    return is_open and kept[0] is connection.atomic_blocks[0] and key in kept[1]",
         "    return bool(kept) and key in kept[1]",
         (WAITING,),

@@ -13,7 +13,7 @@ from typing import Any, Self
 import pytest
 from django.db import connection, connections, transaction
 
-from conductor_app.store import sql
+from conductor_app.store import errors
 from conductor_app.transitions import statements
 from tests.support.polling import wait_until
 
@@ -46,7 +46,7 @@ class Actor:
     def __init__(self, name: str, isolation: IsolationLevel | None = None) -> None:
         self.name = name
         self.isolation = isolation
-        #: SQLSTATEs of the conflicts after which ``sql.persist`` has run a transaction again.
+        #: SQLSTATEs of the conflicts after which ``transactions.persist`` has run a transaction again.
         self.conflicts: list[str] = []
         self.stop_at = ""
         self._stopped = threading.Event()
@@ -244,7 +244,7 @@ class Race:
                 actor.end()
 
     def conflicts(self) -> list[str]:
-        """SQLSTATEs of the conflicts after which ``sql.persist`` has run a transaction again."""
+        """SQLSTATEs of the conflicts after which ``transactions.persist`` has run a transaction again."""
         return [code for actor in self._actors for code in actor.conflicts]
 
     def end(self) -> None:
@@ -295,7 +295,7 @@ class Race:
         self._monkeypatch.setattr(statements, "_fetch", stoppable)
 
     def _count_conflicts(self) -> None:
-        original = sql.is_conflict
+        original = errors.is_conflict
 
         def counting(error: BaseException) -> bool:
             found = original(error)
@@ -304,4 +304,4 @@ class Race:
                 actor.conflicts.append(getattr(error.__cause__, "sqlstate", ""))
             return found
 
-        self._monkeypatch.setattr(sql, "is_conflict", counting)
+        self._monkeypatch.setattr(errors, "is_conflict", counting)

@@ -14,7 +14,7 @@ from conductor_app.exceptions import ExecutionFinished, IdempotencyConflict
 from conductor_app.models import Event, Execution, Step
 from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.store import clock
-from conductor_app.store.sql import locked
+from conductor_app.store.locks import locked
 from conductor_app.transitions import AwaitEvent, sending, steps
 from tests.races.harness import BEFORE_COMMIT, IsolationLevel, Race, in_several_statements
 from tests.support.executions import FAILURE, claimed, fresh, queued, running, snapshot, step_of

@@ -12,7 +12,7 @@ from conductor_app import transitions
 from conductor_app.engine import sweeper
 from conductor_app.models import Execution, Step
 from conductor_app.states import ExecutionStatus, StepStatus
-from conductor_app.store import clock, sql
+from conductor_app.store import clock, locks
 from conductor_app.transitions import leases, steps
 from tests.races.harness import Actor, Race
 from tests.support.executions import family, fresh, napping, running, step_of
@@ -38,7 +38,7 @@ def overdue() -> list[Step]:
 
 
 def in_background(act: Any, *args: Any) -> Any:
-    with sql.waiting_at_most(0.001, "default"):
+    with locks.waiting_at_most(0.001, "default"):
         return act(*args)
 
 
@@ -77,7 +77,7 @@ def test_one_deadline_is_left_as_a_whole(race: Race, which: str) -> None:
     (found,) = overdue()
     viewing = locked(race, parent if which == "parent" else child)
     sweeping = race.start("sweeper", in_background, transitions.decide_overdue, found)
-    assert sweeping.outcome() is sql.RowsLocked
+    assert sweeping.outcome() is locks.RowsLocked
     assert fresh(child).cancel_requested_at is None
     assert step_of(parent).status == StepStatus.PENDING
     viewing.go_on().result()
@@ -88,7 +88,7 @@ def test_a_cancel_is_left_as_a_whole(race: Race) -> None:
     parent, child = family()
     transitions.request_cancel(parent.pk, "enough")
     viewing = locked(race, child)
-    assert race.start("sweeper", in_background, transitions.cancel_flagged, parent.pk).outcome() is sql.RowsLocked
+    assert race.start("sweeper", in_background, transitions.cancel_flagged, parent.pk).outcome() is locks.RowsLocked
     assert fresh(parent).status == ExecutionStatus.WAITING
     viewing.go_on().result()
     assert in_background(transitions.cancel_flagged, parent.pk) is True

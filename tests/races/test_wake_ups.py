@@ -10,7 +10,7 @@ from conductor_app import transitions
 from conductor_app.models import Execution
 from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.store import clock
-from conductor_app.store.sql import locked
+from conductor_app.store.locks import locked
 from conductor_app.transitions import Pending, steps, waking
 from tests.races.harness import BEFORE_COMMIT, IsolationLevel, Race, in_several_statements
 from tests.support.executions import FAILURE, claimed, family, fresh, invocation, step_of

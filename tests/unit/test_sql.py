@@ -11,7 +11,9 @@ from django.db import DatabaseError, DataError, IntegrityError, InterfaceError, 
 from django.db.utils import InternalError
 
 from conductor_app.exceptions import AbandonRun, LeaseLost
-from conductor_app.store.sql import Literal, is_conflict, is_outage, is_passing, is_undone, persist
+from conductor_app.store.errors import is_conflict, is_outage, is_passing, is_undone
+from conductor_app.store.statements import Literal
+from conductor_app.store.transactions import persist
 
 
 class DriverError(Exception):
@@ -186,7 +188,7 @@ def test_a_transaction_that_was_undone_is_told_from_a_lock_that_was_refused(erro
 def pauses(monkeypatch: Any) -> list[float]:
     """What ``persist`` has slept; it is not slept."""
     slept: list[float] = []
-    monkeypatch.setattr("conductor_app.store.sql.time.sleep", slept.append)
+    monkeypatch.setattr("conductor_app.store.transactions.time.sleep", slept.append)
     return slept
 
 
