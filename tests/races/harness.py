@@ -197,7 +197,7 @@ class Race:
         Args:
             isolation: Isolation level of its transactions; PostgreSQL's default is READ COMMITTED.
             stop: Where it is to stop once: ``BEFORE_COMMIT``, or ``before`` or ``after`` and the name of a function of
-                ``conductor_app``, such as ``"after steps.settle"``.
+                ``conductor_app``, such as ``"after transitions.steps.settle"``.
         """
         if stop and stop != BEFORE_COMMIT:
             self._make_point(stop.partition(" ")[2])

@@ -103,7 +103,9 @@ def test_an_event_that_is_sent_while_a_run_suspends_wakes_it(race: Race, isolati
 
 
 @isolations
-@pytest.mark.parametrize("stop", ["after transitions.running.lock_held", "after mailbox.take", BEFORE_COMMIT])
+@pytest.mark.parametrize(
+    "stop", ["after transitions.running.lock_held", "after transitions.mailbox.take", BEFORE_COMMIT]
+)
 def test_wherever_the_run_stands_the_event_is_delivered(race: Race, stop: str, isolation: Any) -> None:
     execution = running()
     suspending = race.hold("run", suspend, execution, stop=stop, isolation=isolation)
@@ -115,13 +117,21 @@ def test_wherever_the_run_stands_the_event_is_delivered(race: Race, stop: str, i
 
 
 @isolations
-@pytest.mark.parametrize("stop", ["after mailbox.find", "after steps.awaiting", "before mailbox.put", BEFORE_COMMIT])
+@pytest.mark.parametrize(
+    "stop",
+    [
+        "after transitions.mailbox.find",
+        "after transitions.steps.awaiting",
+        "before transitions.mailbox.put",
+        BEFORE_COMMIT,
+    ],
+)
 def test_wherever_the_sender_stands_the_event_is_delivered(race: Race, stop: str, isolation: Any) -> None:
     execution = running()
     sender = race.hold("sender", send, execution, stop=stop, isolation=isolation)
     suspending = race.start("run", suspend, execution, isolation=isolation)
     is_blocked = suspending.is_blocked(by=sender)
-    assert is_blocked == (stop in ("before mailbox.put", BEFORE_COMMIT))
+    assert is_blocked == (stop in ("before transitions.mailbox.put", BEFORE_COMMIT))
     if not is_blocked:
         suspending.result()
     assert sender.go_on().result() is True
@@ -198,7 +208,7 @@ def test_a_sender_and_a_timeout_never_wait_for_each_other(race: Race, first: str
     """The step before the execution, everywhere: PostgreSQL finds no deadlock."""
     execution, step = overdue()
     acts = {"sender": (send, execution), "sweeper": (transitions.decide_overdue, step)}
-    leader = race.hold(first, *acts.pop(first), stop="after steps.settle")
+    leader = race.hold(first, *acts.pop(first), stop="after transitions.steps.settle")
     ((second, act),) = acts.items()
     follower = race.start(second, *act).wait_blocked(by=leader)
     assert leader.go_on().result() is True
@@ -239,7 +249,7 @@ def test_of_two_senders_with_one_id_one_sends(race: Race, value: int, is_waiting
 def test_a_sender_that_settles_a_step_with_an_id_that_is_known_by_then_takes_it_back(race: Race) -> None:
     """The event was sent, and taken by an earlier step, while this sender was on its way."""
     execution = running()
-    late = race.hold("late", send, execution, 1, "mail-7", stop="after mailbox.find")
+    late = race.hold("late", send, execution, 1, "mail-7", stop="after transitions.mailbox.find")
     send(execution, 1, "mail-7")
     assert suspend(execution) is False
     assert suspend(execution, "second") is True
@@ -394,7 +404,7 @@ def test_canary_a_run_that_does_not_lock_first_loses_the_event(race: Race, monke
 
     execution = running()
     monkeypatch.setattr(runs, "lock_held", lambda execution: False)
-    suspending = race.hold("run", suspend, execution, stop="after mailbox.take")
+    suspending = race.hold("run", suspend, execution, stop="after transitions.mailbox.take")
     assert race.start("sender", send, execution).result() is True
     assert suspending.go_on().result() is True
     assert is_stuck(execution)

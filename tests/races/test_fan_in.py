@@ -59,14 +59,19 @@ def test_of_two_last_children_the_second_wakes_the_parent(race: Race, isolation:
 
 @pytest.mark.parametrize(
     "stop",
-    ["after transitions.guards.leave_running", "before steps.count_down", "after steps.count_down", BEFORE_COMMIT],
+    [
+        "after transitions.guards.leave_running",
+        "before transitions.steps.count_down",
+        "after transitions.steps.count_down",
+        BEFORE_COMMIT,
+    ],
 )
 def test_wherever_the_first_stands_the_other_is_counted_too(race: Race, stop: str) -> None:
     parent, children = mapping(2)
     first, second = (claimed(child) for child in children)
     ending = race.hold("first", succeed, first, stop=stop)
     other = race.start("second", succeed, second)
-    assert other.is_blocked(by=ending) == (stop in ("after steps.count_down", BEFORE_COMMIT))
+    assert other.is_blocked(by=ending) == (stop in ("after transitions.steps.count_down", BEFORE_COMMIT))
     ending.go_on().result()
     other.result()
     assert fresh(parent).status == ExecutionStatus.QUEUED
@@ -189,7 +194,7 @@ def test_a_child_whose_end_is_not_committed_when_the_map_times_out_is_late(race:
     parent, children = mapping(1, timeout=5, on_timeout="abandon")
     child = claimed(children[0])
     Step.objects.update(deadline_at=clock.after(-1))
-    ending = race.hold("child", succeed, child, stop="before steps.count_down")
+    ending = race.hold("child", succeed, child, stop="before transitions.steps.count_down")
     assert transitions.decide_overdue(step_of(parent)) is True
     ending.go_on().result()
     assert (step_of(parent).status, step_of(parent).result) == ("timed_out", "[0]")
@@ -201,7 +206,7 @@ def test_a_failure_that_loses_to_the_timeout_cancels_nobody(race: Race) -> None:
     parent, children = mapping(3, timeout=5, on_timeout="abandon")
     child = claimed(children[0])
     Step.objects.update(deadline_at=clock.after(-1))
-    failing = race.hold("child", fail, child, stop="before steps.count_down")
+    failing = race.hold("child", fail, child, stop="before transitions.steps.count_down")
     assert transitions.decide_overdue(step_of(parent)) is True
     failing.go_on().result()
     assert step_of(parent).status == StepStatus.TIMED_OUT
@@ -214,7 +219,7 @@ def test_a_failure_that_loses_to_the_timeout_cancels_nobody(race: Race) -> None:
 def test_two_ending_children_let_two_others_go(race: Race) -> None:
     parent, children = mapping(5, max_parallel=2)
     first, second = (claimed(child) for child in children[:2])
-    ending = race.hold("first", succeed, first, stop="before steps.count_down")
+    ending = race.hold("first", succeed, first, stop="before transitions.steps.count_down")
     race.start("second", succeed, second).result()
     ending.go_on().result()
     assert [fresh(child).due_at is None for child in children] == [False, False, False, False, True]
@@ -225,7 +230,7 @@ def test_an_ending_child_waits_for_a_sibling_that_is_being_let_go_or_cancelled(r
     """The only held one is in somebody's hands: if that is given up, the place must not be lost."""
     parent, children = mapping(3, max_parallel=2)
     first, second = (claimed(child) for child in children[:2])
-    ending = race.hold("first", succeed, first, stop="before steps.count_down")
+    ending = race.hold("first", succeed, first, stop="before transitions.steps.count_down")
     other = race.start("second", succeed, second).wait_blocked(by=ending)
     ending.go_on().result()
     other.result()
@@ -250,7 +255,7 @@ def test_a_held_child_that_is_cancelled_while_another_wants_to_let_it_go(race: R
 def test_cancelling_a_parent_while_its_child_lets_a_sibling_go(race: Race) -> None:
     parent, children = mapping(3, max_parallel=1)
     transitions.request_cancel(parent.pk, "")
-    ending = race.hold("child", succeed, claimed(children[0]), stop="before steps.count_down")
+    ending = race.hold("child", succeed, claimed(children[0]), stop="before transitions.steps.count_down")
     cancel = race.start("cancel", transitions.cancel_flagged, parent.pk).wait_blocked(by=ending)
     ending.go_on().result()
     assert cancel.result() is True
@@ -288,7 +293,13 @@ def test_a_child_that_ends_while_its_parent_gathers_wakes_it(race: Race, isolati
 @isolations
 @pytest.mark.parametrize("end", [succeed, fail], ids=["succeed", "fail"])
 @pytest.mark.parametrize(
-    "stop", ["before steps.settle", "after steps.settle", "after transitions.guards.leave_running", BEFORE_COMMIT]
+    "stop",
+    [
+        "before transitions.steps.settle",
+        "after transitions.steps.settle",
+        "after transitions.guards.leave_running",
+        BEFORE_COMMIT,
+    ],
 )
 def test_wherever_the_child_stands_the_gather_counts_it(race: Race, end: Any, stop: str, isolation: Any) -> None:
     parent, (child, other) = starting(2)

@@ -25,7 +25,7 @@ def nap_of(execution: Execution) -> Step:
 
 
 @isolations
-@pytest.mark.parametrize("stop", ["after steps.settle", BEFORE_COMMIT])
+@pytest.mark.parametrize("stop", ["after transitions.steps.settle", BEFORE_COMMIT])
 def test_a_sleep_is_ended_by_the_operator_or_by_the_sweeper(
     race: Race, stop: str, isolation: IsolationLevel | None
 ) -> None:

@@ -96,7 +96,9 @@ def test_a_step_is_remembered_once_and_both_runs_see_the_same(race: Race, zombie
     zombie = running()
     lapse(zombie)
     if zombie_is_first:
-        recording = race.hold("zombie", transitions.record_step, zombie, "charge", stop="after steps.record")
+        recording = race.hold(
+            "zombie", transitions.record_step, zombie, "charge", stop="after transitions.steps.record"
+        )
         assert transitions.lose(zombie.pk) is False, "its row is locked: it is no zombie yet"
         recording.go_on().result()
         transitions.lose(zombie.pk)
@@ -105,7 +107,7 @@ def test_a_step_is_remembered_once_and_both_runs_see_the_same(race: Race, zombie
     else:
         transitions.lose(zombie.pk)
         live = claimed(zombie, "test@host/2")
-        recording = race.hold("live", transitions.record_step, live, "charge", stop="after steps.record")
+        recording = race.hold("live", transitions.record_step, live, "charge", stop="after transitions.steps.record")
         # The fence is compared at once: a zombie does not even wait.
         assert race.start("zombie", transitions.record_step, zombie, "charge").outcome() is LeaseLost
         recording.go_on().result()

@@ -35,7 +35,7 @@ def timed_out(on_timeout: str) -> tuple[Execution, Execution]:
 
 
 @isolations
-@pytest.mark.parametrize("stop", ["after steps.reopen", BEFORE_COMMIT])
+@pytest.mark.parametrize("stop", ["after transitions.steps.reopen", BEFORE_COMMIT])
 def test_a_child_that_ends_during_the_retry_wakes_its_parent(
     race: Race, stop: str, isolation: IsolationLevel | None
 ) -> None:
@@ -49,7 +49,7 @@ def test_a_child_that_ends_during_the_retry_wakes_its_parent(
 
 
 @isolations
-@pytest.mark.parametrize("stop", ["after steps.settle", BEFORE_COMMIT])
+@pytest.mark.parametrize("stop", ["after transitions.steps.settle", BEFORE_COMMIT])
 def test_a_retry_during_the_childs_end_adopts_its_result(
     race: Race, stop: str, isolation: IsolationLevel | None
 ) -> None:

@@ -77,7 +77,7 @@ ACTS: dict[str, Callable[[Family], object]] = {
     "cancel root": lambda family: api.cancel(family.root.pk),
 }
 #: Where the first one stops: it has decided the parent's step, or it has also locked and written the parent's row.
-SETTLED = [(first, "after steps.settle") for first in ACTS if first not in ("fail", "cancel root")]
+SETTLED = [(first, "after transitions.steps.settle") for first in ACTS if first not in ("fail", "cancel root")]
 WRITTEN = [(first, BEFORE_COMMIT) for first in ("complete", "time out")]
 
 

@@ -75,7 +75,7 @@ def test_a_child_that_ends_after_its_parent_has_suspended_wakes_it(race: Race, e
     [
         "before transitions.guards.leave_running",
         "after transitions.guards.leave_running",
-        "after steps.settle",
+        "after transitions.steps.settle",
         "after transitions.waking.wake",
         BEFORE_COMMIT,
     ],
@@ -92,7 +92,9 @@ def test_wherever_the_child_stands_the_parent_is_not_left_waiting(race: Race, st
 
 
 @isolations
-@pytest.mark.parametrize("stop", ["after transitions.guards.leave_running", "after steps.is_pending", BEFORE_COMMIT])
+@pytest.mark.parametrize(
+    "stop", ["after transitions.guards.leave_running", "after transitions.steps.is_pending", BEFORE_COMMIT]
+)
 def test_wherever_the_parent_stands_the_child_wakes_it(race: Race, stop: str, isolation: Any) -> None:
     parent, child = replaying()
     suspending = race.hold("parent", suspend, parent, stop=stop, isolation=isolation)
