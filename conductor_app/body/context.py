@@ -38,7 +38,7 @@ from conductor_app.exceptions import (
     RetryExecution,
 )
 from conductor_app.states import StepKind, StepStatus
-from conductor_app.store import observing, sessions
+from conductor_app.store import interrupted, observing
 from conductor_app.store.ids import derive_child_id
 from conductor_app.transitions import steps
 from conductor_app.values.arguments import check_duration, check_instant
@@ -451,7 +451,7 @@ class ExecutionContext(BodyRun):
             try:
                 result = fn(*args, **kwargs)
             except BaseException as error:
-                sessions.close_raised_in(error)
+                interrupted.close_raised_in(error)
                 self._keep_in_mind(step, error)
                 raise
         self._must_be_in_its_process(call)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from django.db import connections
 
-from conductor_app.store import sessions
+from conductor_app.store import interrupted
 from conductor_app.store.opened import opened_connections
 from conductor_app.store.session_changes import has_changed_session, notice_session_statements, stop_noticing
 
@@ -137,7 +137,7 @@ class Watch:
             raised: What the body has raised; a signal's handler may have done it in the middle of a statement.
         """
         if raised is not None:
-            sessions.close_raised_in(raised)
+            interrupted.close_raised_in(raised)
         for connection in self._opened:
             stop_noticing(connection)
         found = self.clean()
@@ -229,7 +229,7 @@ def _roll_back(connection: Any, depth: int) -> None:
 
 
 def _discard(connection: Any) -> None:
-    sessions.close(connection)
+    interrupted.close(connection)
     if connection.connection is not None:  # SQLite in memory is never closed
         with contextlib.suppress(Exception):
             connection.set_autocommit(connection.settings_dict["AUTOCOMMIT"])

@@ -43,7 +43,7 @@ from conductor_app.exceptions import (
 )
 from conductor_app.models import Execution
 from conductor_app.states import StepKind
-from conductor_app.store import sessions
+from conductor_app.store import interrupted
 from conductor_app.transitions import steps
 from conductor_app.transitions.leases import Lease
 from conductor_app.values.failures import describe, is_caught_by_bodies
@@ -351,7 +351,7 @@ class BodyRun:
         try:
             done = work()
         except BaseException as error:
-            sessions.close_raised_in(error, blocks=1)
+            interrupted.close_raised_in(error, blocks=1)
             watch.clean()
             raise
         self._must_be_in_its_process(call)

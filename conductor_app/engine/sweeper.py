@@ -30,7 +30,7 @@ from conductor_app.states import ExecutionStatus
 from conductor_app.store import clock, observing
 from conductor_app.store.errors import is_outage
 from conductor_app.store.locks import RowsLocked, waiting_at_most
-from conductor_app.store.sessions import at_work
+from conductor_app.store.waits import at_work
 from conductor_app.transitions import dispatch, steps
 
 logger = logging.getLogger(__name__)

@@ -29,7 +29,7 @@ from conductor_app.host.news import PlainReport, ProcessEnd, Revocation
 from conductor_app.host.revocations import Revoker
 from conductor_app.models import Execution, database
 from conductor_app.states import ExecutionStatus
-from conductor_app.store import clock, owners, sessions
+from conductor_app.store import clock, own_connections, owners
 from conductor_app.store.ids import of_task_id
 from conductor_app.store.locks import RowsLocked, waiting_at_most
 from conductor_app.transitions import dispatch, leases
@@ -96,7 +96,7 @@ class SweeperThread(threading.Thread):
         """Tick until stopped. A tick that fails is tried again; nothing ends the thread."""
         news.news.feeds = self._embedded
         # Bodies may hold all connections of a pool, or the database may fall silent: neither is to stop this thread.
-        sessions.use_own(database())
+        own_connections.use_own(database())
         leases.keeper.watch()
         while not self._stop_requested.is_set():
             self._no_fork.wait(timeout=1)

@@ -21,7 +21,7 @@ from typing import Any
 from django.db import connections
 from django.db.backends.signals import connection_created
 
-from conductor_app.store.sessions import descriptor_of
+from conductor_app.store.sockets import descriptor_of
 
 #: Django's connections of all threads, by id. What belongs to other threads than the one that forks is freed in the
 #: child before a hook can run there, so it has to be known before, and to be kept.

@@ -19,7 +19,7 @@ import traceback
 from types import FrameType, TracebackType
 from typing import Any
 
-from conductor_app.store import sessions
+from conductor_app.store import interrupted
 
 #: After how many seconds a limit that came in the middle of a finalizer comes again.
 _AGAIN_SECONDS = 0.01
@@ -56,7 +56,7 @@ class SoftLimit:
         except BaseException:
             # A body may catch it, and go on with a session that is out of step.
             if frame is not None:
-                sessions.close_interrupted(frame)
+                interrupted.close_interrupted(frame)
             raise
 
     def is_there(self) -> bool:

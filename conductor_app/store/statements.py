@@ -12,7 +12,7 @@ from django.db.models.sql import UpdateQuery
 
 from conductor_app.store.opened import is_transaction, one_statement
 from conductor_app.store.session_changes import NOT_LISTENING
-from conductor_app.store.sessions import at_work
+from conductor_app.store.waits import at_work
 
 M = TypeVar("M", bound=Model)
 

@@ -16,8 +16,8 @@ from conductor_app.exceptions import AbandonRun
 from conductor_app.store import errors
 from conductor_app.store.locks import RowsLocked, limit_of, limited
 from conductor_app.store.opened import opened_connections
-from conductor_app.store.sessions import at_work
 from conductor_app.store.soft_limits import uninterrupted
+from conductor_app.store.waits import at_work
 
 logger = logging.getLogger(__name__)
 

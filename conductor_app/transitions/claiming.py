@@ -15,7 +15,7 @@ from conductor_app import signals
 from conductor_app.conf import conductor_settings
 from conductor_app.models import Execution, database
 from conductor_app.states import ExecutionStatus
-from conductor_app.store import clock, sessions
+from conductor_app.store import clock, waits
 from conductor_app.store.statements import update_returning
 from conductor_app.transitions import dispatch, guards, statements
 from conductor_app.transitions.statements import CLAIM_FIELDS
@@ -56,7 +56,7 @@ def claim_again(execution_id: uuid.UUID, owner: str, task: str | None = None) ->
 
 
 def _start(claimable: QuerySet[Execution], owner: str) -> Execution | None:
-    with sessions.at_work(connections[database()]):
+    with waits.at_work(connections[database()]):
         rows = update_returning(
             claimable,
             CLAIM_FIELDS,

@@ -9,7 +9,7 @@ A row that somebody has locked delays its own lease alone, and nobody can take t
 wait for the row, while the heartbeat does, so that it is usually the first to get at it.
 
 The same thread watches the statements of the engine's in this process, and ends those that no server works on any more
-(``sessions``).
+(``store.waits``).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from django.db.models import Q
 from conductor_app.conf import conductor_settings
 from conductor_app.models import Execution, database
 from conductor_app.states import ExecutionStatus
-from conductor_app.store import clock, sessions
+from conductor_app.store import clock, own_connections, serving, sockets, waits
 from conductor_app.store.locks import RowsLocked, locked, waiting_at_most
 from conductor_app.store.transactions import persist_briefly
 
@@ -48,7 +48,7 @@ class Lease:
         self.cancel_requested = False
         self.renewed_at = time.monotonic()
         #: What the thread that runs the body waits for, in a statement of the body's own.
-        self.body = sessions.InBody(connections[database()])
+        self.body = waits.InBody(connections[database()])
         #: Since when its row has been locked by somebody else, if it is.
         self.locked_since: float | None = None
         #: Whether the log has told of that.
@@ -122,13 +122,13 @@ class LeaseKeeper:
         while True:
             ripe = self._wait_for_ripe()
             try:
-                waits = self._overdue()
-                if not ripe and not waits:
+                overdue = self._overdue()
+                if not ripe and not overdue:
                     continue
                 # Anew each time, and the engine's own: the pool's connections may all be the bodies'.
-                sessions.use_own(database())
+                own_connections.use_own(database())
                 self._renew(ripe)
-                end_unserved(waits)
+                end_unserved(overdue)
             except Exception as error:  # noqa: BLE001 - the thread must outlive any outage
                 logger.warning("Heartbeat of %d executions failed: %s", len(ripe), error)
                 for lease in ripe:  # do not spin: try again after half an interval
@@ -150,30 +150,30 @@ class LeaseKeeper:
             self._changed.wait(max(oldest + interval - time.monotonic(), 0.01))
             return [lease for lease in self._held if time.monotonic() - lease.renewed_at >= interval]
 
-    def _overdue(self) -> list[sessions.Wait]:
+    def _overdue(self) -> list[waits.Wait]:
         """Return what has been waited for since before the last heartbeat."""
         with self._changed:
             bodies = [lease.body for lease in self._held]
         interval = conductor_settings().HEARTBEAT_SECONDS
-        return [*sessions.overdue(interval), *(body for body in bodies if body.look() > interval)]
+        return [*waits.overdue(interval), *(body for body in bodies if body.look() > interval)]
 
     def _renew(self, ripe: list[Lease]) -> None:
         interval = conductor_settings().HEARTBEAT_SECONDS
         # Nobody knows of a run that hangs on a dead connection, although that was shut down, whether it will go on.
-        going = [lease for lease in ripe if not sessions.hangs(lease.body.thread)]
+        going = [lease for lease in ripe if not waits.hangs(lease.body.thread)]
         for lease in ripe:
             if lease not in going:
                 lease.renewed_at = time.monotonic()
         if not going:
             return
-        with sessions.ended_after(max(interval, 1.0), database()):
+        with sockets.ended_after(max(interval, 1.0), database()):
             passed_over = renew(going)
         if not passed_over:
             return
         # Those alone, and never for so long that the others' leases would suffer.
         seconds = min(LOCKED_SECONDS, interval / 2)
         for lease in passed_over:
-            with sessions.ended_after(seconds + max(interval, 1.0), database()):
+            with sockets.ended_after(seconds + max(interval, 1.0), database()):
                 renew_locked(lease, seconds / len(passed_over))
         with self._changed:
             self._changed.wait(LOCKED_PAUSE_SECONDS)
@@ -183,19 +183,19 @@ class LeaseKeeper:
 LOCKED_SECONDS, LOCKED_PAUSE_SECONDS = 1.0, 0.05
 
 
-def end_unserved(waits: Sequence[sessions.Wait]) -> None:
+def end_unserved(overdue: Sequence[waits.Wait]) -> None:
     """Shut down the connections of those that wait for a statement that the server is not working on.
 
     Where it cannot tell, the engine's own end with their lease, and begin again. Those of bodies may take that long.
     """
-    for wait in waits:
-        with sessions.ended_after(max(conductor_settings().HEARTBEAT_SECONDS, 1.0), database()):
-            is_served = sessions.is_served(wait, database())
+    for wait in overdue:
+        with sockets.ended_after(max(conductor_settings().HEARTBEAT_SECONDS, 1.0), database()):
+            is_served = serving.is_served(wait, database())
         may_take_long = wait.is_body or wait.seconds <= conductor_settings().LEASE_SECONDS
         if is_served or (is_served is None and may_take_long):
             continue
         seconds = wait.seconds
-        if sessions.cut(wait):
+        if sockets.cut(wait):
             logger.warning(
                 "A statement has been waiting for %.0f s on a connection that the database does not know or does not "
                 "answer on. The connection is shut down, and what waited for it goes on with a new one.",

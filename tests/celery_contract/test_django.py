@@ -15,7 +15,7 @@ from django.db.models.sql import UpdateQuery
 from django.dispatch import Signal
 
 from conductor_app.models import Execution, FailedExecution
-from conductor_app.store import sessions
+from conductor_app.store import own_connections, serving, sockets
 from project.celery import app
 from tests.support.executions import queued as new
 
@@ -96,7 +96,7 @@ def test_a_robust_signal_returns_a_receivers_error() -> None:
 
 
 def test_a_connection_can_be_replaced_for_one_thread_alone() -> None:
-    """``sessions.use_own`` does that for the sweeper's thread and for heartbeats."""
+    """``own_connections.use_own`` does that for the sweeper's thread and for heartbeats."""
     before, seen = connections["default"], []
 
     def replace() -> None:
@@ -118,7 +118,7 @@ def test_a_connection_whose_own_settings_name_no_pool_is_in_none(monkeypatch: py
     monkeypatch.setitem(connections.settings["default"], "OPTIONS", {"pool": True})
     before = connections["default"]
     try:
-        own: Any = sessions.use_own("default")
+        own: Any = own_connections.use_own("default")
     finally:
         connections["default"] = before
     assert own.pool is None
@@ -132,8 +132,8 @@ def test_a_driver_tells_the_servers_id_of_a_session_and_its_socket_without_askin
     with connection.cursor() as cursor:
         cursor.execute("SELECT pg_backend_pid()" if connection.vendor == "postgresql" else "SELECT CONNECTION_ID()")
         (known,) = cursor.fetchone()
-    assert sessions._session_id(connection.connection) == known
-    assert sessions.descriptor_of(connection.connection)
+    assert serving._session_id(connection.connection) == known
+    assert sockets.descriptor_of(connection.connection)
 
 
 @pytest.mark.django_db

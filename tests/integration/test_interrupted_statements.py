@@ -17,7 +17,7 @@ from celery.exceptions import SoftTimeLimitExceeded
 from django.db import Error, connection, transaction
 
 from conductor_app.body import left_open
-from conductor_app.store import sessions
+from conductor_app.store import frames, interrupted
 from conductor_app.store.soft_limits import soft_limit
 from tests.app.ledger import count, note
 from tests.app.models import Ledger
@@ -149,7 +149,7 @@ def test_a_limit_that_strikes_a_long_statement_lets_the_next_one_connect_anew(li
 
 
 def strike_in_driver(thread: int, number: int) -> None:
-    wait_until(lambda: sessions._in_driver(sys._current_frames()[thread]), 10)
+    wait_until(lambda: frames.in_driver(sys._current_frames()[thread]), 10)
     os.kill(os.getpid(), number)
 
 
@@ -162,7 +162,7 @@ def test_what_any_handler_raises_in_a_statement_closes_its_connection(alarm: int
                 cursor.execute("SELECT %s", ["another's"])
                 cursor.fetchone()
         except (Alarm, Error) as error:
-            sessions.close_raised_in(error)
+            interrupted.close_raised_in(error)
         if not points.is_struck:
             break
         check_answers("nothing")
@@ -176,7 +176,7 @@ def test_errors_of_the_database_leave_its_connection_open() -> None:
         for wrong in (lambda: cursor.execute("SELECT nothing FROM nowhere"), lambda: cursor.execute("SELECT %s", [])):
             with pytest.raises(Exception) as raised:  # noqa: PT011 - each driver has its own
                 wrong()
-            sessions.close_raised_in(raised.value)
+            interrupted.close_raised_in(raised.value)
     assert connection.connection is session
 
 
@@ -199,7 +199,7 @@ def test_a_mistake_in_somebody_elses_block_leaves_that_its_connection() -> None:
         session = connection.connection
         with pytest.raises(TypeError) as raised, connection.cursor() as cursor:
             cursor.execute(*MISTAKES[connection.vendor])
-        sessions.close_raised_in(raised.value)
+        interrupted.close_raised_in(raised.value)
         assert connection.connection is session
         note(None, "kept")
     assert count("kept") == 1
@@ -210,5 +210,5 @@ def test_errors_of_the_body_leave_connections_open() -> None:
     session = connection.connection
     with pytest.raises(ValueError, match="its own") as raised:
         raise ValueError("its own")
-    sessions.close_raised_in(raised.value)
+    interrupted.close_raised_in(raised.value)
     assert connection.connection is session

@@ -15,7 +15,7 @@ from django.db import OperationalError, connection, connections
 
 from conductor_app.management.subcommands import doctor
 from conductor_app.models import Execution
-from conductor_app.store import sessions
+from conductor_app.store import lock_holders
 from tests.support.executions import running
 from tests.support.locks import locked
 from tests.support.polling import wait_until
@@ -41,7 +41,7 @@ def touch(execution: Execution) -> int:
 
 def somebody_waits(seconds: float) -> None:
     # InnoDB shows what it has shown before to whoever asks again within 0.1 s.
-    wait_until(lambda: sessions.holders(seconds, "default"), 40, interval=0.3, message="Nobody waits")
+    wait_until(lambda: lock_holders.holders(seconds, "default"), 40, interval=0.3, message="Nobody waits")
 
 
 def nobody_waits() -> None:
@@ -70,8 +70,8 @@ def test_doctor_names_whose_locks_others_wait_for(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_another_user_s_session_does_may_be_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden = sessions.Holder(session=7, client="", state="", seconds=0, waiting=2, longest=30)
-    monkeypatch.setattr(sessions, "holders", lambda *_args: [hidden, hidden])
+    hidden = lock_holders.Holder(session=7, client="", state="", seconds=0, waiting=2, longest=30)
+    monkeypatch.setattr(lock_holders, "holders", lambda *_args: [hidden, hidden])
     assert locks()["message"] == (
         "2 sessions waiting, the first for 30 s, for locks of session 7. 1 other session keeps others waiting, too."
     )
@@ -83,7 +83,7 @@ def test_a_session_may_wait_for_a_while() -> None:
         with locked(execution.pk):
             waiting = pool.submit(touch, execution)
             somebody_waits(0)
-            assert sessions.holders(300, "default") == []
+            assert lock_holders.holders(300, "default") == []
         assert waiting.result(40) == 1
 
 
@@ -91,12 +91,12 @@ def test_a_database_that_does_not_tell_is_no_problem(monkeypatch: pytest.MonkeyP
     def refuse(*_args: Any) -> None:
         raise OperationalError("you need the PROCESS privilege")
 
-    monkeypatch.setattr(sessions, "holders", refuse)
+    monkeypatch.setattr(lock_holders, "holders", refuse)
     line = locks()
     assert (line["level"], line["message"]) == ("OK", "Not looked at: you need the PROCESS privilege")
 
 
 @pytest.mark.skipif(connection.vendor != "sqlite", reason="the others know row locks")
 def test_sqlite_has_no_locks_to_tell_of() -> None:
-    assert sessions.holders(0, "default") == []
+    assert lock_holders.holders(0, "default") == []
     assert locks()["level"] == "OK"

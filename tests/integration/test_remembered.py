@@ -16,7 +16,7 @@ from conductor_app import ExecutionContext, api, transitions
 from conductor_app.engine import hand_off
 from conductor_app.exceptions import ChildCancelled, LeaseLost, OutcomeLost
 from conductor_app.models import Execution, Step
-from conductor_app.store import clock, sessions, transactions
+from conductor_app.store import clock, serving, transactions
 from conductor_app.transitions import statements, steps
 from conductor_app.transitions.leases import keeper
 from conductor_app.values.failures import describe, load_failure
@@ -234,7 +234,7 @@ def end_own_session() -> None:
 
 def end_session_from_elsewhere() -> None:
     kill = {"postgresql": "SELECT pg_terminate_backend(%s)", "mysql": "KILL CONNECTION %s"}[connection.vendor]
-    kill %= sessions._session_id(connection.connection)
+    kill %= serving._session_id(connection.connection)
     thread = threading.Thread(target=lambda: (query(kill), connections.close_all()))
     thread.start()
     thread.join()

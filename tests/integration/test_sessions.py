@@ -12,7 +12,7 @@ import pytest
 from django.db import connection, connections
 from django.db.backends.utils import CursorWrapper
 
-from conductor_app.store import sessions
+from conductor_app.store import frames, own_connections, waits
 from conductor_app.transitions import leases
 from tests.support.polling import wait_until
 
@@ -36,7 +36,7 @@ class Statements:
         self._wait_for(0)
 
     def _run(self) -> None:
-        with sessions.at_work(connection) as self.wait:
+        with waits.at_work(connection) as self.wait:
             for begun, answer in zip(self._begun, self._answers, strict=True):
                 begun.set()
                 DRIVER["answer"](answer)
@@ -51,16 +51,14 @@ class Statements:
 
     def _wait_for(self, number: int) -> None:
         assert self._begun[number].wait(10)
-        wait_until(
-            lambda: sessions._in_driver(sys._current_frames()[self._thread.ident]), 10, message="It asks nothing"
-        )
+        wait_until(lambda: frames.in_driver(sys._current_frames()[self._thread.ident]), 10, message="It asks nothing")
 
 
 @pytest.fixture
 def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """A function that sets the time."""
     clock = SimpleNamespace(monotonic=lambda: 1_000.0)
-    monkeypatch.setattr(sessions, "time", clock)
+    monkeypatch.setattr(waits, "time", clock)
 
     def change(seconds: float) -> None:
         clock.monotonic = lambda: 1_000.0 + seconds
@@ -69,7 +67,7 @@ def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 
 def overdue() -> list[Any]:
-    return sessions.overdue(10)
+    return waits.overdue(10)
 
 
 def test_one_statement_that_lasts_is_overdue(at: Callable[[float], None]) -> None:
@@ -124,14 +122,14 @@ def test_a_look_at_a_cursor_that_is_just_being_made_does_no_harm() -> None:
     answer.acquire()
 
     def ask() -> None:
-        seen.append(sessions.InBody(SimpleNamespace(vendor="postgresql")))
+        seen.append(waits.InBody(SimpleNamespace(vendor="postgresql")))
         begun.set()
         DRIVER["answer_for"](cursor, answer)
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     assert begun.wait(10)
-    wait_until(lambda: sessions._in_driver(sys._current_frames()[thread.ident]), 10, message="It asks nothing")
+    wait_until(lambda: frames.in_driver(sys._current_frames()[thread.ident]), 10, message="It asks nothing")
     (body,) = seen
     assert body.look() == 0
     cursor.db = body.connection
@@ -154,7 +152,7 @@ def test_the_heartbeat_outlives_whatever_a_look_raises(monkeypatch: pytest.Monke
         raise RecursionError
 
     monkeypatch.setattr(keeper, "_wait_for_ripe", wait)
-    monkeypatch.setattr(sessions, "overdue", fail)
+    monkeypatch.setattr(waits, "overdue", fail)
 
     def run() -> None:
         with pytest.raises(SystemExit):
@@ -172,15 +170,15 @@ def test_each_statement_on_the_engines_own_connection_is_noted() -> None:
     noted: list[bool] = []
 
     def look(execute: Any, sql: Any, params: Any, many: Any, context: Any) -> Any:
-        noted.append(sessions._at_work[threading.get_ident()].connection is context["connection"])
+        noted.append(waits._at_work[threading.get_ident()].connection is context["connection"])
         return execute(sql, params, many, context)
 
     def ask() -> None:
-        own = sessions.use_own("default")
+        own = own_connections.use_own("default")
         try:
             with own.execute_wrapper(look), own.cursor() as cursor:
                 cursor.execute("SELECT 1")
-            noted.append(threading.get_ident() not in sessions._at_work)
+            noted.append(threading.get_ident() not in waits._at_work)
         finally:
             connections.close_all()
 

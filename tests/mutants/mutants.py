@@ -1520,7 +1520,7 @@ MUTANTS = [
     Mutant(
         "go on with a connection that the soft time limit has struck in the middle of a statement",
         "store/soft_limits.py",
-        "                sessions.close_interrupted(frame)\n",
+        "                interrupted.close_interrupted(frame)\n",
         "                pass\n",
         (INTERRUPTED,),
         on_postgres=True,

@@ -37,7 +37,7 @@ from conductor_app.management.subcommands.base import (
 )
 from conductor_app.models import Execution, Step, database
 from conductor_app.states import ExecutionStatus, StepStatus
-from conductor_app.store import clock, sessions
+from conductor_app.store import clock, lock_holders
 from conductor_app.store.owners import node_name
 from conductor_app.telling.hints import app_to_load
 from conductor_app.telling.queues import UNDELIVERABLE_DISPATCHES
@@ -374,7 +374,7 @@ def _locks() -> Finding:
     """Look who keeps others waiting: a host that is gone does, until its server notices."""
     connection = connections[database()]
     try:
-        found = sessions.holders(LOCK_SECONDS, database())
+        found = lock_holders.holders(LOCK_SECONDS, database())
     except AnyDatabaseError as error:
         return Finding("locks", "OK", f"Not looked at: {_line(error)}")
     if not found:
