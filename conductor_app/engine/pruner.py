@@ -14,7 +14,7 @@ from django.db.models import Exists, OuterRef, QuerySet, deletion
 from django.db.models.deletion import Collector, RestrictedError
 
 from conductor_app.models import Event, Execution, FailedExecution, Step, database
-from conductor_app.models.querysets import ExecutionQuerySet
+from conductor_app.models.execution import ExecutionQuerySet
 from conductor_app.states import FINAL_STATUSES
 from conductor_app.store import clock
 from conductor_app.store.locks import locked

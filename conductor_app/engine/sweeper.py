@@ -25,7 +25,8 @@ from conductor_app import signals, transitions
 from conductor_app.conf import conductor_settings
 from conductor_app.engine import announcements
 from conductor_app.models import Execution, Step, database
-from conductor_app.models.querysets import ExecutionQuerySet
+from conductor_app.models.execution import ExecutionQuerySet
+from conductor_app.models.stranded import waiting_for_nothing
 from conductor_app.states import ExecutionStatus
 from conductor_app.store import clock, observing
 from conductor_app.store.errors import is_outage
@@ -392,7 +393,7 @@ def _ids(executions: ExecutionQuerySet, known: Sequence[Any]) -> list[uuid.UUID]
 
 def _stranded(executions: ExecutionQuerySet, known: Sequence[object], root_id: uuid.UUID | None) -> list[uuid.UUID]:
     """Return executions that wait for nothing, or for children that are not in flight."""
-    ids = _ids(executions.waiting_for_nothing(), known)
+    ids = _ids(waiting_for_nothing(executions), known)
     ids += [step.execution_id for step in steps.in_vain(conductor_settings().SWEEP_BATCH, root_id=root_id)]
     return [key for key in dict.fromkeys(ids) if key not in known]
 

@@ -1,8 +1,8 @@
-"""``Execution``: one durable run of a task with one payload, from creation to a final status."""
+"""``Execution``: one durable run of a task with one payload, from creation to a final status; and its named reads."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from django.db import models
 from django.db.models import Q
@@ -11,8 +11,9 @@ from django.utils.translation import gettext_lazy as _
 
 from conductor_app.exceptions import OutcomeLost
 from conductor_app.models.fields import ExactCharField, PartialIndex
-from conductor_app.models.querysets import ExecutionQuerySet
-from conductor_app.states import FINAL_STATUSES, ExecutionStatus
+from conductor_app.states import FINAL_STATUSES, LATE_REASON, OPEN_STATUSES, ExecutionStatus
+from conductor_app.store import clock
+from conductor_app.store.statements import Literal
 from conductor_app.values.failures import load_failure
 from conductor_app.values.payloads import loads, read_result
 
@@ -27,6 +28,77 @@ _STATUS_CHOICES = [
 
 #: Among the attributes of a stored failure that is none of a run's: by which fence a worker could not run it.
 PUT_OFF_AT_FENCE = "put_off_at_fence"
+
+
+class ExecutionQuerySet(models.QuerySet["Execution"]):
+    """Executions, by what may be done with them: callers say what they look for, the condition stands here once."""
+
+    def with_status(self, status: ExecutionStatus) -> Self:
+        """Executions of one status, in a form that a partial index serves."""
+        return self.filter(status=Literal(status.value))
+
+    def open(self) -> Self:
+        """Not final."""
+        return self.filter(status__in=sorted(OPEN_STATUSES))
+
+    def held_by(self, run: Execution) -> Self:
+        """The execution, if the run that claimed it as ``run`` still holds it.
+
+        The fence alone does not tell: a claim that a crash of the database has undone, and the one that followed, have
+        the same. They have other owners, or the second one raises the fence (``claims``).
+        """
+        return self.filter(pk=run.pk, fence=run.fence, lease_owner=run.lease_owner, status=ExecutionStatus.RUNNING)
+
+    def claimable(self, attempt: int | None = None) -> Self:
+        """Queued, due, neither cancelled nor expired.
+
+        Args:
+            attempt: That of a plain task's message. Celery's own retry message comes by a worker's clock, so being due
+                does not count; being about this attempt does, or a copy of the last one's message would take it early.
+        """
+        ready = self.filter(
+            Q(deadline_at__isnull=True) | Q(deadline_at__gt=clock.now()) | Q(started_at__isnull=False),
+            status=ExecutionStatus.QUEUED,
+            cancel_requested_at__isnull=True,
+        )
+        if attempt is None:
+            return ready.filter(due_at__lte=clock.now())
+        return ready.filter(due_at__isnull=False, attempt=attempt)
+
+    def to_dispatch(self) -> Self:
+        """Queued, and its message is to be published (again)."""
+        return self.with_status(ExecutionStatus.QUEUED).filter(dispatch_at__lte=clock.now()).order_by("dispatch_at")
+
+    def lapsed(self) -> Self:
+        """Running, and the worker has not renewed the lease in time."""
+        return (
+            self.with_status(ExecutionStatus.RUNNING)
+            .filter(lease_expires_at__lt=clock.now())
+            .order_by("lease_expires_at")
+        )
+
+    def at_work(self) -> Self:
+        """Running, and the worker renews the lease."""
+        return self.with_status(ExecutionStatus.RUNNING).filter(lease_expires_at__gt=clock.now())
+
+    def to_cancel(self) -> Self:
+        """Flagged as cancelled, and no run is there to notice."""
+        return self.filter(
+            cancel_requested_at__isnull=False, status__in=[ExecutionStatus.QUEUED, ExecutionStatus.WAITING]
+        ).order_by("cancel_requested_at")
+
+    def unasked(self) -> Self:
+        """Nobody has asked for its end: it is not flagged as cancelled, or only because it is late for a timeout."""
+        return self.filter(Q(cancel_requested_at__isnull=True) | Q(cancel_reason__startswith=LATE_REASON))
+
+    def expired(self) -> Self:
+        """Queued past Celery's ``expires``, never started."""
+        overdue = self.with_status(ExecutionStatus.QUEUED).filter(deadline_at__lte=clock.now())
+        return overdue.filter(started_at__isnull=True).order_by("deadline_at")
+
+    def to_announce(self) -> Self:
+        """Final, and Celery has not been told."""
+        return self.filter(announce_at__lte=clock.now()).order_by("announce_at")
 
 
 class Execution(models.Model):

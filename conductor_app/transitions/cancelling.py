@@ -14,7 +14,7 @@ from conductor_app.exceptions import (
     Failure,
 )
 from conductor_app.models import Execution, database
-from conductor_app.models.querysets import ExecutionQuerySet
+from conductor_app.models.execution import ExecutionQuerySet
 from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.store import clock
 from conductor_app.store.locks import locked

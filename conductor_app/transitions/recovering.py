@@ -17,6 +17,7 @@ from conductor_app.exceptions import (
     class_path,
 )
 from conductor_app.models import Execution, Step, database
+from conductor_app.models.stranded import waiting_for_nothing
 from conductor_app.states import LATE_REASON, ExecutionStatus, OnTimeout, StepKind, StepStatus
 from conductor_app.store import clock, owners
 from conductor_app.store.locks import locked
@@ -312,7 +313,7 @@ def wake_stranded(execution_id: uuid.UUID) -> bool:
     def work() -> bool:
         with transaction.atomic(using=database()):
             waiting = Execution.objects.using(database()).filter(pk=execution_id)
-            is_stranded = waiting.waiting_for_nothing().exists()
+            is_stranded = waiting_for_nothing(waiting).exists()
             counted = [] if is_stranded else steps.in_vain(execution_id=execution_id)
             if not is_stranded and not counted:
                 return False

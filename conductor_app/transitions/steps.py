@@ -27,7 +27,7 @@ from django.db.models import (
 
 from conductor_app.exceptions import Failure, OutcomeLost
 from conductor_app.models import Execution, Step, database
-from conductor_app.models.querysets import ExecutionQuerySet
+from conductor_app.models.execution import ExecutionQuerySet
 from conductor_app.states import (
     CHILD_KINDS,
     FINAL_STATUSES,

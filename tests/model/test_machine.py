@@ -27,6 +27,7 @@ from conductor_app import api, transitions
 from conductor_app.engine import sweeper
 from conductor_app.exceptions import ExecutionFinished, RetryRefused
 from conductor_app.models import Event, Execution, FailedExecution, Step
+from conductor_app.models.stranded import waiting_for_nothing
 from conductor_app.states import StepKind, StepStatus
 from conductor_app.store import clock
 from conductor_app.transitions import dispatch
@@ -234,7 +235,7 @@ class Machine(RuleBasedStateMachine):
             return
         self._changes = changes
         wrong = invariants.violations()
-        wrong += [f"{row} waits for nothing" for row in Execution.objects.all().waiting_for_nothing()]
+        wrong += [f"{row} waits for nothing" for row in waiting_for_nothing(Execution.objects.all())]
         wrong += self._changed_decisions()
         # Else what a rule does to the lease of a process would meet none.
         running = Execution.objects.filter(status="running").values_list("lease_owner", flat=True)

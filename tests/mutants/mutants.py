@@ -97,28 +97,28 @@ MUTANTS = [
     # --- claim
     Mutant(
         "claim whatever the status",
-        "models/querysets.py",
+        "models/execution.py",
         "            status=ExecutionStatus.QUEUED,\n            cancel_requested_at__isnull=True,\n",
         "            cancel_requested_at__isnull=True,\n",
         (TRANSITIONS,),
     ),
     Mutant(
         "claim before it is due",
-        "models/querysets.py",
+        "models/execution.py",
         "            return ready.filter(due_at__lte=clock.now())\n",
         "            return ready\n",
         (TRANSITIONS,),
     ),
     Mutant(
         "claim what is to be cancelled",
-        "models/querysets.py",
+        "models/execution.py",
         "            status=ExecutionStatus.QUEUED,\n            cancel_requested_at__isnull=True,\n",
         "            status=ExecutionStatus.QUEUED,\n",
         (TRANSITIONS, CANCEL),
     ),
     Mutant(
         "claim what has expired",
-        "models/querysets.py",
+        "models/execution.py",
         "            Q(deadline_at__isnull=True) | Q(deadline_at__gt=clock.now()) | Q(started_at__isnull=False),\n",
         "",
         (TRANSITIONS, SWEEPER),
@@ -156,7 +156,7 @@ MUTANTS = [
     ),
     Mutant(
         "claim a plain task by the message of another attempt",
-        "models/querysets.py",
+        "models/execution.py",
         "filter(due_at__isnull=False, attempt=attempt)",
         "filter(due_at__isnull=False)",
         ("tests/integration/test_plain.py",),
@@ -164,14 +164,14 @@ MUTANTS = [
     # --- the fence
     Mutant(
         "hold with any fence",
-        "models/querysets.py",
+        "models/execution.py",
         "self.filter(pk=run.pk, fence=run.fence, lease_owner",
         "self.filter(pk=run.pk, lease_owner",
         (TRANSITIONS,),
     ),
     Mutant(
         "hold in any status",
-        "models/querysets.py",
+        "models/execution.py",
         # A row of another status has no owner: either says it.
         "fence=run.fence, lease_owner=run.lease_owner, status=ExecutionStatus.RUNNING)",
         "fence=run.fence)",
@@ -470,7 +470,7 @@ MUTANTS = [
     ),
     Mutant(
         "cancel what runs or has ended",
-        "models/querysets.py",
+        "models/execution.py",
         "            cancel_requested_at__isnull=False, status__in=[ExecutionStatus.QUEUED, ExecutionStatus.WAITING]\n",
         "            cancel_requested_at__isnull=False\n",
         (TRANSITIONS,),
@@ -782,7 +782,7 @@ MUTANTS = [
     ),
     Mutant(
         "expire what has been started",
-        "models/querysets.py",
+        "models/execution.py",
         '        return overdue.filter(started_at__isnull=True).order_by("deadline_at")',
         '        return overdue.order_by("deadline_at")',
         (TRANSITIONS, SWEEPER),
@@ -1343,7 +1343,7 @@ MUTANTS = [
     ),
     Mutant(
         "hold whoever the owner is",
-        "models/querysets.py",
+        "models/execution.py",
         " lease_owner=run.lease_owner,",
         "",
         (AMNESIA,),

@@ -121,5 +121,4 @@ def test_every_query_of_the_engine_names_its_database(path: Path) -> None:
             continue  # Django's log, the rows of the result backend
         follows = parents.get(node)
         assert isinstance(follows, ast.Attribute), f"{path.name}:{node.lineno}: a manager that is not asked for rows"
-        subquery = path.stem == "querysets"
-        assert follows.attr == "using" or subquery, f"{path.name}:{node.lineno}: a query without .using(database())"
+        assert follows.attr == "using", f"{path.name}:{node.lineno}: a query without .using(database())"

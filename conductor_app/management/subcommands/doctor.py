@@ -36,6 +36,7 @@ from conductor_app.management.subcommands.base import (
     load_durable_tasks,
 )
 from conductor_app.models import Execution, Step, database
+from conductor_app.models.stranded import waiting_for_nothing
 from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.store import clock, lock_holders
 from conductor_app.store.owners import node_name
@@ -408,7 +409,7 @@ def _stuck(rows: Any, grace: float) -> Finding:
         .count(),
         "waiting past a deadline": late.count(),
         "to be cancelled": rows.to_cancel().filter(cancel_requested_at__lt=before).count(),
-        "waiting for nothing": rows.waiting_for_nothing().count() + len(steps.in_vain()),
+        "waiting for nothing": waiting_for_nothing(rows).count() + len(steps.in_vain()),
     }
     stuck = [f"{number:,} {what}" for what, number in found.items() if number]
     if not stuck:
