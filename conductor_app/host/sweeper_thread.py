@@ -20,7 +20,7 @@ from django.db import DatabaseError, connections
 
 from conductor_app import transitions
 from conductor_app.conf import conductor_settings
-from conductor_app.engine import sweeper
+from conductor_app.engine import sweeper, turns
 from conductor_app.exceptions import AbandonRun, Failure, LeaseLost, class_path
 from conductor_app.host import news, unknown_tasks
 from conductor_app.host.feed import Feed
@@ -184,7 +184,7 @@ class SweeperThread(threading.Thread):
             reclaim=self._may_reclaim(now),
             audit=audit,
             publish=not self._embedded,
-            turn=sweeper.TURN_SECONDS,
+            turn=turns.TURN_SECONDS,
             between=self._feed_if_embedded,
         )
         self._next_sweep = now + interval

@@ -6,7 +6,7 @@ sweeper rings again. A plain task's message is the one that Celery itself would 
 ``plain_runs`` makes a copy of it as harmless as a doorbell's.
 
 With the ``memory://`` broker nobody publishes here: a message in a web process's memory would reach no worker. Each
-worker's feed takes due executions from the database instead (``maintenance.sweeper``).
+worker's feed takes due executions from the database instead (``engine.sweeper``).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from celery import current_app
 from django.db import OperationalError
 
 from conductor_app import signals, transitions
-from conductor_app.engine import announcements, sweeper
+from conductor_app.engine import announcements, outage, sweeper, turns
 from conductor_app.exceptions import Failure
 from conductor_app.host import news, publishing, sweeper_thread
 from conductor_app.host.feed import Feed
@@ -458,7 +458,7 @@ def test_a_database_that_is_away_ends_the_sweep_with_its_error_and_one_line(
         raise OperationalError(2013, "Lost connection to server during query")
 
     monkeypatch.setattr(transitions, "lose", refuse)
-    monkeypatch.setattr(sweeper, "_database_answers", lambda: False)
+    monkeypatch.setattr(outage, "database_answers", lambda: False)
     pass_seconds(1_100)
     with pytest.raises(OperationalError):
         sweeper.sweep()
@@ -506,7 +506,7 @@ def test_a_worker_reclaims_only_after_it_has_looked_on_for_half_a_lease(monkeypa
         nonlocal asleep, falls_asleep_for
         allowed.append(reclaim)
         asleep, falls_asleep_for = asleep + falls_asleep_for, 0.0
-        return sweeper.Found()
+        return turns.Found()
 
     monkeypatch.setattr(sweeper, "sweep", sweep)
     thread = SweeperThread(SimpleNamespace(app=current_app), Shutdown())
@@ -560,7 +560,7 @@ def test_a_sweep_that_fails_is_repeated_at_once_and_then_after_a_pause(monkeypat
         thread._tick()
         pauses.append(thread._next_sweep > monotonic())
     assert pauses == [False, True, True]
-    monkeypatch.setattr(sweeper, "sweep", lambda **_options: sweeper.Found())
+    monkeypatch.setattr(sweeper, "sweep", lambda **_options: turns.Found())
     thread._next_sweep = 0.0
     thread._tick()
     monkeypatch.setattr(sweeper, "sweep", refuse)

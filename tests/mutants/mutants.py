@@ -534,7 +534,7 @@ MUTANTS = [
     ),
     Mutant(
         "take a lease away as soon as its row is not locked any more",
-        "engine/sweeper.py",
+        "engine/findings.py",
         "        if time.monotonic() - left.free_since < conductor_settings().HEARTBEAT_SECONDS:\n",
         "        if time.monotonic() - left.free_since < 0:\n",
         (LOCKED_ROWS,),
@@ -683,9 +683,9 @@ MUTANTS = [
     ),
     Mutant(
         "do not look for maps and gathers whose children are not in flight",
-        "engine/sweeper.py",
-        "    ids += [step.execution_id for step in steps.in_vain(conductor_settings().SWEEP_BATCH, root_id=root_id)]\n",
-        "",
+        "engine/findings.py",
+        " for step in steps.in_vain(conductor_settings().SWEEP_BATCH, root_id=root_id)]\n",
+        " for step in ()]\n",
         (PARALLEL,),
     ),
     Mutant(
@@ -1703,7 +1703,7 @@ MUTANTS = [
     ),
     Mutant(
         "decide other trees' steps in an eager run",
-        "engine/sweeper.py",
+        "engine/turns.py",
         "overdue = steps.overdue(limit, known, root_id)",
         "overdue = steps.overdue(limit, known)",
         (EAGER,),
@@ -1711,20 +1711,20 @@ MUTANTS = [
     Mutant(
         "expire other trees' executions in an eager run",
         "engine/sweeper.py",
-        "_ids(executions.expired(), known)",
-        "_ids(_of(None).expired(), known)",
+        "findings.ids(executions.expired(), known)",
+        "findings.ids(_of(None).expired(), known)",
         (EAGER,),
     ),
     Mutant(
         "cancel other trees' flagged executions in an eager run",
         "engine/sweeper.py",
-        "_ids(executions.to_cancel(), known)",
-        "_ids(_of(None).to_cancel(), known)",
+        "findings.ids(executions.to_cancel(), known)",
+        "findings.ids(_of(None).to_cancel(), known)",
         (EAGER,),
     ),
     Mutant(
         "tell Celery of other trees in an eager run",
-        "engine/sweeper.py",
+        "engine/findings.py",
         "take_for_announcement(limit, root_id)",
         "take_for_announcement(limit)",
         (EAGER,),
