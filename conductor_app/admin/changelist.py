@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime as dt
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from django.contrib.admin.exceptions import DisallowedModelAdminLookup
 from django.contrib.admin.options import IncorrectLookupParameters
@@ -27,9 +27,7 @@ from django.utils.translation import ngettext
 from conductor_app.admin import access
 from conductor_app.admin.filters import AgeFilter, IndexedFilter
 from conductor_app.admin.paginator import COUNTED, estimated_count
-
-if TYPE_CHECKING:
-    from conductor_app.admin.base import ReadOnlyAdmin
+from conductor_app.admin.rows import RowsAdmin
 
 #: The latest so many rows are looked through by filters that no index serves.
 WINDOW = 50_000
@@ -51,7 +49,7 @@ class Window:
 class BoundedChangeList(ChangeList):
     """A list that leaves long texts in the database, and reads a bounded number of rows."""
 
-    model_admin: ReadOnlyAdmin
+    model_admin: RowsAdmin
     #: Set if filters have looked through a part of the table only.
     window: Window | None = None
 

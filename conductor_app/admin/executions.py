@@ -15,9 +15,10 @@ from django.utils.translation import gettext as _now
 from django.utils.translation import gettext_lazy as _
 from django.utils.translation import ngettext
 
-from conductor_app.admin import access, filters, names, overview, twins
+from conductor_app.admin import access, filters, names, overview
 from conductor_app.admin.actions import ExecutionActions
 from conductor_app.admin.page import ExecutionPage
+from conductor_app.admin.plain_data import masked
 from conductor_app.admin.text import pill, shown, task_name
 from conductor_app.models import Execution, FailedExecution, Step, database
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
@@ -270,5 +271,5 @@ class ExecutionAdmin(ExecutionActions, ExecutionPage):
             ],
             "children": [document(child, now, []) for child in family.values()],
             "children_are_complete": len(children) <= MOST_CHILDREN,
-            **({name: twins.masked(getattr(row, name)) for name in self.payload_fields} if is_open else {}),
+            **({name: masked(getattr(row, name)) for name in self.payload_fields} if is_open else {}),
         }

@@ -26,7 +26,8 @@ from django.utils.translation import gettext as _
 
 from conductor_app.admin import refresh, timeline, tree
 from conductor_app.admin.access import VIEW_PAYLOAD, may_see_payloads
-from conductor_app.admin.base import NEEDS_PERMISSION, ReadOnlyAdmin
+from conductor_app.admin.base import ReadOnlyAdmin
+from conductor_app.admin.rows import NEEDS_PERMISSION
 from conductor_app.models import Event, Execution, Step, database
 from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.store import owners

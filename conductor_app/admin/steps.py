@@ -8,9 +8,10 @@ from django.contrib import admin
 from django.http import HttpRequest
 from django.utils.translation import gettext_lazy as _
 
-from conductor_app.admin import filters, twins
+from conductor_app.admin import filters
 from conductor_app.admin.access import may_see_payloads
 from conductor_app.admin.base import ReadOnlyAdmin
+from conductor_app.admin.plain_data import masked
 from conductor_app.admin.text import readable_value, shown, step_pill, task_name
 from conductor_app.models import Step
 from conductor_app.telling.words import duration
@@ -124,7 +125,7 @@ class StepAdmin(ReadOnlyAdmin):
 
     def in_full(self, row: Step, request: HttpRequest) -> dict[str, Any]:
         """Return a step with its error, of which only the class is for everybody, and its result."""
-        error = twins.masked(row.error)
+        error = masked(row.error)
         if row.error and not may_see_payloads(request):
             error = {"type": load_failure(row.error).type}
         return {**super().in_full(row, request), "error": error}

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from django.contrib.admin.options import IncorrectLookupParameters
 from django.contrib.admin.utils import unquote
 from django.core.exceptions import PermissionDenied, SuspiciousOperation
 from django.http import HttpRequest, HttpResponse, JsonResponse
 
-from conductor_app.values import redaction
-
-if TYPE_CHECKING:
-    from conductor_app.admin.base import ReadOnlyAdmin
+from conductor_app.admin.rows import RowsAdmin
 
 
-def list_response(owner: ReadOnlyAdmin, request: HttpRequest) -> HttpResponse:
+def list_response(owner: RowsAdmin, request: HttpRequest) -> HttpResponse:
     """Answer with one page of a list, and the address of the next one.
 
     Raises:
@@ -44,7 +40,7 @@ def list_response(owner: ReadOnlyAdmin, request: HttpRequest) -> HttpResponse:
     )
 
 
-def row_response(owner: ReadOnlyAdmin, request: HttpRequest, object_id: str) -> HttpResponse:
+def row_response(owner: RowsAdmin, request: HttpRequest, object_id: str) -> HttpResponse:
     """Answer with one row.
 
     Raises:
@@ -68,22 +64,6 @@ def answer(document: Any, status: int = 200) -> JsonResponse:
 def refused(status: int, message: str) -> JsonResponse:
     """Return why there is no document."""
     return answer({"error": message}, status)
-
-
-def stored(text: str | None) -> Any:
-    """Return a stored value as JSON has it, with Celery's envelopes for types; text that is no JSON as it is."""
-    if not text:
-        return None
-    try:
-        return json.loads(text, parse_constant=str)
-    except (ValueError, RecursionError):
-        return text
-
-
-def masked(text: str | None) -> Any:
-    """Return a stored payload or result as ``stored`` does, without what ``CONDUCTOR["REDACT"]`` names."""
-    value = stored(text)
-    return redaction.readable(value) if text and value == text else redaction.redact(value)
 
 
 def absolute(request: HttpRequest, query: str | None) -> str | None:

@@ -50,7 +50,7 @@ def test_a_list_asks_for_each_parameter_and_its_filters_take_those_that_they_kno
 
 
 def test_filters_say_which_parameters_they_take() -> None:
-    """``base.ReadOnlyAdmin.lookup_allowed`` tells by this whether ``parameter_name`` is all of them."""
+    """``rows.RowsAdmin.lookup_allowed`` tells by this whether ``parameter_name`` is all of them."""
     assert Named.expected_parameters is admin.SimpleListFilter.expected_parameters
     assert admin.SimpleListFilter.expected_parameters is not admin.ListFilter.expected_parameters
 

@@ -1618,7 +1618,7 @@ MUTANTS = [
     ),
     Mutant(
         "let a subclass of the admin open a private column",
-        "admin/base.py",
+        "admin/rows.py",
         "        if access.is_private(self.model, lookup) and (request is None or not may_see_payloads(request)):\n"
         "            return False\n",
         "",
@@ -1668,7 +1668,7 @@ MUTANTS = [
     ),
     Mutant(
         "narrow executions alone",
-        "admin/base.py",
+        "admin/rows.py",
         'return rows if seen is None else rows.filter(execution__in=seen.values("pk"))',
         "return rows",
         (NARROWED,),
