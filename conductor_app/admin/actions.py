@@ -7,7 +7,7 @@ since the operator looked is skipped and counted. A ``GET`` shows what would hap
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -29,7 +29,7 @@ from django.utils.text import capfirst
 from django.utils.translation import gettext
 from django.views.decorators.cache import never_cache
 
-from conductor_app.admin import access
+from conductor_app.admin import access, selection
 from conductor_app.admin.operations import (
     ACTIONS,
     CANCEL,
@@ -45,18 +45,6 @@ from conductor_app.exceptions import ActionRefused
 from conductor_app.models import Execution, FailedExecution, Step, database
 from conductor_app.states import OPEN_STATUSES, StepKind, StepStatus
 from conductor_app.telling.words import short_name, visible
-
-#: Most executions of one action from a list.
-BULK_LIMIT = 1_000
-#: As many rows are read at once; each is changed in a transaction of its own.
-CHUNK = 100
-#: Descendants are counted up to here.
-COUNT_LIMIT = 10_000
-
-
-def chunks(ids: list[uuid.UUID], size: int = CHUNK) -> Iterator[list[uuid.UUID]]:
-    """Return the ids in pieces, so that no statement is too long."""
-    return (ids[start : start + size] for start in range(0, len(ids), size))
 
 
 @dataclass(frozen=True)
@@ -138,7 +126,7 @@ class Acting(admin.ModelAdmin):  # type: ignore[type-arg]
         if not self.may(request, action):
             raise PermissionDenied
         if request.method == "POST":
-            ids = [pk] if pk is not None else parse_ids(request.POST.get("ids", ""))
+            ids = [pk] if pk is not None else selection.parse_ids(request.POST.get("ids", ""))
         elif request.method in ("GET", "HEAD") and pk is not None:
             ids = [pk]
         else:
@@ -158,9 +146,9 @@ class Acting(admin.ModelAdmin):  # type: ignore[type-arg]
     def ask_about_selected(self, request: HttpRequest, action: Action, rows: QuerySet[Any]) -> HttpResponse:
         """Return the page that asks about rows that were selected in the list."""
         # One more than are taken tells that there are more; their number may be in the millions.
-        ids = list(rows.values_list("pk", flat=True)[: BULK_LIMIT + 1])
-        is_cut = len(ids) > BULK_LIMIT
-        ids = ids[:BULK_LIMIT]
+        ids = list(rows.values_list("pk", flat=True)[: selection.BULK_LIMIT + 1])
+        is_cut = len(ids) > selection.BULK_LIMIT
+        ids = ids[: selection.BULK_LIMIT]
         return self._ask(request, action, ids, self._form(action, ids, None), is_cut=is_cut)
 
     def _ask(
@@ -173,8 +161,8 @@ class Acting(admin.ModelAdmin):  # type: ignore[type-arg]
         is_single: bool = False,
         is_cut: bool = False,
     ) -> HttpResponse:
-        fitting = sum(_executions(chunk).filter(action.fits()).count() for chunk in chunks(ids))
-        only = _executions(ids).select_related("parent").first() if len(ids) == 1 else None
+        fitting = sum(selection.executions(chunk).filter(action.fits()).count() for chunk in selection.chunks(ids))
+        only = selection.executions(ids).select_related("parent").first() if len(ids) == 1 else None
         seen = access.executions(self, request)
         access.conceal(seen, [] if only is None else [only], ["parent_id", "root_id"])
         context = {
@@ -189,7 +177,7 @@ class Acting(admin.ModelAdmin):  # type: ignore[type-arg]
             "fitting": fitting,
             "skipped": len(ids) - fitting,
             "is_cut": is_cut,
-            "limit": BULK_LIMIT,
+            "limit": selection.BULK_LIMIT,
             "form": form,
             "ids": "" if is_single else ",".join(map(str, ids)),
             "list": request.POST.get("list") or request.GET.urlencode(),
@@ -197,7 +185,7 @@ class Acting(admin.ModelAdmin):  # type: ignore[type-arg]
             if is_single
             else self._address_of("act_selected", action.name),
             "back_url": self._page_of(ids[0]) if is_single else self._list_again(request.GET.urlencode()),
-            **(_family(ids, only) if action is CANCEL else {}),
+            **(selection.family(ids, only) if action is CANCEL else {}),
         }
         if action is RETRY and only is not None and only.parent_id is not None and only.root_id is not None:
             context["root_url"] = self._page_of(only.root_id)
@@ -211,7 +199,7 @@ class Acting(admin.ModelAdmin):  # type: ignore[type-arg]
         if action is RERUN:
             return action.form(initial={"key": key})
         awaited = Step.objects.using(database()).filter(
-            execution_id__in=ids[:CHUNK], kind=StepKind.EVENT, status=StepStatus.PENDING
+            execution_id__in=ids[: selection.CHUNK], kind=StepKind.EVENT, status=StepStatus.PENDING
         )
         names = set(awaited.values_list("task", flat=True))
         event = names.pop() if len(names) == 1 else ""
@@ -230,15 +218,15 @@ class Acting(admin.ModelAdmin):  # type: ignore[type-arg]
         """Return those of ``ids`` that this list shows to this person, roots before their descendants."""
         found: list[tuple[int, uuid.UUID]] = []
         depth = "depth" if self.model is Execution else "execution__depth"
-        for chunk in chunks(list(ids)):
+        for chunk in selection.chunks(list(ids)):
             rows = self.get_queryset(request).filter(pk__in=chunk).order_by()
             found += rows.values_list(depth, "pk")
         return [pk for _depth, pk in sorted(found, key=lambda row: row[0])]
 
     def _act(self, request: HttpRequest, action: Action, ids: list[uuid.UUID], data: dict[str, Any]) -> Outcomes:
         outcomes = Outcomes()
-        for chunk in chunks(ids):
-            rows = _executions(chunk).only("id", "task").in_bulk()
+        for chunk in selection.chunks(ids):
+            rows = selection.executions(chunk).only("id", "task").in_bulk()
             for pk in chunk:
                 try:
                     execution = rows[pk]
@@ -360,58 +348,3 @@ def _confirm_selected(action: Action) -> Callable[[Acting, HttpRequest, QuerySet
         return model_admin.ask_about_selected(request, action, rows)
 
     return confirm
-
-
-def parse_ids(text: str) -> list[uuid.UUID]:
-    """Return the ids of a form's field, each once and at most ``BULK_LIMIT``; what is none is left out."""
-    found: dict[uuid.UUID, None] = {}
-    for part in text.split(","):
-        try:
-            found[uuid.UUID(part.strip())] = None
-        except ValueError:
-            continue
-    return list(found)[:BULK_LIMIT]
-
-
-def _executions(ids: list[uuid.UUID]) -> QuerySet[Execution]:
-    return Execution.objects.using(database()).filter(pk__in=ids)
-
-
-def _family(ids: list[uuid.UUID], only: Execution | None) -> dict[str, Any]:
-    """Return who else is concerned by a cancellation."""
-    unfinished = _executions(ids).filter(status__in=sorted(OPEN_STATUSES))
-    parents = Execution.objects.using(database()).filter(
-        pk__in=unfinished.filter(parent__isnull=False).values("parent_id"), status__in=sorted(OPEN_STATUSES)
-    )
-    count, is_more = _count_descendants(ids)
-    return {
-        "shows_family": True,
-        "descendants": count,
-        "more_descendants": is_more,
-        "told_parents": parents.exclude(pk__in=ids).count(),
-        "parent_is_open": only is not None and only.parent is not None and only.parent.status in OPEN_STATUSES,
-    }
-
-
-def _count_descendants(ids: list[uuid.UUID]) -> tuple[int, bool]:
-    """Return how many unfinished descendants go with executions, and whether there are more than were counted.
-
-    As ``api.cancel`` walks: through what is unfinished alone.
-    """
-    seen = set(ids)
-    chosen = len(seen)
-    level = [
-        pk
-        for chunk in chunks(ids)
-        for pk in _executions(chunk).filter(status__in=sorted(OPEN_STATUSES)).values_list("pk", flat=True)
-    ]
-    while level:
-        below: list[uuid.UUID] = []
-        for chunk in chunks(level):
-            children = Execution.objects.using(database()).filter(parent_id__in=chunk, status__in=sorted(OPEN_STATUSES))
-            below += children.values_list("pk", flat=True)[: COUNT_LIMIT + 1]
-            if len(seen) + len(below) - chosen > COUNT_LIMIT:
-                return COUNT_LIMIT, True
-        level = [pk for pk in below if pk not in seen]
-        seen.update(level)
-    return len(seen) - chosen, False

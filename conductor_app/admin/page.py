@@ -5,8 +5,6 @@ All texts that tasks and their callers have written pass through ``words.visible
 
 from __future__ import annotations
 
-import datetime as dt
-import json
 import re
 import uuid
 from collections.abc import Iterator
@@ -14,20 +12,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from django.apps import apps
-from django.core.exceptions import PermissionDenied
 from django.db.models import Model
 from django.db.models.functions import Length, Substr
-from django.http import Http404, HttpRequest, HttpResponse, HttpResponseBase
-from django.urls import NoReverseMatch, path, reverse
+from django.http import HttpRequest, HttpResponse
+from django.urls import NoReverseMatch, reverse
 from django.utils.html import format_html, format_html_join
 from django.utils.http import urlencode
 from django.utils.safestring import SafeString
 from django.utils.translation import gettext as _
 
-from conductor_app.admin import refresh, timeline, tree
+from conductor_app.admin import pieces, refresh, timeline, tree
 from conductor_app.admin.access import VIEW_PAYLOAD, may_see_payloads
-from conductor_app.admin.base import ReadOnlyAdmin
+from conductor_app.admin.downloads import Downloads
 from conductor_app.admin.rows import NEEDS_PERMISSION
+from conductor_app.admin.tracebacks import Frame, frames
 from conductor_app.models import Event, Execution, Step, database
 from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.store import owners
@@ -36,32 +34,13 @@ from conductor_app.telling.history import history, shortened
 from conductor_app.telling.story import Story, tell
 from conductor_app.telling.tree import Branch
 from conductor_app.values.failures import load_failure
-from conductor_app.values.redaction import decode, readable, redact
 
 #: Characters of a payload or result on the page; the download has all of it.
 LONG_PREVIEW = 65_536
-#: Characters of a step's result and of an event's payload.
-PREVIEW = 500
 MOST_EVENTS = 100
 MOST_MOMENTS = 200
 
 _ID = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})")
-#: Whatever language and punctuation stand before it.
-_COMMAND = re.compile(r"(?:manage\.py conductor|celery -A) .*\Z", re.DOTALL)
-_FRAME = re.compile(r'^\s*[|+ ]*File "(?P<file>[^"\n]*)", line \d+')
-#: Where code lives that is not the project's own.
-_FOREIGN = re.compile(
-    r"[/\\](site-packages|dist-packages|lib[/\\]python3[^/\\]*|conductor_app)[/\\]|^<frozen ", re.IGNORECASE
-)
-
-
-@dataclass(frozen=True)
-class Pill:
-    """A status as a shape and a word, and the classes that colour them."""
-
-    mark: str
-    word: str
-    classes: str
 
 
 @dataclass(frozen=True)
@@ -75,62 +54,10 @@ class Value:
     url: str
 
 
-@dataclass(frozen=True)
-class Frame:
-    """Some lines of a traceback: one frame, or what stands between frames."""
-
-    text: str
-    is_own: bool
-
-
-def pill(label: labels.Label, status: str) -> Pill:
-    """Return a status as the stylesheets know it: ``cd-pill--failed``, and ``cd-pill--held-back`` for a finer word."""
-    classes = dict.fromkeys(f"cd-pill--{word}" for word in (status, re.sub(r"\W+", "-", label.word)))
-    return Pill(label.mark, _(label.word), " ".join(["cd-pill", *classes]))
-
-
-def step_pill(step: Step) -> Pill:
-    """Return a step's status."""
-    status = StepStatus(step.status)
-    word = step.get_status_display()
-    return Pill(labels.STEP_MARKS[status], word, f"cd-pill cd-pill--{status.value.replace('_', '-')}")
-
-
-def frames(traceback: str) -> list[Frame]:
-    """Return a traceback in pieces, each with whether it is a frame of the project's own code."""
-    found: list[Frame] = []
-    lines: list[str] = []
-    is_own = False
-
-    def close() -> None:
-        if lines:
-            found.append(Frame("".join(lines), is_own))
-            lines.clear()
-
-    for line in traceback.splitlines(keepends=True):
-        frame = _FRAME.match(line)
-        # A frame is its line and the source below it, which stands further to the right.
-        if frame is not None or not line.startswith("    "):
-            close()
-            is_own = frame is not None and _FOREIGN.search(frame["file"]) is None
-        lines.append(line)
-    close()
-    return found
-
-
-class ExecutionPage(ReadOnlyAdmin):
+class ExecutionPage(Downloads):
     """The change page of ``Execution``, which changes nothing."""
 
     change_form_template = "admin/conductor_app/execution/change_form.html"
-
-    def get_urls(self) -> list[Any]:
-        """Add the downloads."""
-        view = self.admin_site.admin_view(self.download_view)
-        downloads = [
-            path(f"<uuid:object_id>/{name}.json", view, {"name": name}, name=f"conductor_app_execution_{name}")
-            for name in ("payload", "result")
-        ]
-        return [*downloads, *super().get_urls()]
 
     def get_object(self, request: HttpRequest, object_id: str, from_field: str | None = None) -> Execution | None:
         """Return the execution with its failure, and without its payload and result for those who may not see them."""
@@ -164,7 +91,7 @@ class ExecutionPage(ReadOnlyAdmin):
         is_open = may_see_payloads(request)
         story = tell(
             execution,
-            preview=PREVIEW if is_open else 0,
+            preview=pieces.PREVIEW if is_open else 0,
             seen=self.seen(request),
             with_messages=is_open,
         )
@@ -180,13 +107,13 @@ class ExecutionPage(ReadOnlyAdmin):
             "headline": {
                 "mark": headline.mark,
                 "text": self._with_links(headline.text),
-                "hints": [_with_command(hint) for hint in headline.hints],
+                "hints": [pieces.with_command(hint) for hint in headline.hints],
             },
-            "pill": pill(label, execution.status),
+            "pill": pieces.pill(label, execution.status),
             "facts": list(self._facts(request, story)),
             "refresh_links": refresh.links(request),
             "now": words.exact(now),
-            "timeline_hidden": _more(drawn.hidden),
+            "timeline_hidden": pieces.left_out(drawn.hidden),
             "timeline_svg": timeline.svg(drawn),
             "timeline_lanes": [
                 {
@@ -201,7 +128,7 @@ class ExecutionPage(ReadOnlyAdmin):
                 for lane, *times in timeline.totals(drawn)
             ],
             "tree": [self._tree_item(item, story) for item in tree.items(story.branches())],
-            "tree_hidden": _more(story.node_count - len(story.tree)),
+            "tree_hidden": pieces.left_out(story.node_count - len(story.tree)),
             "tree_url": self._list_url(root__id__exact=execution.root_id),
             "children_url": self._list_url(parent__id__exact=execution.pk),
             "steps_url": self._list_url("step", q=execution.pk),
@@ -211,7 +138,7 @@ class ExecutionPage(ReadOnlyAdmin):
             "waiting": [self._awaited(step, story) for step in waits.awaited(story.situation)],
             **self._error(story),
             "steps": [self._step(step, story, number, is_open) for number, step in enumerate(story.steps, 1)],
-            "steps_hidden": _more(story.step_count - len(story.steps)),
+            "steps_hidden": pieces.left_out(story.step_count - len(story.steps)),
             "events": self._events(execution, is_open),
             "most_events": MOST_EVENTS,
             "may_view_payload": is_open,
@@ -219,7 +146,7 @@ class ExecutionPage(ReadOnlyAdmin):
             "values": list(self._values(execution)) if is_open else [],
             "history": [
                 {
-                    "after": _after((moment.at - execution.created_at).total_seconds()),
+                    "after": pieces.elapsed((moment.at - execution.created_at).total_seconds()),
                     "at": words.exact(moment.at),
                     "iso": moment.at.isoformat(),
                     "text": words.visible(moment.text),
@@ -234,21 +161,21 @@ class ExecutionPage(ReadOnlyAdmin):
     def _facts(self, request: HttpRequest, story: Story) -> Iterator[tuple[str, Any]]:
         execution, now = story.execution, story.now
         yield _("id"), format_html('<code class="cd-page__id">{}</code>', execution.pk)
-        yield _("task"), _text(execution.task)
+        yield _("task"), pieces.isolated(execution.task)
         attempt = labels.attempts(execution)
         runs = _("%(attempt)s, in %(runs)d runs") if execution.fence != 1 else _("%(attempt)s, in 1 run")
         yield _("attempt"), runs % {"attempt": attempt, "runs": execution.fence}
-        yield _("queue"), _text(execution.queue)
+        yield _("queue"), pieces.isolated(execution.queue)
         if execution.priority is not None:
             yield _("priority"), execution.priority
         if execution.lease_owner:
-            yield _("worker"), _text(owners.shown(execution.lease_owner))
+            yield _("worker"), pieces.isolated(owners.shown(execution.lease_owner))
         if execution.parent_id is not None:
             step = _('step "%(name)s"') % {"name": execution.step}
-            yield _("parent"), format_html("{} · {}", self._linked(execution.parent_id), _text(step))
+            yield _("parent"), format_html("{} · {}", self._linked(execution.parent_id), pieces.isolated(step))
             yield _("root"), self._linked(execution.root_id)
         if execution.idempotency_key:
-            yield _("idempotency key"), _text(execution.idempotency_key)
+            yield _("idempotency key"), pieces.isolated(execution.idempotency_key)
         for name, when in (
             (_("created"), execution.created_at),
             (_("started"), execution.started_at),
@@ -259,9 +186,9 @@ class ExecutionPage(ReadOnlyAdmin):
             (_("cancel requested"), execution.cancel_requested_at),
         ):
             if when is not None:
-                yield name, _time(when, now)
+                yield name, pieces.instant(when, now)
         if execution.cancel_reason:
-            yield _("cancel reason"), _text(execution.cancel_reason)
+            yield _("cancel reason"), pieces.isolated(execution.cancel_reason)
         if url := self._celery_result_url(request, execution):
             yield _("Celery result"), format_html('<a href="{}">{}</a>', url, _("in django-celery-results"))
 
@@ -271,7 +198,7 @@ class ExecutionPage(ReadOnlyAdmin):
             shown |= self._node(item.branch, story)
         elif item.tag == "more":
             key = item.branch.execution.pk
-            shown |= {"hidden": _more(item.branch.hidden), "url": self._list_url(parent__id__exact=key)}
+            shown |= {"hidden": pieces.left_out(item.branch.hidden), "url": self._list_url(parent__id__exact=key)}
         return shown
 
     def _node(self, branch: Branch, story: Story) -> dict[str, Any]:
@@ -280,13 +207,13 @@ class ExecutionPage(ReadOnlyAdmin):
         place = "" if row.position is None else f"[{row.position}]"
         error = ""
         if row.error and row.status != ExecutionStatus.SUCCEEDED:
-            error = _in_short(row.error, 120)
+            error = pieces.in_short(row.error, 120)
         return {
             "url": None if branch.is_current else self._url("change", row.pk),
             "name": words.visible(words.short_name(row.task)),
             "task": words.visible(row.task),
             "step": words.visible(f"{row.step}{place}") if row.step else "",
-            "pill": pill(label, row.status),
+            "pill": pieces.pill(label, row.status),
             "attempt": labels.attempts(row) if row.attempt > 1 else "",
             "took": words.duration((row.finished_at - row.created_at).total_seconds()) if row.finished_at else "",
             "error": error,
@@ -299,13 +226,13 @@ class ExecutionPage(ReadOnlyAdmin):
             "step": words.visible(step.name),
             "kind": step.get_kind_display(),
             "what": words.visible(awaited.what),
-            "since": _time(step.created_at, now),
-            "until": None if step.deadline_at is None else _time(step.deadline_at, now),
-            "then": [_with_command(sentence) for sentence in awaited.then],
+            "since": pieces.instant(step.created_at, now),
+            "until": None if step.deadline_at is None else pieces.instant(step.deadline_at, now),
+            "then": [pieces.with_command(sentence) for sentence in awaited.then],
         }
         if child is not None:
             shown["child"] = self._linked(child.pk)
-            shown["pill"] = pill(labels.label(child, now), child.status)
+            shown["pill"] = pieces.pill(labels.label(child, now), child.status)
         elif step.child_id is not None:
             shown["gone"] = step.child_id
         return shown
@@ -321,7 +248,7 @@ class ExecutionPage(ReadOnlyAdmin):
                 "link": self._linked(cause.execution_id) if number else None,
                 "step": words.visible(cause.step),
                 "error_class": words.visible(cause.error_class),
-                "message": words.visible(words.first_line(cause.message, PREVIEW)),
+                "message": words.visible(words.first_line(cause.message, pieces.PREVIEW)),
                 "attempts": cause.attempts,
             }
             for number, cause in enumerate(story.causes)
@@ -353,11 +280,11 @@ class ExecutionPage(ReadOnlyAdmin):
             "name": words.visible(step.name),
             "kind": step.get_kind_display(),
             "task": words.visible(step.task),
-            "pill": step_pill(step),
+            "pill": pieces.step_pill(step),
             "attempt": step.attempt,
             "took": "" if is_instant else words.duration((step.finished_at - step.created_at).total_seconds()),  # type: ignore[operator]
             "child": None if step.child_id is None else self._linked(step.child_id),
-            "error": _in_short(error, PREVIEW) if error else "",
+            "error": pieces.in_short(error, pieces.PREVIEW) if error else "",
             "preview": "",
             "note": "",
         }
@@ -367,13 +294,13 @@ class ExecutionPage(ReadOnlyAdmin):
                 "total": step.total,
             }
         if step.status == StepStatus.SUCCEEDED and is_open:
-            shown["preview"] = _preview(step.value, step.value_length)  # type: ignore[attr-defined]  # annotated
+            shown["preview"] = pieces.preview(step.value, step.value_length)  # type: ignore[attr-defined]  # annotated
         return shown
 
     def _events(self, execution: Execution, is_open: bool) -> list[dict[str, Any]]:
         rows = Event.objects.using(database()).filter(execution_id=execution.pk).select_related("step")
         rows = rows.defer("payload", "step__result", "step__error")
-        beginnings = rows.annotate(value=Substr("payload", 1, PREVIEW + 1), value_length=Length("payload"))
+        beginnings = rows.annotate(value=Substr("payload", 1, pieces.PREVIEW + 1), value_length=Length("payload"))
         return [
             {
                 "name": words.visible(event.name),
@@ -381,7 +308,7 @@ class ExecutionPage(ReadOnlyAdmin):
                 "sent": words.exact(event.created_at),
                 "taken": words.exact(event.taken_at) if event.taken_at else None,
                 "step": words.visible(event.step.name) if event.step is not None else "",
-                "preview": _preview(event.value, event.value_length) if is_open else "",
+                "preview": pieces.preview(event.value, event.value_length) if is_open else "",
             }
             for event in reversed(beginnings.order_by("-id")[:MOST_EVENTS])
         ]
@@ -393,29 +320,9 @@ class ExecutionPage(ReadOnlyAdmin):
         ):
             if text is None:
                 continue
-            shown = words.visible(_pretty(name, text))
-            cut_from = _more(len(shown)) if len(shown) > LONG_PREVIEW else ""
+            shown = words.visible(pieces.pretty(name, text))
+            cut_from = pieces.left_out(len(shown)) if len(shown) > LONG_PREVIEW else ""
             yield Value(title, shown[:LONG_PREVIEW], cut_from, self._url(name, execution.pk) or "")
-
-    def download_view(self, request: HttpRequest, object_id: uuid.UUID, name: str) -> HttpResponseBase:
-        """Send a payload or a result as stored, masked, as a file."""
-        execution = self.get_object(request, str(object_id))
-        if not self.has_view_permission(request, execution) or not may_see_payloads(request):
-            raise PermissionDenied
-        text: str | None = None if execution is None else getattr(execution, name)
-        if text is None:
-            raise Http404
-        kind, suffix = "application/json", "json"
-        try:
-            content = json.dumps(redact(json.loads(text)), indent=2)
-        except (ValueError, RecursionError):
-            content, kind, suffix = readable(text), "text/plain; charset=utf-8", "txt"
-        headers = {
-            "Content-Disposition": f'attachment; filename="{name}-{object_id}.{suffix}"',
-            "X-Content-Type-Options": "nosniff",
-            "Cache-Control": "no-store",
-        }
-        return HttpResponse(content.encode("utf-8", "backslashreplace"), content_type=kind, headers=headers)
 
     # ---------------------------------------------------------------------------------------------------------- links
 
@@ -456,69 +363,3 @@ class ExecutionPage(ReadOnlyAdmin):
             return None if key is None else reverse(name, args=[key], current_app=self.admin_site.name)
         except NoReverseMatch:
             return None
-
-
-def _in_short(error: str, limit: int) -> str:
-    """Return the first line of an error's message, or its class if the message may not be seen."""
-    failure = load_failure(error)
-    return words.visible(words.first_line(failure.message or words.short_name(failure.type), limit))
-
-
-def _with_command(hint: str) -> SafeString:
-    """Return a hint with the command at its end as code."""
-    hint = words.visible(hint)
-    command = _COMMAND.search(hint)
-    if command is None:
-        return format_html("{}", hint)
-    return format_html("{}<code>{}</code>", hint[: command.start()], command[0])
-
-
-def _more(number: int) -> str:
-    """Return how many are left out, with separators; nothing if none is."""
-    return f"{number:,}" if number > 0 else ""
-
-
-def _after(seconds: float) -> str:
-    """Return the time since the beginning: ``+1.250 s``, ``+2:46:40``, ``+3 d 0:00:10``."""
-    if abs(seconds) < 1_000:
-        return f"{seconds:+.3f} s"
-    days, rest = divmod(round(abs(seconds)), 86_400)
-    clock = f"{rest // 3_600}:{rest // 60 % 60:02}:{rest % 60:02}"
-    return f"{'+' if seconds > 0 else '-'}{f'{days} d ' if days else ''}{clock}"
-
-
-def _text(text: str) -> SafeString:
-    return format_html("<bdi>{}</bdi>", words.visible(text))
-
-
-def _time(when: dt.datetime, now: dt.datetime) -> SafeString:
-    seconds = (now - when).total_seconds()
-    near = words.duration(abs(seconds))
-    relative = _("%(time)s ago") % {"time": near} if seconds >= 0 else _("in %(time)s") % {"time": near}
-    return format_html(
-        '<time datetime="{}">{}</time> <span class="cd-quiet">({})</span>',
-        when.isoformat(),
-        words.exact(when),
-        relative,
-    )
-
-
-def _preview(value: str | None, length: int | None) -> str:
-    if value is None:
-        return ""
-    text = words.visible(readable(value, is_cut=len(value) < (length or 0)))
-    if len(text) <= PREVIEW and len(value) >= (length or 0):
-        return text
-    return _("%(beginning)s… (%(length)s characters)") % {"beginning": text[:PREVIEW], "length": f"{length:,}"}
-
-
-def _pretty(name: str, text: str) -> str:
-    """Return a value on several lines; of a payload the keyword arguments alone, if there are no others."""
-    if name == "payload":
-        try:
-            args, kwargs = decode(text)
-            shown = {"args": args, "kwargs": kwargs} if args else kwargs
-            return json.dumps(shown, indent=2, default=str, ensure_ascii=False)
-        except (ValueError, TypeError, RecursionError):  # damaged
-            pass
-    return readable(text, indent=2)

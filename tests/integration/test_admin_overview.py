@@ -15,7 +15,7 @@ from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
 
 from conductor_app import transitions
-from conductor_app.admin import causes, overview
+from conductor_app.admin import causes, figures
 from conductor_app.exceptions import Failure
 from conductor_app.models import Execution, FailedExecution, Step
 from tests.support import executions
@@ -63,7 +63,7 @@ def test_it_counts_what_is_open_and_what_has_ended(staff: Client) -> None:
     assert found["open"] == {"queued": 2, "running": 1, "waiting": 1}
     assert found["ended_in_the_last_hour"] == {"succeeded": 1, "failed": 1, "cancelled": 0}
     assert sum(row["succeeded"] for row in found["ended_by_minute"]) == 1
-    assert len(found["ended_by_minute"]) == overview.MINUTES
+    assert len(found["ended_by_minute"]) == figures.MINUTES
     assert found["ended_is_complete"] is True
 
 

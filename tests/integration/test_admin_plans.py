@@ -11,7 +11,7 @@ from django.core.cache import cache
 from django.db import connection, transaction
 from django.test import Client
 
-from conductor_app.admin import causes, changelist, filters, overview, paginator
+from conductor_app.admin import causes, changelist, figures, filters, paginator
 from conductor_app.models import Execution
 from tests.integration.test_query_plans import EVENTS, EXECUTIONS, FAILURES, STEPS, open_ids  # noqa: F401
 
@@ -69,8 +69,8 @@ def _bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     # More keys than that are not worth an index to PostgreSQL, in a table of 10,000 rows.
     monkeypatch.setattr(causes, "LATEST", 50)
     monkeypatch.setattr(filters, "LATEST_FAILURES", COUNTED)
-    monkeypatch.setattr(overview, "LATEST", WINDOW)
-    monkeypatch.setattr(overview, "MOST_OPEN", COUNTED)
+    monkeypatch.setattr(figures, "LATEST", WINDOW)
+    monkeypatch.setattr(figures, "MOST_OPEN", COUNTED)
     cache.clear()
 
 

@@ -11,7 +11,7 @@ from django.contrib.auth.models import User
 from django.test import Client
 
 from conductor_app import ChildCancelled, ExecutionContext, api
-from conductor_app.admin import overview
+from conductor_app.admin import figures
 from conductor_app.exceptions import ExecutionCancelled
 from conductor_app.models import Execution, FailedExecution
 from conductor_app.store import clock
@@ -375,7 +375,7 @@ def test_what_a_cancelled_execution_waited_for_is_counted_nowhere(client: Client
     assert api.cancel(parent)
     assert parent.steps.get().status == "pending"
     assert reload(child).status == "running"
-    found = overview.read(overview.Sight())
+    found = figures.read(figures.Sight())
     assert found["open"] == {"queued": 0, "running": 1, "waiting": 0}
     client.force_login(User.objects.create_superuser("ana"))
     rows = client.get("/admin/conductor_app/execution/json/").json()["rows"]

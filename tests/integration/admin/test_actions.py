@@ -16,7 +16,7 @@ from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
 
 from conductor_app import api, transitions
-from conductor_app.admin import actions
+from conductor_app.admin import selection
 from conductor_app.models import Event, Execution, FailedExecution, Step
 from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.store import clock
@@ -461,7 +461,7 @@ def test_all_that_match_are_taken_whatever_page_they_stand_on(ana: Client) -> No
 
 
 def test_more_than_the_limit_are_not_taken_and_that_is_said(ana: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(actions, "BULK_LIMIT", 3)
+    monkeypatch.setattr(selection, "BULK_LIMIT", 3)
     rows = [failed() for _ in range(5)]
     asked = ask(ana, "retry", rows[0].pk, select_across="1")
     assert asked.context["total"] == 3
@@ -509,7 +509,7 @@ def test_the_work_is_not_one_transaction_with_atomic_requests() -> None:
 
 
 def test_a_page_counts_descendants_up_to_a_limit(ana: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(actions, "COUNT_LIMIT", 2)
+    monkeypatch.setattr(selection, "COUNT_LIMIT", 2)
     parent, _children = executions.mapping(4)
     asked = ana.get(act_url("cancel", parent.pk)).content.decode()
     assert "More than <strong>2</strong> unfinished descendants are cancelled too." in asked

@@ -24,7 +24,8 @@ from django_celery_results.models import TaskResult
 
 from conductor_app import api, transitions
 from conductor_app.admin import ExecutionAdmin, refresh
-from conductor_app.admin.page import LONG_PREVIEW, frames
+from conductor_app.admin.page import LONG_PREVIEW
+from conductor_app.admin.tracebacks import frames
 from conductor_app.exceptions import Failure
 from conductor_app.host import inline
 from conductor_app.models import Event, Execution, FailedExecution, Step
@@ -466,7 +467,7 @@ def test_the_log_of_the_admin_is_linked(staff: Client) -> None:
 def test_statuses_are_translated(staff: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     row = executions.running()
     catalogue = {"running": "am Laufen"}
-    monkeypatch.setattr("conductor_app.admin.page._", lambda text: catalogue.get(text, text))
+    monkeypatch.setattr("conductor_app.admin.pieces._", lambda text: catalogue.get(text, text))
     assert "▶</span> am Laufen" in page_of(staff, row)
 
 
