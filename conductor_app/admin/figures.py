@@ -21,7 +21,7 @@ from conductor_app.models import Execution, FailedExecution, Step, database
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
 from conductor_app.store import clock
 from conductor_app.store.owners import node_name
-from conductor_app.store.sql import Literal
+from conductor_app.store.statements import Literal
 from conductor_app.telling.queues import UNANSWERED_SECONDS
 
 CACHE_KEY = "conductor_app.overview"

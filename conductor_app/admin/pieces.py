@@ -14,8 +14,8 @@ from django.utils.translation import gettext as _
 from conductor_app.models import Step
 from conductor_app.states import StepStatus
 from conductor_app.telling import labels, words
+from conductor_app.values.failures import load_failure
 from conductor_app.values.redaction import decode, readable
-from conductor_app.values.serialization import load_failure
 
 #: Characters of a step's result and of an event's payload.
 PREVIEW = 500

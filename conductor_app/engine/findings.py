@@ -16,7 +16,8 @@ from conductor_app.models import Execution, database
 from conductor_app.models.execution import ExecutionQuerySet
 from conductor_app.models.stranded import waiting_for_nothing
 from conductor_app.store import observing
-from conductor_app.store.sql import RowsLocked, is_outage
+from conductor_app.store.errors import is_outage
+from conductor_app.store.locks import RowsLocked
 from conductor_app.transitions import dispatch, steps
 
 logger = logging.getLogger("conductor_app.engine.sweeper")

@@ -13,7 +13,7 @@ from typing import Any
 
 from conductor_app.conf import conductor_settings
 from conductor_app.models import Step
-from conductor_app.store.sql import RowsLocked
+from conductor_app.store.locks import RowsLocked
 
 logger = logging.getLogger("conductor_app.engine.sweeper")
 

@@ -16,8 +16,9 @@ from conductor_app.conf import conductor_settings
 from conductor_app.engine import outage
 from conductor_app.engine.leavings import describe, leavings
 from conductor_app.models import Step, database
-from conductor_app.store.sessions import at_work
-from conductor_app.store.sql import RowsLocked, is_outage, waiting_at_most
+from conductor_app.store.errors import is_outage
+from conductor_app.store.locks import RowsLocked, waiting_at_most
+from conductor_app.store.waits import at_work
 from conductor_app.transitions import steps
 
 logger = logging.getLogger("conductor_app.engine.sweeper")

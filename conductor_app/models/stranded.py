@@ -8,7 +8,7 @@ from django.db.models import Exists, OuterRef, Q
 from conductor_app.models.execution import ExecutionQuerySet
 from conductor_app.models.step import Step
 from conductor_app.states import OPEN_STATUSES, ExecutionStatus
-from conductor_app.store.sql import Literal
+from conductor_app.store.statements import Literal
 
 
 def waiting_for_nothing(executions: ExecutionQuerySet) -> ExecutionQuerySet:

@@ -26,7 +26,7 @@ from tests.mutants.mutants import MUTANTS, Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
 #: What a test run needs of the repository.
-COPIED = ("conductor_app", "project", "tests", "manage.py", "pyproject.toml")
+COPIED = ("conductor_app", "docs", "project", "tests", "manage.py", "pyproject.toml", "README.md")
 #: Seconds for one test; a mutant that makes one hang is caught.
 TEST_SECONDS = 60
 
