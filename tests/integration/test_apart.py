@@ -129,8 +129,8 @@ def test_a_body_sees_what_signals_have_set_up_and_they_can_take_it_back() -> Non
         seen.append(ctx.invoke("child", scenarios.echo, {"value": tenant.get()}))
         return seen
 
-    signals.task_prerun.connect(begin)
-    signals.task_postrun.connect(end)
+    signals.task_prerun.connect(begin, weak=False)
+    signals.task_postrun.connect(end, weak=False)
     try:
         assert run(body).get_result() == ["of the signal", "of the body"]
     finally:

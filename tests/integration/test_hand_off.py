@@ -87,7 +87,7 @@ def ran() -> Iterator[list[str]]:
     def note(task_id: str, **_kwargs: Any) -> None:
         ids.append(task_id)
 
-    celery_signals.task_prerun.connect(note)
+    celery_signals.task_prerun.connect(note, weak=False)
     yield ids
     celery_signals.task_prerun.disconnect(note)
 
@@ -461,7 +461,7 @@ def test_what_was_claimed_and_cannot_be_run_is_queued_again(monkeypatch: pytest.
         if task_id == result.id:
             raise WorkerShutdown(0)
 
-    celery_signals.task_postrun.connect(stop)
+    celery_signals.task_postrun.connect(stop, weak=False)
     try:
         with pytest.raises(WorkerShutdown):
             deliver(result)

@@ -135,10 +135,11 @@ def test_one_that_is_lost_is_found_among_many() -> None:
     assert fresh(lost).lease_expires_at is None
 
 
-def test_an_old_fence_renews_nothing() -> None:
+@pytest.mark.parametrize("owner", [OWNER, "test@host/2"], ids=["in the same process", "in another one"])
+def test_an_old_fence_renews_nothing(owner: str) -> None:
     zombie = running()
     transitions.lose(zombie.pk, owner=OWNER)
-    live = claimed(zombie, "test@host/2")
+    live = claimed(zombie, owner)
     lapse(live)
     lease = Lease(zombie)
     renew([lease])
