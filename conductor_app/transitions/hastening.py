@@ -27,14 +27,8 @@ def hasten(execution_id: uuid.UUID) -> None:
         with transaction.atomic(using=database()):
             if _is_brought_forward(execution_id):
                 return True
-            # The steps before the execution, as everywhere.
-            if not _end_sleeps(execution_id):
-                return False
-            # After `wake` has locked the row: what was cancelled meanwhile is not to remember that it has slept.
-            if Execution.objects.using(database()).filter(pk=execution_id).open().exists():
-                return True
-            transaction.set_rollback(True, using=database())
-        return False
+            # The steps before the execution, as everywhere. A cancel does so, too: one of the two finds nothing to end.
+            return _end_sleeps(execution_id)
 
     if not guards.persist_briefly(work):
         raise _not_to_wake(Execution.objects.using(database()).get(pk=execution_id))

@@ -217,6 +217,10 @@ LOSSES: dict[str, Callable[[Execution], object]] = {
     "succeeded": lambda run: transitions.succeed(run, '"another result"'),
     "failed": lambda run: transitions.fail(run, Failure("Another", "another failure")),
     "cancelled": lambda run: transitions.cancel_running(flag(run)),
+    # An operator has put it back in SQL, and left the owner of the lease.
+    "queued by hand": lambda run: Execution.objects.filter(pk=run.pk).update(
+        status="queued", lease_expires_at=None, dispatch_at=clock.now()
+    ),
 }
 
 

@@ -882,13 +882,6 @@ MUTANTS = [
         (HASTENING,),
     ),
     Mutant(
-        "end the sleep of what has been cancelled meanwhile",
-        "transitions/hastening.py",
-        "            if Execution.objects.using(database()).filter(pk=execution_id).open().exists():\n",
-        "            if True:\n",
-        (HASTENING, "tests/races/test_hastening.py"),
-    ),
-    Mutant(
         "publish what is not due",
         "transitions/hastening.py",
         "filter(pk=execution_id).claimable()\n",
