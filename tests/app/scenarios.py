@@ -203,13 +203,17 @@ def waits_for_lingerer(ctx: ExecutionContext, seconds: float, timeout: float | N
 
 @durable_task
 def dawdles(ctx: ExecutionContext, seconds: float, marks: str) -> int:
-    """Take that long on the first run, and return how many there were; write nothing into the database meanwhile."""
+    """Take that long on the first run, and return how many there were; write nothing into the database meanwhile.
+
+    A file ``end`` beside the directory ``marks`` ends it before.
+    """
     del ctx
     mark = Path(marks) / uuid.uuid4().hex
     is_first = not list(mark.parent.iterdir())
     mark.touch()
-    if is_first:
-        time.sleep(seconds)
+    ends_at = time.monotonic() + seconds
+    while is_first and time.monotonic() < ends_at and not mark.parent.with_name("end").exists():
+        time.sleep(0.05)
     return len(list(mark.parent.iterdir()))
 
 
