@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import uuid
 
 from django.db import transaction
@@ -33,8 +34,8 @@ def announced(execution: Execution, status: ExecutionStatus, *, is_alone: bool =
         if statements.are_at_hand():
             return statements.announced(execution, status, ended_at, is_alone=is_alone)
         rows = Execution.objects.using(database()).filter(pk=execution.pk, status=status, fence=execution.fence)
-        # Not "at": SQLite compares texts, and has stored fewer digits.
-        ended = rows if ended_at is None else rows.filter(finished_at__lte=ended_at)
+        # SQLite compares texts, and has stored three digits of the second's fraction where Django writes six or none.
+        ended = rows if ended_at is None else rows.filter(finished_at__lt=ended_at + dt.timedelta(milliseconds=1))
         return bool(ended.filter(announce_at__isnull=False).update(announce_at=None))
 
     return guards.persist_briefly(work)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
@@ -11,12 +12,13 @@ import pytest
 from celery import states
 from celery.exceptions import NotRegistered, TaskRevokedError
 from celery.result import AsyncResult
-from django.db import OperationalError, transaction
+from django.db import OperationalError, connection, transaction
 
 from conductor_app import ExecutionContext, api
 from conductor_app.engine import announcements, outcomes, sweeper
 from conductor_app.host import revocations
 from conductor_app.models import Execution
+from conductor_app.store import clock
 from project.celery import app
 from tests.app import plain, scenarios
 from tests.support.bodies import durable, go_on, reload
@@ -29,6 +31,7 @@ pytestmark = pytest.mark.django_db
 def result_backend() -> Iterator[None]:
     with using("django-db"):
         yield
+    clock.reset()
 
 
 def ended(task: Any, **payload: Any) -> Any:
@@ -221,10 +224,24 @@ def test_whoever_tells_celery_late_does_not_tell_of_the_next_end(
 
 
 @pytest.mark.usefixtures("any_backend")
+@pytest.mark.parametrize("fraction", [".000", ".001", ".500", ".999"])
+def test_an_end_is_told_once_whatever_its_instant(fraction: str) -> None:
+    """On SQLite an instant is a text, and the database writes other ones than Django does."""
+    result = ends_as_told.delay(end="cancelled")
+    api.cancel(result)
+    with connection.cursor() as cursor:
+        table = connection.ops.quote_name(Execution._meta.db_table)
+        cursor.execute(f"UPDATE {table} SET finished_at = %s", [f"2026-06-01 00:00:00{fraction}"])
+    announcements.deliver(reload(result))
+    assert reload(result).announce_at is None
+
+
+@pytest.mark.usefixtures("any_backend")
 def test_of_two_cancels_in_a_row_the_second_is_told_of_too() -> None:
     result = ends_as_told.delay(end="cancelled")
     api.cancel(result, reason="first")
     late = reload(result)
+    clock.shift(dt.timedelta(seconds=1))
     api.retry(result)
     api.cancel(result, reason="second")
     announcements.deliver(late)
