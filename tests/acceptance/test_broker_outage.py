@@ -13,6 +13,7 @@ from django.db import transaction
 
 from conductor_app import api
 from conductor_app.engine import sweeper
+from conductor_app.host import publishing
 from conductor_app.models import Execution
 from conductor_app.store import clock
 from conductor_app.transitions import dispatch
@@ -95,7 +96,7 @@ def test_a_silent_broker_holds_nobody_up(
     moving_clock: Callable[[float], None], broker: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither refused nor closed: a frozen host, or a firewall that has forgotten the connection."""
-    monkeypatch.setattr(dispatch, "PUBLISH_SECONDS", 1.0)
+    monkeypatch.setattr(publishing, "PUBLISH_SECONDS", 1.0)
     with broker_at(broker.url):
         scenarios.echo.delay(value=1)
         broker.silence()
@@ -122,7 +123,7 @@ def test_a_run_does_not_wait_for_a_confirmation_and_gets_over_a_connection_that_
     worker: Any, broker: Proxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(dispatch, "_runs_ahead", True)
-    monkeypatch.setattr(dispatch, "PUBLISH_SECONDS", 60.0)
+    monkeypatch.setattr(publishing, "PUBLISH_SECONDS", 60.0)
     with broker_at(broker.url), caplog.at_level(logging.WARNING):
         first = scenarios.echo.delay(value=1)
         wait_until(lambda: messages_in_queue() == 1, message="The first message has not arrived")

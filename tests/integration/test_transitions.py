@@ -859,7 +859,8 @@ def stored_for(parent: Execution) -> list[dict[str, Any]]:
             if name == "dispatch_at" and value == created_at(parent.pk):
                 values[name] = "when the tree began"
             elif isinstance(value, dt.datetime):
-                values[name] = round((value - row.created_at).total_seconds(), 1 if row == parent else 3)
+                # The parent was there before, by as long as the machine has taken.
+                values[name] = round((value - row.created_at).total_seconds(), -1 if row == parent else 3)
         stored.append({name: names.get(value, value) for name, value in values.items()})
     return stored
 
