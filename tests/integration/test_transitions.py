@@ -861,7 +861,8 @@ def stored_for(parent: Execution) -> list[dict[str, Any]]:
             elif isinstance(value, dt.datetime):
                 # The parent was there before, by as long as the machine has taken.
                 values[name] = round((value - row.created_at).total_seconds(), -1 if row == parent else 3)
-        stored.append({name: names.get(value, value) for name, value in values.items()})
+        # By the column: a step's number may be that of its seconds.
+        stored.append({name: names.get(value) if name.endswith("id") else value for name, value in values.items()})
     return stored
 
 
