@@ -27,7 +27,7 @@ from conductor_app.store import clock
 from conductor_app.transitions import HandOff, dispatch
 from conductor_app.transitions.steps import Memory
 
-#: A row as text, by its model and its column.
+#: The model of a row, and its values by column.
 Row = tuple[type[models.Model], dict[str, Any]]
 _MODELS: tuple[type[models.Model], ...] = (Execution, Step, FailedExecution, Event)
 _SIGNALS = ("execution_created", "execution_started", "execution_suspended", "execution_finished")
