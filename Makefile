@@ -17,7 +17,7 @@ BASE_PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3 py
 	&& { echo "$$python"; break; }; done)
 PIP_INSTALL := $(PYTHON) -m pip install -qq --disable-pip-version-check
 
-.PHONY: help install demo test test-services test-matrix test-browser chaos soak mutants bench bench-page check clean
+.PHONY: help install demo test test-services test-matrix test-browser chaos soak mutants bench bench-page messages check clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -72,6 +72,12 @@ bench: $(VENV)/installed-services ## Measure: make bench ARGS="--peers" for DBOS
 
 bench-page: $(VENV)/installed-services ## Write what was measured last into docs/explanation/performance.md
 	@$(PYTHON) -m benchmarks.page $(ARGS)
+
+messages: install ## Update and compile the translations (GNU gettext is needed)
+	@cd conductor_app && ../$(VENV)/bin/django-admin makemessages --all --no-location --no-obsolete
+	@sed -i.bak -e '/^"POT-Creation-Date:/d' -e '/^"Report-Msgid-Bugs-To:/d' conductor_app/locale/*/LC_MESSAGES/django.po
+	@rm -f conductor_app/locale/*/LC_MESSAGES/django.po.bak
+	@cd conductor_app && ../$(VENV)/bin/django-admin compilemessages
 
 check: install ## Lint, format, types, layers, migrations, Django's checks
 	$(VENV)/bin/ruff check .

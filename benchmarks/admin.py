@@ -18,6 +18,8 @@ from benchmarks import stack
 BOUND_SECONDS = 0.3
 #: One in so many fails, is cancelled, or is open.
 EACH = 100
+#: Runs of each execution.
+RUNS = 3
 
 
 def main() -> int:
@@ -109,6 +111,27 @@ def _fill(rows: int) -> None:
             FROM conductor_app_execution WHERE parent_id IS NULL ORDER BY id
             """
         )
+        cursor.execute(
+            """
+            INSERT INTO conductor_app_attempt (execution_id, attempt, run, worker, due_at, started_at, finished_at,
+                outcome, step, error_class, message, traceback)
+            SELECT id, 1, run, 'celery@web' || run || '/' || run, created_at, created_at + interval '0.1 second' * run,
+                created_at + interval '0.9 second' * run,
+                CASE WHEN run < %(runs)s THEN 'suspended' WHEN status = 'failed' THEN 'failed' ELSE 'succeeded' END,
+                CASE WHEN run < %(runs)s THEN 'charge' ELSE '' END, '', '', ''
+            FROM conductor_app_execution, generate_series(1, %(runs)s) AS runs(run) ORDER BY id, run
+            """,
+            {"runs": RUNS},
+        )
+        cursor.execute(
+            """
+            INSERT INTO conductor_app_tag (root_id, key, value)
+            SELECT root, key, CASE key WHEN 'tenant' THEN 'acme-' || n %% 10 WHEN 'order' THEN n::text
+                WHEN 'kind' THEN 'web' ELSE 'north-' || n %% 100 END
+            FROM filling, unnest(ARRAY['tenant', 'order', 'kind', 'region']) AS keys(key) ORDER BY n
+            """,
+            {},
+        )
         cursor.execute("VACUUM ANALYZE")
 
 
@@ -143,6 +166,10 @@ def _addresses() -> Iterator[tuple[str, str]]:
         "search a key": "?q=key:order-77",
         "search a task": "?q=shop.tasks.fulfil",
         "search nonsense": "?q=nonsense",
+        "tag, frequent": "?tag=tenant:acme-3",
+        "tag, rare": "?tag=order:77",
+        "tag, none": "?tag=order:none",
+        "tag and status": "?tag=tenant:acme-3&status__exact=failed",
         "JSON": "json/",
     }.items():
         yield f"executions: {name}", f"{lists}{query}"
@@ -171,6 +198,10 @@ def _addresses() -> Iterator[tuple[str, str]]:
     }.items():
         yield f"failed executions: {name}", f"/admin/conductor_app/failedexecution/{query}"
     yield "overview", f"{lists}overview/"
+    yield "what takes long: an hour", f"{lists}slow/"
+    yield "what takes long: a day", f"{lists}slow/?period=day"
+    yield "workers and queues", f"{lists}workers/"
+    yield "a comparison", f"{lists}{root}/compare/"
     yield "an execution's page", f"{lists}{root}/change/"
     yield "an execution's JSON", f"{lists}{root}/json/"
 

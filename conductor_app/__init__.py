@@ -17,11 +17,14 @@ if TYPE_CHECKING:
     from conductor_app.exceptions import ChildFailed as ChildFailed
     from conductor_app.exceptions import ChildTimedOut as ChildTimedOut
     from conductor_app.exceptions import ConductorError as ConductorError
+    from conductor_app.exceptions import DuplicateExecution as DuplicateExecution
     from conductor_app.exceptions import EventTimedOut as EventTimedOut
     from conductor_app.exceptions import LeaseLost as LeaseLost
+    from conductor_app.exceptions import LimitDeadlock as LimitDeadlock
     from conductor_app.exceptions import SuspendExecution as SuspendExecution
     from conductor_app.tasks.decorator import durable_task as durable_task
     from conductor_app.tasks.task import DurableTask as DurableTask
+    from conductor_app.values.limits import Limit as Limit
 
 __version__ = "0.1.0"
 
@@ -32,10 +35,13 @@ _EXPORTS = {
     "ChildHandle": "conductor_app.body.children",
     "ChildTimedOut": "conductor_app.exceptions",
     "ConductorError": "conductor_app.exceptions",
+    "DuplicateExecution": "conductor_app.exceptions",
     "DurableTask": "conductor_app.tasks.task",
     "EventTimedOut": "conductor_app.exceptions",
     "ExecutionContext": "conductor_app.body.context",
     "LeaseLost": "conductor_app.exceptions",
+    "Limit": "conductor_app.values.limits",
+    "LimitDeadlock": "conductor_app.exceptions",
     "SuspendExecution": "conductor_app.exceptions",
     "durable_task": "conductor_app.tasks.decorator",
 }

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
 import difflib
 import math
+import re
+import string
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,8 +16,17 @@ from django.conf import settings as django_settings
 from django.core.exceptions import ImproperlyConfigured
 from django.core.signals import setting_changed
 
+#: What a URL of ``LINKS`` may name in braces.
+LINK_PLACEHOLDERS = (
+    *("execution_id", "root_id", "task", "trace_id"),
+    *("started", "finished", "started_ms", "finished_ms"),
+)
 #: What ``REPORTED_STATE`` may be.
 REPORTED_STATES = ("SUSPENDED", "STARTED")
+
+
+#: 100 years.
+_LONGEST_SECONDS = 100 * 366 * 86_400
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,13 @@ class ConductorSettings:
     HAND_OFF: bool = True
     #: How many rows one sweep takes in one statement.
     SWEEP_BATCH: int = 500
+    #: How many of the last runs of an execution are kept as attempts; those that failed are all kept.
+    KEEP_ATTEMPTS: int = 50
+    #: How long trees are kept whose root has succeeded or was cancelled, unless the root's task says otherwise: seconds
+    #: or a ``timedelta``; ``None`` for good.
+    KEEP: float | None = None
+    #: The same of trees whose root has failed.
+    KEEP_FAILED: float | None = None
     #: Longest encoded payload.
     MAX_PAYLOAD_BYTES: int = 1_048_576
     #: Longest encoded result of a step or an execution.
@@ -65,6 +84,8 @@ class ConductorSettings:
     METRICS_TOKEN: str = ""
     #: Whether runs and steps are spans of OpenTelemetry; needs the extra ``otel``.
     TRACING: bool = False
+    #: The project's own release, as workers show it: the version, or the commit, that was deployed.
+    RELEASE: str = ""
     #: Keys whose values the admin and ``manage.py conductor show`` mask, at any depth; case and ``-`` or ``_`` do not
     #: matter.
     REDACT: tuple[str, ...] = (
@@ -88,6 +109,10 @@ class ConductorSettings:
         "cvv",
     )
 
+    #: What an execution's page leads to elsewhere, its logs and traces for example: by the link's label, a URL with
+    #: placeholders.
+    LINKS: dict[str, str] = dataclasses.field(default_factory=dict)
+
     @classmethod
     def from_dict(cls, values: Any) -> ConductorSettings:
         """Return the checked settings.
@@ -104,7 +129,8 @@ class ConductorSettings:
                 nearest = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.5)
                 hint = f' Did you mean "{nearest[0]}"?' if nearest else f" Known keys: {', '.join(sorted(fields))}."
                 raise ImproperlyConfigured(f'CONDUCTOR has an unknown key "{key}".{hint}')
-            checked[key] = cls._check(key, value, type(fields[key].default))
+            default = fields[key].default
+            checked[key] = cls._check(key, value, dict if default is dataclasses.MISSING else type(default))
         result = cls(**checked)
         if result.LEASE_SECONDS < 3 * result.HEARTBEAT_SECONDS:
             raise ImproperlyConfigured(
@@ -128,10 +154,14 @@ class ConductorSettings:
 
     @staticmethod
     def _check(key: str, value: Any, expected: type[Any]) -> Any:
+        if expected is type(None):
+            return _checked_duration(key, value)
         if expected is tuple:
             if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) and item for item in value):
                 raise ImproperlyConfigured(f'CONDUCTOR["{key}"] must be a tuple of texts, got {value!r}.')
             return tuple(value)
+        if expected is dict:
+            return _checked_links(key, value)
         if expected is bool:
             if not isinstance(value, bool):
                 raise ImproperlyConfigured(f'CONDUCTOR["{key}"] must be True or False, got {value!r}.')
@@ -150,9 +180,58 @@ class ConductorSettings:
         return expected(value)
 
 
+def _checked_duration(key: str, value: object) -> float | None:
+    if value is None:
+        return None
+    seconds = value.total_seconds() if isinstance(value, dt.timedelta) else value
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+        raise ImproperlyConfigured(
+            f'CONDUCTOR["{key}"] must be a number of seconds, a timedelta or None, got {value!r}.'
+        )
+    if not 0 < seconds <= _LONGEST_SECONDS:
+        raise ImproperlyConfigured(f'CONDUCTOR["{key}"] must be greater than 0 and at most 100 years, got {value!r}.')
+    return float(seconds)
+
+
 def _kind(key: str, value: object) -> str:
     """Return a wrong value as an error may show it: nothing of a secret."""
     return f"other text or {type(value).__name__}" if key == "METRICS_TOKEN" else repr(value)
+
+
+def _checked_links(key: str, links: object) -> dict[str, str]:
+    if not isinstance(links, dict):
+        raise ImproperlyConfigured(f'CONDUCTOR["{key}"] must be a dict of labels and URLs, got {links!r}.')
+    for label, url in links.items():
+        where = f'CONDUCTOR["{key}"][{label!r}]'
+        if not isinstance(label, str) or not label.strip() or not isinstance(url, str):
+            raise ImproperlyConfigured(f"{where} must be a label and a URL, both texts, got {url!r}.")
+        if any(character.isspace() or not character.isprintable() for character in url):
+            raise ImproperlyConfigured(f"{where} must be a URL without spaces, got {url!r}.")
+        # A browser takes "//host" and "/\\host" for another server's.
+        found = re.match(r"https?://([^/?#]+)|/(?![/\\])", url)
+        if found is None:
+            raise ImproperlyConfigured(f'{where} must begin with "https://", "http://" or "/", got {url!r}.')
+        if "{" in (found[1] or ""):
+            raise ImproperlyConfigured(f"{where} must name its server without placeholders, got {url!r}.")
+        _check_placeholders(where, url)
+    return dict(links)
+
+
+def _check_placeholders(where: str, url: str) -> None:
+    try:
+        parts = list(string.Formatter().parse(url))
+    except ValueError as error:
+        raise ImproperlyConfigured(f"{where}: {error}. A brace that is meant is doubled: {{{{ or }}}}.") from None
+    for _text, name, form, conversion in parts:
+        if name is None:
+            continue
+        if name not in LINK_PLACEHOLDERS:
+            nearest = difflib.get_close_matches(name, LINK_PLACEHOLDERS, n=1, cutoff=0.5)
+            known = ", ".join(f"{{{known}}}" for known in LINK_PLACEHOLDERS)
+            hint = f" Did you mean {{{nearest[0]}}}?" if nearest else f" There are {known}."
+            raise ImproperlyConfigured(f"{where} has an unknown placeholder {{{name}}}.{hint}")
+        if form or conversion:
+            raise ImproperlyConfigured(f"{where} must have {{{name}}} as it is, without a format or a conversion.")
 
 
 def host_and_port(listen: str) -> tuple[str, int]:

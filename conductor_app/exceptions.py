@@ -7,6 +7,7 @@
     │   ├── ChildFailed
     │   ├── ChildTimedOut              also a builtin TimeoutError
     │   └── ChildCancelled
+    ├── DuplicateExecution             an open execution has the unique key
     ├── EventTimedOut                  an event did not come in time; also a builtin TimeoutError
     ├── StepFailed                     a remembered failure whose class is gone
     ├── OutcomeLost                    a recorded outcome that is not there any more
@@ -16,9 +17,10 @@
     │   ├── InvalidArgumentType        also a builtin TypeError
     │   ├── StepNameReused, StepMismatch, NestedDurableCall, InvokeInsideTransaction
     │   ├── UnknownTask, NotSerializable, PayloadTooLarge, MaxDepthExceeded, TooManySteps,
-    │   ├── TooManyChildren
+    │   ├── TooManyChildren, TooManyTags, LimitDeadlock
     │   ├── PayloadMismatch
     │   ├── ContextClosed, WrongThread, BlockingCallInTask, WaitInsideTransaction
+    │   ├── BlockingCallInEventLoop    also Django's SynchronousOnlyOperation
     │   ├── NotATestDatabase
     │   └── IdempotencyConflict
     ├── UncleanConnection              a body left a transaction open, or a session that cannot write
@@ -39,6 +41,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
+
+from django.core import exceptions as django_exceptions
 
 
 class ConductorError(Exception):
@@ -213,6 +217,14 @@ class TooManyChildren(ProgrammingError, ValueError):
     """``ctx.map`` got more than ``CONDUCTOR["MAX_CHILDREN"]`` payloads."""
 
 
+class TooManyTags(ProgrammingError, ValueError):
+    """A tree of executions would have more than 10 tags."""
+
+
+class LimitDeadlock(ProgrammingError):
+    """A child would wait for a place of a limit that its parent, or one above it, has until it ends."""
+
+
 class ContextClosed(ProgrammingError):
     """A context was used after its run had ended."""
 
@@ -223,6 +235,10 @@ class WrongThread(ProgrammingError):
 
 class BlockingCallInTask(ProgrammingError):
     """A durable body waited for a result, and so would hold its worker."""
+
+
+class BlockingCallInEventLoop(ProgrammingError, django_exceptions.SynchronousOnlyOperation):
+    """A call that waits for the database was made in a thread in which an event loop runs; nothing was done."""
 
 
 class WaitInsideTransaction(ProgrammingError):
@@ -238,6 +254,30 @@ class IdempotencyConflict(ProgrammingError):
 
 
 # --------------------------------------------------------------------------------------------------- runtime errors
+
+
+class DuplicateExecution(ConductorError):
+    """An open execution of the same task has the unique key; nothing was stored.
+
+    Args:
+        message: What happened, and what to do.
+        execution_id: Which one.
+        status: Where that stands.
+    """
+
+    def __init__(self, message: str, *, execution_id: UUID | None = None, status: str = "") -> None:
+        super().__init__(message)
+        self.execution_id = execution_id
+        self.status = status
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild_duplicate, (type(self), str(self), self.execution_id, self.status))
+
+
+def _rebuild_duplicate(
+    cls: type[DuplicateExecution], message: str, execution_id: UUID | None, status: str
+) -> DuplicateExecution:
+    return cls(message, execution_id=execution_id, status=status)
 
 
 class LeaseLost(ConductorError):
@@ -297,7 +337,17 @@ class ActionRefused(ConductorError):
 
 
 class RetryRefused(ActionRefused):
-    """An operator's retry is impossible for this execution; the message says which one to retry instead."""
+    """An operator's retry is impossible for this execution; the message says which one to retry instead.
+
+    Args:
+        message: As for ``ActionRefused``.
+        holder_id: The execution that has the unique key by now, if that is why.
+        more: As for ``ActionRefused``.
+    """
+
+    def __init__(self, message: str, *, holder_id: UUID | None = None, **more: Any) -> None:
+        super().__init__(message, **more)
+        self.holder_id = holder_id
 
 
 class RenameRefused(ConductorError):
@@ -322,7 +372,7 @@ class CancelExecution(ControlFlow):
 
 
 class ReleaseExecution(ControlFlow):
-    """The worker shuts down: ``ctx.checkpoint`` gives the execution back without using up an attempt."""
+    """The worker shuts down, or somebody holds the execution: its run gives it back without using up an attempt."""
 
 
 class AbandonRun(ControlFlow):

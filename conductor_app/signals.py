@@ -20,6 +20,9 @@ execution_suspended = Signal()
 execution_lost = Signal()
 #: An attempt failed or its worker died, and another one is due; also ``failure``, ``delay`` in seconds.
 execution_retrying = Signal()
+#: A run is over, however; also ``outcome``, a ``states.RunOutcome``. What it leads to has a signal of its own, but for
+#: ``released``.
+run_ended = Signal()
 #: Queued, and its message is published again: no worker has answered the last one.
 execution_redispatched = Signal()
 #: Final: also ``status``, and ``failure`` if it failed.

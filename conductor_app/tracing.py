@@ -7,20 +7,25 @@ default). Each run is a span below it, and what the run calls is made in that sp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
+from weakref import WeakKeyDictionary
 
-from conductor_app import signals
+from django.db import DatabaseError, InterfaceError
+
+from conductor_app import signals, transitions
+from conductor_app.engine import hand_off
 from conductor_app.engine.run import RunEnded
 from conductor_app.exceptions import Failure
 from conductor_app.models import Execution
-from conductor_app.store import observing
+from conductor_app.store import observing, owners
 
 try:
     from opentelemetry import context, propagate, trace
-    from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode, TracerProvider
+    from opentelemetry.trace import Link, Span, SpanContext, SpanKind, Status, StatusCode, TracerProvider
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         'Tracing by conductor_app needs the package opentelemetry-api: pip install "conductor-app[otel]"',
@@ -52,6 +57,9 @@ class _Run:
         self.span.set_status(Status(StatusCode.ERROR, failure.message))
 
 
+#: The last run of each delivery, if it has ended a child. What the process goes on with then is what that end woke.
+_woken: WeakKeyDictionary[hand_off.Delivery, tuple[uuid.UUID, SpanContext]] = WeakKeyDictionary()
+
 _current: ContextVar[_Run | None] = ContextVar("conductor_app_traced_run", default=None)
 
 
@@ -75,6 +83,7 @@ class Tracing:
         observing.add_carrier(self._carry)
         observing.running.add(self._run)
         observing.stepping.add(self._step)
+        observing.tagging.add(self._tag)
         observing.acting_for.add(self._act)
         for signal, receiver in self._receivers:
             signal.connect(receiver)
@@ -84,6 +93,7 @@ class Tracing:
         observing.remove_carrier(self._carry)
         observing.running.remove(self._run)
         observing.stepping.remove(self._step)
+        observing.tagging.remove(self._tag)
         observing.acting_for.remove(self._act)
         for signal, receiver in self._receivers:
             signal.disconnect(receiver)
@@ -103,12 +113,13 @@ class Tracing:
     @contextmanager
     def _run(self, execution: Execution) -> Iterator[None]:
         parent, links = _parent(execution)
+        links += _woken_by(execution)
         with (
             _attached(parent),
             self._tracer.start_as_current_span(
                 f"run {execution.task}",
                 kind=SpanKind.CONSUMER,
-                attributes=_attributes(execution),
+                attributes={**_attributes(execution), **_tag_attributes(_tags_of_tree(execution))},
                 links=links,
                 record_exception=False,
                 set_status_on_exception=False,
@@ -138,6 +149,12 @@ class Tracing:
             yield
 
     @contextmanager
+    def _tag(self, execution: Execution, tags: Mapping[str, str]) -> Iterator[None]:
+        yield
+        if run := _run_of(execution):
+            run.span.set_attributes(_tag_attributes(tags))
+
+    @contextmanager
     def _act(self, execution: Execution) -> Iterator[None]:
         with _attached(_kept(execution, context.get_current())):
             yield
@@ -158,6 +175,9 @@ class Tracing:
             if failure is not None:
                 run.fail(failure)
             run.end(str(status))
+            delivery = hand_off.delivery_of(execution.pk)
+            if delivery is not None and execution.parent_id is not None:
+                _woken[delivery] = (execution.parent_id, run.span.get_span_context())
 
 
 def install(tracer_provider: TracerProvider | None = None) -> Tracing:
@@ -171,6 +191,18 @@ def _run_of(execution: Execution) -> _Run | None:
     """Return the run of this context, if the news is about its own execution."""
     run = _current.get()
     return run if run is not None and run.execution_id == execution.pk else None
+
+
+def _woken_by(execution: Execution) -> list[Link]:
+    """Return the link of a run that resumes to the child's run that has just woken it in this process.
+
+    Which run wakes an execution in another process is not stored.
+    """
+    delivery = hand_off.delivery_of(execution.pk)
+    if delivery is None or (ended := _woken.pop(delivery, None)) is None:
+        return []
+    woken, by = ended
+    return [Link(by, {"conductor.link": "woken by"})] if woken == execution.pk else []
 
 
 @contextmanager
@@ -223,11 +255,27 @@ def _attributes(execution: Execution) -> dict[str, Any]:
         "conductor.attempt": execution.attempt,
         #: How often it has been claimed; 1 is the first run.
         "conductor.run": execution.fence,
+        "conductor.worker": owners.shown(execution.lease_owner),
         "messaging.system": "celery",
         "messaging.destination.name": execution.queue,
         "messaging.message.id": str(execution.pk),
     }
+    if execution.run_started_at is not None and execution.due_at is not None:
+        queued = (execution.run_started_at - execution.due_at).total_seconds()
+        attributes["conductor.queue_seconds"] = max(queued, 0.0)
     if execution.parent_id is not None:
         attributes["conductor.parent_id"] = str(execution.parent_id)
         attributes["conductor.step"] = execution.step
     return attributes
+
+
+def _tags_of_tree(execution: Execution) -> Mapping[str, str]:
+    """Return the tags of an execution's tree; none while the database is away, for which no run is to wait."""
+    try:
+        return transitions.tags_of(execution.root_id)
+    except (DatabaseError, InterfaceError):
+        return {}
+
+
+def _tag_attributes(tags: Mapping[str, str]) -> dict[str, str]:
+    return {f"conductor.tag.{key}": value for key, value in tags.items()}

@@ -10,10 +10,9 @@ from celery import _state, current_app, signals
 from django.db import connection
 
 from conductor_app.body.logger import body_logger
-from conductor_app.engine import announcements, draining
-from conductor_app.transitions import dispatch
 from tests.support.broker import purge
 from tests.support.databases import empty_by_deleting, end_other_sessions
+from tests.support.process import given_back
 from tests.support.worker import Worker
 
 ACCEPTANCE = Path(__file__).parent / "acceptance"
@@ -62,16 +61,15 @@ def _not_in_a_worker() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_rests(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let no test find what another one has left: a broker or a result backend that rests, a shutdown."""
-    dispatch.reset_breaker()
-    monkeypatch.setattr(announcements, "_rests_until", 0.0)
-    monkeypatch.setattr(draining, "is_draining", lambda: False)
+def _nothing_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let no test find what another one has left in this process: a broker that rests, a shutdown, a moved clock."""
     # A worker that is set up in this process hangs Celery's task logger over it.
     monkeypatch.setattr(body_logger, "parent", body_logger.parent)
     # Celery publishes with the list of receivers that there was at the first publish. When one of them has died, the
     # next ``connect`` makes a new list, of which it never hears.
     vars(current_app.amqp).pop("send_task_message", None)
+    with given_back():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ since the operator looked is skipped and counted. A ``GET`` shows what would hap
 
 from __future__ import annotations
 
+import copy
 import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,36 +16,41 @@ from django import forms
 from django.contrib import admin, messages
 from django.contrib.admin import helpers
 from django.contrib.admin.models import CHANGE, LogEntry
-from django.contrib.admin.options import IS_POPUP_VAR
-from django.core.exceptions import PermissionDenied
+from django.contrib.admin.options import IS_POPUP_VAR, IncorrectLookupParameters
+from django.core.exceptions import PermissionDenied, SuspiciousOperation
 from django.db import transaction
 from django.db.models import BooleanField, Case, F, QuerySet, Value, When
-from django.http import Http404, HttpRequest, HttpResponse, HttpResponseNotAllowed, HttpResponseRedirect
+from django.http import Http404, HttpRequest, HttpResponse, HttpResponseNotAllowed, HttpResponseRedirect, QueryDict
 from django.template.response import TemplateResponse
 from django.urls import URLPattern, path, reverse
 from django.utils.decorators import method_decorator
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
 from django.utils.text import capfirst
-from django.utils.translation import gettext
+from django.utils.translation import gettext, override
 from django.views.decorators.cache import never_cache
 
-from conductor_app.admin import access, selection
+from conductor_app.admin import access, forking, selection
 from conductor_app.admin.operations import (
     ACTIONS,
     CANCEL,
+    FORK,
     RERUN,
-    RETRIED_STATUSES,
     RETRY,
     SEND,
     Action,
+    ForkForm,
     Outcomes,
     Unchanged,
 )
 from conductor_app.exceptions import ActionRefused
-from conductor_app.models import Execution, FailedExecution, Step, database
-from conductor_app.states import OPEN_STATUSES, StepKind, StepStatus
+from conductor_app.models import Execution, FailedExecution, database
+from conductor_app.models.operation import ACTOR_LENGTH
+from conductor_app.states import OPEN_STATUSES, ItemState, OperationKind, OperationSource
+from conductor_app.telling.possible import RETRIED_STATUSES
 from conductor_app.telling.words import short_name, visible
+from conductor_app.transitions import operating
+from conductor_app.transitions.waits.event import awaited_names
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,10 @@ class Acting(admin.ModelAdmin):  # type: ignore[type-arg]
             raise Http404(gettext("There is no such action."))
         if not self.may(request, action):
             raise PermissionDenied
+        if action.is_for_one and pk is None:
+            raise Http404(gettext("This is done to one execution at a time."))
+        if request.method == "POST" and pk is None and request.POST.get("ids") == selection.ALL:
+            return self._begin(request, action)
         if request.method == "POST":
             ids = [pk] if pk is not None else selection.parse_ids(request.POST.get("ids", ""))
         elif request.method in ("GET", "HEAD") and pk is not None:
@@ -134,7 +144,8 @@ class Acting(admin.ModelAdmin):  # type: ignore[type-arg]
         ids = self._visible(request, ids)
         if pk is not None and not ids:
             raise Http404(gettext("There is no such execution. It may have been pruned."))
-        form = self._form(action, ids, request.POST if request.method == "POST" else None)
+        data = request.POST if request.method == "POST" else None
+        form = self._form(action, ids, data, before=request.GET.get("before", ""))
         if not form.is_bound or not form.is_valid():
             return self._ask(request, action, ids, form, is_single=pk is not None)
         outcomes = self._act(request, action, ids, form.cleaned_data)
@@ -145,11 +156,85 @@ class Acting(admin.ModelAdmin):  # type: ignore[type-arg]
 
     def ask_about_selected(self, request: HttpRequest, action: Action, rows: QuerySet[Any]) -> HttpResponse:
         """Return the page that asks about rows that were selected in the list."""
+        if action.in_background and request.POST.get("select_across") == "1":
+            total = rows.order_by()[: selection.MOST + 1].values("pk").count()
+            if total > selection.AT_ONCE:
+                fitting = selection.fitting(action.fits(), rows)[: selection.MOST + 1].count()
+                return self._ask_about_all(request, action, action.form(), total, fitting)
         # One more than are taken tells that there are more; their number may be in the millions.
         ids = list(rows.values_list("pk", flat=True)[: selection.BULK_LIMIT + 1])
         is_cut = len(ids) > selection.BULK_LIMIT
         ids = ids[: selection.BULK_LIMIT]
         return self._ask(request, action, ids, self._form(action, ids, None), is_cut=is_cut)
+
+    def _ask_about_all(
+        self, request: HttpRequest, action: Action, form: forms.Form, total: int, fitting: int
+    ) -> HttpResponse:
+        """Return the page that asks about more than a request can act on."""
+        most = selection.MOST
+        query = request.POST.get("list") or request.GET.urlencode()
+        context = {
+            **self.admin_site.each_context(request),
+            "title": gettext("%(action)s?") % {"action": capfirst(str(action.label))},
+            "opts": self.opts,
+            "media": self.media,
+            "action": action,
+            "total": min(total, most),
+            "fitting": min(fitting, most),
+            "skipped": max(min(total, most) - fitting, 0),
+            "is_all": True,
+            "is_cut": total > most,
+            "limit": most,
+            "form": form,
+            "ids": selection.ALL,
+            "list": query,
+            "act_url": self._address_of("act_selected", action.name),
+            "back_url": self._list_again(query),
+        }
+        request.current_app = self.admin_site.name
+        return TemplateResponse(request, self.action_confirmation_template, context)
+
+    def _begin(self, request: HttpRequest, action: Action) -> HttpResponse:
+        """Store an operation on all that the list's address matches now; sweepers work it off."""
+        query = request.POST.get("list", "")
+        form = action.form(request.POST)
+        if not action.in_background:
+            raise Http404(gettext("This is not done to all that match."))
+        try:
+            found, words = self._matching(request, query)
+        except (IncorrectLookupParameters, SuspiciousOperation):
+            self.message_user(request, gettext("The list's address has no meaning. Nothing was done."), messages.ERROR)
+            return HttpResponseRedirect(self._list_again(""))
+        if not form.is_valid():
+            fitting = selection.fitting(action.fits(), found)[: selection.MOST + 1].count()
+            return self._ask_about_all(request, action, form, found.order_by()[: selection.MOST + 1].count(), fitting)
+        operation = operating.start(
+            OperationKind(action.name),
+            selection.fitting(action.fits(), found),
+            self._by(request, form.cleaned_data),
+            filters=words,
+        )
+        text = gettext("%(operation)s has begun, on %(number)s executions. Workers do it; this page shows how far.") % {
+            "operation": capfirst(f"{operation.get_kind_display()} {operation.pk}"),
+            "number": f"{operation.total:,}",
+        }
+        self.message_user(request, text, messages.SUCCESS)
+        page = selection.page_of(operation, self.admin_site.name)
+        may_see = request.user.has_perm(f"{self.opts.app_label}.view_operation")
+        return HttpResponseRedirect(page if page and may_see else self._list_again(query))
+
+    def _matching(self, request: HttpRequest, query: str) -> tuple[QuerySet[Any], str]:
+        """Return the rows of the list with this address, and its filters in words."""
+        asked = copy.copy(request)
+        asked.method = "GET"
+        asked.GET = QueryDict(query)
+        with override(None):  # they are stored, and read by others, in their languages
+            found: Any = self.get_changelist_instance(asked)
+            return found.queryset, selection.in_words(found, asked.GET)
+
+    def _by(self, request: HttpRequest, data: dict[str, Any], *, is_together: bool = False) -> operating.By:
+        name = request.user.get_username()[:ACTOR_LENGTH]
+        return operating.By(name, data.get("reason") or "", OperationSource.ADMIN, is_together=is_together)
 
     def _ask(
         self,
@@ -167,7 +252,7 @@ class Acting(admin.ModelAdmin):  # type: ignore[type-arg]
         access.conceal(seen, [] if only is None else [only], ["parent_id", "root_id"])
         context = {
             **self.admin_site.each_context(request),
-            "title": f"{capfirst(str(action.label))}?",
+            "title": gettext("%(action)s?") % {"action": capfirst(str(action.label))},
             "opts": self.opts,
             "media": self.media,
             "action": action,
@@ -186,22 +271,25 @@ class Acting(admin.ModelAdmin):  # type: ignore[type-arg]
             else self._address_of("act_selected", action.name),
             "back_url": self._page_of(ids[0]) if is_single else self._list_again(request.GET.urlencode()),
             **(selection.family(ids, only) if action is CANCEL else {}),
+            **(forking.choice(only, str(form["before"].value() or "")) if action is FORK and only is not None else {}),
         }
         if action is RETRY and only is not None and only.parent_id is not None and only.root_id is not None:
             context["root_url"] = self._page_of(only.root_id)
         request.current_app = self.admin_site.name
         return TemplateResponse(request, self.action_confirmation_template, context)
 
-    def _form(self, action: Action, ids: list[uuid.UUID], data: Any) -> forms.Form:
-        if data is not None or action not in (SEND, RERUN):
-            return action.form(data)
+    def _form(self, action: Action, ids: list[uuid.UUID], data: Any, *, before: str = "") -> forms.Form:
+        if data is not None or action not in (SEND, RERUN, FORK):
+            form = action.form(data)
+            if isinstance(form, ForkForm):
+                form.execution = selection.executions(ids).first()
+            return form
         key = f"admin-{uuid.uuid4().hex}"
         if action is RERUN:
             return action.form(initial={"key": key})
-        awaited = Step.objects.using(database()).filter(
-            execution_id__in=ids[: selection.CHUNK], kind=StepKind.EVENT, status=StepStatus.PENDING
-        )
-        names = set(awaited.values_list("task", flat=True))
+        if action is FORK:
+            return action.form(initial={"key": key, "before": before})
+        names = set(awaited_names(ids[: selection.CHUNK]))
         event = names.pop() if len(names) == 1 else ""
         return action.form(initial={"event": event, "key": key})
 
@@ -224,7 +312,14 @@ class Acting(admin.ModelAdmin):  # type: ignore[type-arg]
         return [pk for _depth, pk in sorted(found, key=lambda row: row[0])]
 
     def _act(self, request: HttpRequest, action: Action, ids: list[uuid.UUID], data: dict[str, Any]) -> Outcomes:
+        with operating.acting_for(self._by(request, data, is_together=len(ids) > 1)) as by:
+            return self._act_as(by, request, action, ids, data)
+
+    def _act_as(
+        self, by: operating.By, request: HttpRequest, action: Action, ids: list[uuid.UUID], data: dict[str, Any]
+    ) -> Outcomes:
         outcomes = Outcomes()
+        kind = OperationKind(action.name)
         for chunk in selection.chunks(ids):
             rows = selection.executions(chunk).only("id", "task").in_bulk()
             for pk in chunk:
@@ -233,11 +328,16 @@ class Acting(admin.ModelAdmin):  # type: ignore[type-arg]
                     action.act(execution, data)
                 except (KeyError, Execution.DoesNotExist):
                     outcomes.skipped[gettext("deleted meanwhile")] += 1
+                    operating.note_refusal(kind, pk, by, ItemState.GONE, "")
                 except Unchanged as found:
                     outcomes.skipped[str(found)] += 1
-                    outcomes.why = f"{gettext('Nothing was done')}: {found}."
+                    outcomes.why = gettext("Nothing was done: %(reason)s.") % {"reason": found}
+                    with override(None):  # what is stored is read by others, in their languages
+                        operating.note_refusal(kind, pk, by, ItemState.REFUSED, str(found))
                 except ActionRefused as error:
-                    (outcomes.skipped if error.is_elsewhere else outcomes.refused)[error.reason] += 1
+                    (outcomes.skipped if error.is_elsewhere else outcomes.refused)[str(error.reason)] += 1
+                    with override(None):
+                        operating.note_refusal(kind, pk, by, ItemState.REFUSED, str(error.reason))
                     # In full it names the root, which a narrowed site may not show.
                     is_narrowed = access.executions(self, request) is not None
                     outcomes.why = f"{capfirst(error.reason)}." if is_narrowed else str(error)
@@ -263,7 +363,7 @@ class Acting(admin.ModelAdmin):  # type: ignore[type-arg]
         if not outcomes.done:
             self.message_user(request, outcomes.why or outcomes.sentence(action), messages.ERROR)
             return HttpResponseRedirect(self._page_of(pk))
-        if action is RERUN:
+        if action in (RERUN, FORK):
             text = gettext("This is the new execution, started from %(old)s.") % {"old": pk}
             pk = data["created"].pk
         elif (
@@ -280,7 +380,7 @@ class Acting(admin.ModelAdmin):  # type: ignore[type-arg]
 class ExecutionActions(Acting):
     """Actions from the list of executions, and the buttons of an execution's page."""
 
-    acts = tuple(ACTIONS)
+    acts = tuple(name for name, action in ACTIONS.items() if not action.is_for_one)
 
     def conductor_actions(self, request: HttpRequest, execution: Execution) -> list[Button]:
         """Return what an execution's page offers to this person, in one query."""
@@ -326,7 +426,8 @@ class ExecutionActions(Acting):
         """Give the page its buttons."""
         execution = kwargs.get("obj")
         if execution is not None:
-            context["conductor_actions"] = self.conductor_actions(request, execution)
+            buttons = context["conductor_actions"] = self.conductor_actions(request, execution)
+            context["fork_url"] = next((button.url for button in buttons if button.name == FORK.name), None)
         return super().render_change_form(request, context, *args, **kwargs)
 
 

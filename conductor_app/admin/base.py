@@ -60,6 +60,10 @@ class ReadOnlyAdmin(RowsAdmin):
         """Show the list, again and again if the address says so."""
         context = {"refresh": refresh.links(request), "conductor_json": self.address("json")}
         response = super().changelist_view(request, {**context, **(extra_context or {})})
+        data: dict[str, Any] = getattr(response, "context_data", None) or {}
+        if "cl" in data:
+            # Django's "Select execution to view" is the same for every list of filters.
+            data["title"] = data["cl"].title_text()
         refresh.apply_refresh(request, response)
         return response
 

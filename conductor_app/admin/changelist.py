@@ -21,6 +21,7 @@ from django.db.models import QuerySet
 from django.db.models.constants import LOOKUP_SEP
 from django.http import HttpRequest
 from django.utils.formats import number_format
+from django.utils.text import capfirst
 from django.utils.translation import gettext as _
 from django.utils.translation import ngettext
 
@@ -182,10 +183,11 @@ class BoundedChangeList(ChangeList):
         latest = self.root_queryset.order_by(*order)
         if before is not None:
             latest = latest.filter(**{f"{column}__lt": before})
-        if sets and self._are_few(sets[0]):
+        few = next((found for found in sets if self._are_few(found)), None)
+        if few is not None:
             if connections[rows.db].features.allow_sliced_subqueries_with_in:
                 # The slice is a fence: without it a planner may walk through the whole table in the list's order.
-                rows = rows.filter(pk__in=sets[0].order_by().values("pk")[: COUNTED + 1])
+                rows = rows.filter(pk__in=few.order_by().values("pk")[: COUNTED + 1])
             return self._refined(rows, None)
         bounds = list(latest.values_list(column, written)[WINDOW : WINDOW + 1])
         if not bounds:
@@ -210,6 +212,16 @@ class BoundedChangeList(ChangeList):
         return self.get_query_string({BEFORE_VAR: text})
 
     # -------------------------------------------------------------------------------------------------------- words
+
+    def title_text(self) -> str:
+        """Return what the list is of: ``Executions: waiting, charge``."""
+        chosen = [
+            str(dict(spec.lookup_choices).get(value, value))
+            for spec in self.filter_specs
+            if isinstance(spec, IndexedFilter) and (value := spec.value()) is not None
+        ]
+        name = capfirst(str(self.opts.verbose_name_plural))
+        return f"{name}: {', '.join(chosen)}" if chosen else name
 
     def _count_text(self, request: HttpRequest) -> str:
         name = self.opts.verbose_name if self.result_count == 1 else self.opts.verbose_name_plural

@@ -14,7 +14,7 @@ from conductor_app.admin import filters
 from conductor_app.admin.access import VIEW_PAYLOAD, may_see_payloads
 from conductor_app.admin.actions import FailureActions
 from conductor_app.admin.base import ReadOnlyAdmin
-from conductor_app.admin.text import shown, task_name
+from conductor_app.admin.text import shown, tail, task_name
 from conductor_app.models import FailedExecution
 from conductor_app.telling.words import first_line, short_name
 
@@ -33,8 +33,8 @@ class FailedExecutionAdmin(FailureActions, ReadOnlyAdmin):
         "error_text",
         "summary",
         "attempts",
-        "execution_link",
-        "root_cause_link",
+        "execution_short",
+        "root_cause_short",
     )
     list_display_links = ("failed",)
     list_filter = (
@@ -117,6 +117,16 @@ class FailedExecutionAdmin(FailureActions, ReadOnlyAdmin):
     def root_cause_link(self, failure: FailedExecution) -> str | None:
         """Return a link to the deepest descendant whose failure is behind this one."""
         return self.link(failure.root_cause_id)
+
+    @admin.display(description=_("execution"))
+    def execution_short(self, failure: FailedExecution) -> str | None:
+        """Return the link to the execution in little room."""
+        return self.link(failure.execution_id, text=tail(failure.execution_id))
+
+    @admin.display(description=_("root cause"), empty_value="-")
+    def root_cause_short(self, failure: FailedExecution) -> str | None:
+        """Return the link to the root cause in little room."""
+        return self.link(failure.root_cause_id, text=tail(failure.root_cause_id))
 
     def as_json(self, row: Any) -> dict[str, Any]:
         """Return a failure as plain data."""

@@ -11,18 +11,21 @@ from typing import Any
 
 from django.conf import settings
 from django.core.exceptions import EmptyResultSet
-from django.db.models import Case, Count, DateTimeField, F, Max, Min, Q, QuerySet, Subquery, TextField, Value, When
+from django.db.models import Case, Count, DateTimeField, F, Max, Min, Q, QuerySet, TextField, Value, When
 from django.db.models.functions import Coalesce, TruncMinute
 
 from conductor_app.admin import causes
 from conductor_app.admin.grouping import as_stored, grouped
 from conductor_app.conf import conductor_settings
 from conductor_app.models import Execution, FailedExecution, Step, database
-from conductor_app.states import ExecutionStatus, StepKind, StepStatus
+from conductor_app.models.execution import IS_STOPPED
+from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.store import clock
 from conductor_app.store.owners import node_name
 from conductor_app.store.statements import Literal
+from conductor_app.telling import stops
 from conductor_app.telling.queues import UNANSWERED_SECONDS
+from conductor_app.transitions import kinds
 
 CACHE_KEY = "conductor_app.overview"
 #: The latest so many executions are looked through for what has ended.
@@ -59,7 +62,7 @@ def _as_text(rows: QuerySet[Any] | None) -> Any:
 
 
 def read(sight: Sight) -> dict[str, Any]:
-    """Read everything that the page shows to somebody, as plain data, in four queries."""
+    """Read everything that the page shows to somebody, as plain data, in six queries."""
     waiting = _waiting(sight)
     now = waiting["now"]
     queues, workers = _open(sight)
@@ -80,6 +83,8 @@ def read(sight: Sight) -> dict[str, Any]:
         },
         "open_are_bounded_at": MOST_OPEN,
         "oldest_queued_at": min(due, default=None),
+        "held": stops.held(sight.executions)[: MOST_OPEN + 1].count(),
+        "paused_tasks": [paused.document() for paused in stops.read_paused(sight.executions)],
         "waiting_longer_than_an_hour": waiting["long"],
         "longest_waiting_since": waiting["since"],
         "ended_in_the_last_hour": ended,
@@ -114,7 +119,8 @@ def _waiting(sight: Sight) -> dict[str, Any]:
     awaited = awaited.filter(execution__status=ExecutionStatus.WAITING)
     if sight.executions is not None:
         awaited = awaited.filter(execution__in=sight.executions.values("pk"))
-    awaited = awaited.exclude(kind=StepKind.START).order_by(F("deadline_at").asc(nulls_last=True))
+    beside = kinds.those(lambda kind: not kind.suspends)
+    awaited = awaited.exclude(kind__in=beside).order_by(F("deadline_at").asc(nulls_last=True))
     nothing = Max(Case(When(pk__isnull=True, then=F("created_at"))))
     found: dict[str, Any] = awaited[: MOST_OPEN + 1].aggregate(
         count=Count("pk"),
@@ -132,18 +138,13 @@ def _waiting(sight: Sight) -> dict[str, Any]:
 def _open(sight: Sight) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Look at queued executions by queue and at running ones by process: one query, two partial indexes."""
     rows = _executions(sight).order_by()
-    queued = rows.with_status(ExecutionStatus.QUEUED)
-    nth = queued.order_by("dispatch_at").values("dispatch_at")[MOST_OPEN : MOST_OPEN + 1]
-    queued = queued.filter(
-        Q(dispatch_at__isnull=True)
-        | Q(dispatch_at__lte=Coalesce(Subquery(nth), clock.after(dt.timedelta(days=36_500))))
-    )
-    unanswered = Q(due_at__lte=clock.after(-UNANSWERED_SECONDS))
+    queued = rows.foremost(MOST_OPEN)
+    unanswered = Q(due_at__lte=clock.after(-UNANSWERED_SECONDS)) & ~IS_STOPPED
     by_queue = queued.values(group=Value("queued", output_field=TextField()), name=F("queue"), of=F("queue")).annotate(
         count=Count("pk"),
         late=Count("pk", filter=unanswered),
-        first=Min("due_at", filter=Q(due_at__lte=clock.now())),
-        next=Min("dispatch_at"),
+        first=Min("due_at", filter=Q(due_at__lte=clock.now()) & ~IS_STOPPED),
+        next=Min("dispatch_at", filter=~IS_STOPPED),
     )
     running = rows.with_status(ExecutionStatus.RUNNING)
     by_process = running.values(

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import datetime as dt
+import uuid
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from django.contrib import admin
 from django.contrib.admin.options import IncorrectLookupParameters
+from django.contrib.admin.views.main import PAGE_VAR
 from django.db.models import Model, Q, QuerySet
 from django.http import HttpRequest
 from django.utils import timezone
+from django.utils.functional import cached_property
 from django.utils.translation import gettext_lazy as _
 
 from conductor_app.admin import access, causes, names
-from conductor_app.models import Execution, FailedExecution, Step, database
+from conductor_app.exceptions import InvalidArgument
+from conductor_app.models import Execution, FailedExecution, Operation, Step, database
 from conductor_app.states import OPEN_STATUSES, ExecutionStatus, StepStatus
 from conductor_app.store import clock, ids
 from conductor_app.store.statements import Literal
+from conductor_app.telling.tags import trees_with
 from conductor_app.telling.words import clean, first_line, short_name
+from conductor_app.values.tags import parse_tag
 
 #: The latest so many failures tell which error classes there are to choose from.
 LATEST_FAILURES = 1_000
 #: In a narrowed list, the latest so many rows tell which tasks and queues there are to choose from.
 LATEST_ROWS = 1_000
 MOST_CHOICES = 30
+#: So many names are listed; of more, a box finds them.
+MOST_LISTED = 12
+SEARCHED = "admin/conductor_app/name_filter.html"
 #: A value of each filter that has no others than its choices.
 ANY = "any"
 #: A machine that makes ids may have a clock that is off by so much.
@@ -125,6 +134,18 @@ class StatusFilter(WordFilter):
         )
 
 
+class OperationKindFilter(WordFilter):
+    """By what an operation does."""
+
+    title = _("operation")
+    parameter_name = "kind__exact"
+    column = "kind"
+
+    def words(self) -> Iterable[tuple[str, Any]]:
+        """Return what there is."""
+        return list(Operation._meta.get_field("kind").flatchoices)
+
+
 class StepStatusFilter(WordFilter):
     """By a step's status."""
 
@@ -164,6 +185,24 @@ class StepKindFilter(WordFilter):
 class NameFilter(WordFilter):
     """A filter whose choices are names: in a narrowed list, those that its latest rows have."""
 
+    @property
+    def template(self) -> str:  # type: ignore[override]
+        """A box that finds names, if they are too many to be listed."""
+        return SEARCHED if self.is_searched else str(super().template)
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether there are so many."""
+        return len(self.lookup_choices) > MOST_LISTED
+
+    @property
+    def others(self) -> list[tuple[str, str]]:
+        """The rest of the address, which its form keeps: but not the page, which has other rows then."""
+        given = self.request.GET.lists()
+        return [
+            (name, value) for name, values in given if name not in (self.parameter_name, PAGE_VAR) for value in values
+        ]
+
     def seen(self, choices: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
         """Return the names that are no news to whoever sees the rows."""
         rows: QuerySet[Any] = self.model_admin.get_queryset(self.request)
@@ -180,6 +219,14 @@ class TaskFilter(NameFilter):
     title = _("task")
     parameter_name = "task"
     column = "task"
+
+    def value(self) -> str | None:
+        """Return what was chosen: the whole name, if the last part of it was typed and one task alone has it."""
+        chosen = super().value()
+        if chosen and "." not in chosen:
+            found = [name for name in names.known_tasks() if short_name(name) == chosen]
+            return found[0] if len(found) == 1 and chosen not in found else chosen
+        return chosen
 
     def words(self) -> Iterable[tuple[str, Any]]:
         """Return the tasks that this project knows; the last part of a name if it tells them apart."""
@@ -206,6 +253,47 @@ class QueueFilter(NameFilter):
     def words(self) -> Iterable[tuple[str, Any]]:
         """Return the queues that this project knows."""
         return [(name, clean(name)) for name in names.known_queues()]
+
+
+class TagFilter(IndexedFilter):
+    """Whole trees by a tag, as an address names it; an execution's page links to each."""
+
+    title = _("tag")
+    parameter_name = "tag"
+    is_closed = False
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, Any]]:
+        """Return the chosen tag."""
+        chosen = self.value()
+        if chosen is None:
+            return []
+        try:
+            self._tag = parse_tag(chosen)
+        except InvalidArgument as error:
+            raise IncorrectLookupParameters(error) from error
+        return [(chosen, clean("=".join(self._tag)))]
+
+    def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:
+        """Return all; ``bounded`` looks for the trees with that tag, once it knows where to begin."""
+        return queryset
+
+    def bounded(self, rows: QuerySet[Any], bound: Any) -> QuerySet[Any]:
+        """Return the executions of trees with that tag; a child's id begins as its root's does."""
+        if self.value() is None:
+            return rows
+        since = None if bound is None else ids.first_of_tree(bound)
+        return rows.filter(root__in=self._trees if since is None else self._trees_with(since))
+
+    def found_by_index(self) -> QuerySet[Any]:
+        """Return the same, found by the indexes of tags and of roots."""
+        return Execution.objects.using(database()).filter(root__in=self._trees)
+
+    @cached_property
+    def _trees(self) -> Any:
+        return self._trees_with(None)
+
+    def _trees_with(self, since: uuid.UUID | None) -> Any:
+        return trees_with(*self._tag, since=since, seen=self.model_admin.seen(self.request))
 
 
 class KindFilter(IndexedFilter):
@@ -250,6 +338,25 @@ class FailedChildFilter(IndexedFilter):
         if seen is not None:
             failed = failed.filter(pk__in=seen.values("pk"))
         return rows.filter(pk__in=failed.values("parent"))
+
+
+class HeldFilter(IndexedFilter):
+    """Executions that somebody holds."""
+
+    title = _("held")
+    parameter_name = "held"
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, Any]]:
+        """Return the only choice."""
+        return [("1", _("held"))]
+
+    def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:
+        """Return what is held."""
+        return queryset if self.value() is None else queryset.held()  # type: ignore[attr-defined]
+
+    def found_by_index(self) -> QuerySet[Any] | None:
+        """Return what a partial index finds."""
+        return Execution.objects.using(database()).held() if self.value() is not None else None
 
 
 class AgeFilter(IndexedFilter):

@@ -10,18 +10,18 @@ from typing import Any
 
 from django import forms
 from django.contrib import messages
-from django.db.models import Exists, OuterRef, Q
+from django.db.models import Q
 from django.utils.text import capfirst
-from django.utils.translation import gettext
+from django.utils.translation import gettext, pgettext_lazy
 from django.utils.translation import gettext_lazy as _
 
 from conductor_app import api
 from conductor_app.body.names import check_name
 from conductor_app.conf import conductor_settings
+from conductor_app.engine.acting import fork_plan
 from conductor_app.exceptions import ActionRefused, ConductorError, ExecutionFinished
-from conductor_app.models import Execution, Step, database
-from conductor_app.states import FINAL_STATUSES, OPEN_STATUSES, ExecutionStatus, StepKind, StepStatus
-from conductor_app.store import clock
+from conductor_app.models import Execution
+from conductor_app.telling import possible
 from conductor_app.values.payloads import dumps
 
 #: A due execution whose message may have been lost: nobody has taken it for so many seconds.
@@ -31,18 +31,25 @@ OVERDUE_SECONDS = 60
 # ------------------------------------------------------------------------------------------------- the actions' forms
 
 
-class NoForm(forms.Form):
-    """Nothing to fill in."""
-
-
-class CancelForm(forms.Form):
-    """Why it is cancelled."""
+class ReasonForm(forms.Form):
+    """Why it is done."""
 
     reason = forms.CharField(
         label=_("Reason"),
         required=False,
         max_length=250,
-        help_text=_("Optional. Stored with the executions and shown."),
+        help_text=_("Optional. Kept with your name, and shown in the history of each execution."),
+        widget=forms.TextInput(attrs={"class": "vTextField"}),
+    )
+
+
+class HoldForm(forms.Form):
+    """Why it is held, for whoever finds it."""
+
+    reason = forms.CharField(
+        label=_("Reason"),
+        max_length=250,
+        help_text=_("Shown with your name wherever the execution is, as long as it is held."),
         widget=forms.TextInput(attrs={"class": "vTextField"}),
     )
 
@@ -74,13 +81,7 @@ class EventForm(forms.Form):
 
     def clean_payload(self) -> Any:
         """Decode the payload, and check that it can be stored."""
-        text = self.cleaned_data["payload"]
-        if not text.strip():
-            return None
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise forms.ValidationError(_("This is not JSON: %(error)s."), params={"error": error}) from None
+        value = _decoded(self.cleaned_data["payload"])
         try:
             dumps(value, "payload", conductor_settings().MAX_PAYLOAD_BYTES)
         except ConductorError as error:
@@ -88,13 +89,63 @@ class EventForm(forms.Form):
         return value
 
 
-class RerunForm(forms.Form):
-    """Nothing to say; the same form sent twice, by a double click or a reload, starts one new execution."""
+class RerunForm(ReasonForm):
+    """Why it is done; the same form sent twice, by a double click or a reload, starts one new execution."""
 
     key = forms.CharField(widget=forms.HiddenInput, max_length=100, required=False)
 
 
+class ForkForm(RerunForm):
+    """From which step it runs again, with which payload, and why."""
+
+    before = forms.CharField(widget=forms.HiddenInput, max_length=128)
+    payload = forms.CharField(
+        label=_("Payload"),
+        required=False,
+        strip=False,
+        help_text=_("JSON, an object with the task's keyword arguments; empty keeps the old payload."),
+        widget=forms.Textarea(attrs={"class": "vLargeTextField", "rows": 4, "spellcheck": "false"}),
+    )
+    field_order = ("payload", "reason")
+    #: Which one it is about, as far as somebody has said so: with it, the payload is held against its task.
+    execution: Execution | None = None
+
+    def clean_payload(self) -> Any:
+        """Decode the payload; ``None`` keeps the old one."""
+        return _decoded(self.cleaned_data["payload"])
+
+    def clean(self) -> dict[str, Any]:
+        """Check that the task takes the payload. What is impossible for the execution, the action tells."""
+        data = super().clean() or {}
+        if self.execution is not None and data.get("payload") is not None and data.get("before"):
+            try:
+                fork_plan(self.execution, data["before"], data["payload"])
+            except ActionRefused:
+                pass
+            except ConductorError as error:
+                self.add_error("payload", capfirst(str(error)))
+        return data
+
+
+def _decoded(text: str) -> Any:
+    """Return what stands in a field for JSON; ``None`` if that is empty.
+
+    Raises:
+        ValidationError: It is none.
+    """
+    if not text.strip():
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise forms.ValidationError(_("This is not JSON: %(error)s."), params={"error": error}) from None
+
+
 # -------------------------------------------------------------------------------------------------------- the actions
+
+
+#: Why an execution was refused; looked up when it is told, since it is stored as well.
+_NOT_TAKEN: Any = _("the broker did not take the message")
 
 
 class Unchanged(Exception):
@@ -122,23 +173,31 @@ class Action:
     fits: Callable[[], Q]
     #: When an execution's page offers it, if not whenever it fits.
     offered: Callable[[], Q] | None = None
-    form: type[forms.Form] = NoForm
+    form: type[forms.Form] = ReasonForm
     #: What the audit says of one.
     audit: Callable[[dict[str, Any]], str] = field(default=lambda data: "")
     is_destructive: bool = False
+    #: Whether sweepers can do it to many.
+    in_background: bool = False
+    #: Whether it is for one at a time, since it takes something that each has its own of.
+    is_for_one: bool = False
+
+
+def _because(text: str, data: dict[str, Any]) -> str:
+    return f"{text}: {data['reason']}" if data.get("reason") else f"{text}."
 
 
 def _cancel(execution: Execution, data: dict[str, Any]) -> None:
     if not api.cancel(execution, reason=data["reason"]):
-        raise Unchanged(gettext("ended already"))
+        raise Unchanged(_("ended already"))
 
 
 def _send(execution: Execution, data: dict[str, Any]) -> None:
     try:
         if not api.send_event(execution, data["event"], data["payload"], id=data["key"]):
-            raise Unchanged(gettext("sent already"))
+            raise Unchanged(_("sent already"))
     except ExecutionFinished:
-        raise Unchanged(gettext("ended already")) from None
+        raise Unchanged(_("ended already")) from None
 
 
 def _rerun(execution: Execution, data: dict[str, Any]) -> None:
@@ -146,29 +205,27 @@ def _rerun(execution: Execution, data: dict[str, Any]) -> None:
     data["created"] = api.rerun(execution, idempotency_key=key)
 
 
+def _fork(execution: Execution, data: dict[str, Any]) -> None:
+    data["created"] = api.fork(execution, data["before"], data["payload"], idempotency_key=data["key"] or None)
+
+
+def _hold(execution: Execution, data: dict[str, Any]) -> None:
+    if not api.hold(execution, data["reason"]):
+        raise Unchanged(_("held already"))
+
+
+def _release(execution: Execution, _data: dict[str, Any]) -> None:
+    if not api.release(execution):
+        raise Unchanged(_("not held"))
+
+
 def _publish(execution: Execution, _data: dict[str, Any]) -> None:
     if not api.publish_again(execution):
         raise ActionRefused(
             gettext("The broker did not take the message. Workers will publish it later."),
-            reason=gettext("the broker did not take the message"),
+            reason=_NOT_TAKEN,
         )
 
-
-def _waits_for_an_instant() -> Q:
-    sleeps = Step.objects.using(database()).filter(
-        execution=OuterRef("pk"), kind=StepKind.SLEEP, status=StepStatus.PENDING
-    )
-    is_later = Q(status=ExecutionStatus.QUEUED, due_at__gt=clock.now(), cancel_requested_at__isnull=True)
-    return is_later | (Q(status=ExecutionStatus.WAITING) & Q(Exists(sleeps)))
-
-
-def _is_due_since(seconds: float) -> Q:
-    return Q(status=ExecutionStatus.QUEUED, due_at__lte=clock.after(-seconds), cancel_requested_at__isnull=True)
-
-
-#: Those that a retry runs again.
-RETRIED_STATUSES = frozenset({ExecutionStatus.FAILED, ExecutionStatus.CANCELLED})
-_FINAL, _OPEN = sorted(FINAL_STATUSES), sorted(OPEN_STATUSES)
 
 RETRY = Action(
     name="retry",
@@ -181,8 +238,9 @@ RETRY = Action(
         "and attempts are counted anew."
     ),
     act=lambda execution, data: api.retry(execution),
-    fits=lambda: Q(parent__isnull=True, status__in=[ExecutionStatus.FAILED, ExecutionStatus.CANCELLED]),
-    audit=lambda data: "Retried from the failed step.",
+    fits=possible.to_retry,
+    audit=lambda data: _because("Retried from the failed step", data),
+    in_background=True,
 )
 RERUN = Action(
     name="rerun",
@@ -195,9 +253,27 @@ RERUN = Action(
         "effects happen again. The old one stays as it is."
     ),
     act=_rerun,
-    fits=lambda: Q(parent__isnull=True, status__in=_FINAL),
+    fits=possible.to_rerun,
     form=RerunForm,
-    audit=lambda data: f"Run again as new execution {data['created'].pk}.",
+    audit=lambda data: _because(f"Run again as new execution {data['created'].pk}", data),
+    in_background=True,
+)
+FORK = Action(
+    name="fork",
+    label=_("Run again from a step"),
+    permission="fork_execution",
+    done=_("run again from a step"),
+    told=_("This is a new execution."),
+    effect=_(
+        "Starts a new execution that remembers what this one had recorded before a step, and runs the rest again, by "
+        "the code of today. It has new ids and idempotency keys, so side effects of what runs again happen again. "
+        "Tags are kept; events that no step had taken are not. The old one stays as it is."
+    ),
+    act=_fork,
+    fits=possible.to_rerun,
+    form=ForkForm,
+    audit=lambda data: _because(f"Run again before {data['before']!r} as new execution {data['created'].pk}", data),
+    is_for_one=True,
 )
 CANCEL = Action(
     name="cancel",
@@ -207,11 +283,11 @@ CANCEL = Action(
     told=_("The execution is cancelled."),
     effect=_("Queued and waiting executions end at once. A running body is not killed: it stops at its next ctx call."),
     act=_cancel,
-    fits=lambda: Q(status__in=_OPEN),
-    offered=lambda: Q(status__in=_OPEN, cancel_requested_at__isnull=True),
-    form=CancelForm,
-    audit=lambda data: f"Cancelled: {data['reason']}" if data["reason"] else "Cancelled.",
+    fits=possible.to_cancel,
+    offered=lambda: possible.to_cancel() & Q(cancel_requested_at__isnull=True),
+    audit=lambda data: _because("Cancelled", data),
     is_destructive=True,
+    in_background=True,
 )
 WAKE = Action(
     name="wake",
@@ -221,8 +297,9 @@ WAKE = Action(
     told=_("The execution is woken."),
     effect=_("Ends its sleep, or its wait for a retry or a countdown, now instead of later."),
     act=lambda execution, data: api.wake(execution),
-    fits=_waits_for_an_instant,
-    audit=lambda data: "Woken.",
+    fits=possible.to_wake,
+    audit=lambda data: _because("Woken", data),
+    in_background=True,
 )
 SEND = Action(
     name="send",
@@ -232,7 +309,7 @@ SEND = Action(
     told=_("The event is sent."),
     effect=_("The step that waits for this event takes it; if none does yet, it is kept."),
     act=_send,
-    fits=lambda: Q(status__in=_OPEN),
+    fits=possible.to_send,
     form=EventForm,
     audit=lambda data: f"Sent the event {data['event']!r}.",
 )
@@ -244,12 +321,44 @@ PUBLISH = Action(
     told=_("The message is published again."),
     effect=_("Publishes its Celery message once more. A message too many changes nothing."),
     act=_publish,
-    fits=lambda: _is_due_since(0),
-    offered=lambda: _is_due_since(OVERDUE_SECONDS),
-    audit=lambda data: "Published again.",
+    fits=possible.to_publish,
+    offered=lambda: possible.to_publish(OVERDUE_SECONDS),
+    audit=lambda data: _because("Published again", data),
 )
 
-ACTIONS: dict[str, Action] = {action.name: action for action in (RETRY, RERUN, CANCEL, WAKE, SEND, PUBLISH)}
+HOLD = Action(
+    name="hold",
+    label=_("Hold"),
+    permission="hold_execution",
+    done=_("held"),
+    told=_("The execution is held."),
+    effect=_(
+        "No run of it begins until somebody releases it, nor of anything below it. What it waits for goes on, and so "
+        "do timeouts. A running body ends at its next ctx call, and no attempt is used up."
+    ),
+    act=_hold,
+    fits=possible.to_hold,
+    offered=lambda: possible.to_hold() & Q(cancel_requested_at__isnull=True),
+    form=HoldForm,
+    audit=lambda data: _because("Held", data),
+    in_background=True,
+)
+RELEASE = Action(
+    name="release",
+    label=_("Release"),
+    permission="hold_execution",
+    done=pgettext_lazy("operation", "released"),
+    told=_("The execution is released."),
+    effect=_("It goes on, and so does all below it that was held with it."),
+    act=_release,
+    fits=possible.to_release,
+    audit=lambda data: _because("Released", data),
+    in_background=True,
+)
+
+ACTIONS: dict[str, Action] = {
+    action.name: action for action in (RETRY, RERUN, FORK, CANCEL, WAKE, SEND, PUBLISH, HOLD, RELEASE)
+}
 
 
 # ------------------------------------------------------------------------------------------------------------ outcomes

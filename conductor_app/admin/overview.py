@@ -1,49 +1,32 @@
 """One page that tells whether all is well: what is open, what is late, what fails, and who works.
 
-Its figures are read at most once in ``CACHE_SECONDS``.
+Its figures are read at most once in ten seconds.
 """
 
 from __future__ import annotations
 
 import datetime as dt
-import logging
 from collections.abc import Callable
 from typing import Any
 
-from django.core.cache import cache
-from django.core.exceptions import PermissionDenied
 from django.http import HttpRequest, HttpResponse
-from django.template.response import TemplateResponse
-from django.urls import URLPattern, path
+from django.urls import URLPattern
+from django.utils import timezone
 from django.utils.translation import gettext as _
 
-from conductor_app.admin import access, causes, figures, refresh, twins
+from conductor_app.admin import access, causes, figures, subpages
 from conductor_app.admin.base import ReadOnlyAdmin
+from conductor_app.admin.figures_cache import cached
 from conductor_app.admin.sparkline import sparkline
 from conductor_app.admin.text import pill, shown, task_name
 from conductor_app.states import ExecutionStatus
 from conductor_app.telling.labels import MARKS, Label
-from conductor_app.telling.words import duration, first_line, short_name
-
-logger = logging.getLogger(__name__)
-
-CACHE_SECONDS = 10
+from conductor_app.telling.words import first_line, short_name, since
 
 
 def urls(owner: ReadOnlyAdmin) -> list[URLPattern]:
     """Return the addresses of the page and of its twin for programs."""
-    view: Callable[..., Any] = owner.admin_site.admin_view
-
-    def page(request: HttpRequest) -> HttpResponse:
-        return show(owner, request)
-
-    def twin(request: HttpRequest) -> HttpResponse:
-        return twins.answer(_permitted(owner, request))
-
-    return [
-        path("overview/", view(page), name="conductor_app_execution_overview"),
-        path("overview/json/", view(twin), name="conductor_app_execution_overview_json"),
-    ]
+    return subpages.urls(owner, "overview", show, _permitted)
 
 
 def show(owner: ReadOnlyAdmin, request: HttpRequest) -> HttpResponse:
@@ -53,44 +36,26 @@ def show(owner: ReadOnlyAdmin, request: HttpRequest) -> HttpResponse:
         PermissionDenied: The user may not see executions.
     """
     document = _permitted(owner, request)
-    context = {
-        **owner.admin_site.each_context(request),
-        "opts": owner.opts,
-        "title": _("Overview"),
-        "media": owner.media,
-        "refresh": refresh.links(request),
-        "list_url": owner.address("changelist"),
-        "json_url": owner.address("overview_json"),
+    return subpages.answer(
+        owner,
+        request,
+        "overview",
+        _("Overview"),
+        slow_url=owner.address("slow"),
+        workers_url=owner.address("workers"),
         **_for_page(owner, document),
-    }
-    response = TemplateResponse(request, "admin/conductor_app/execution/overview.html", context)
-    refresh.apply_refresh(request, response)
-    return response
+    )
 
 
 def _permitted(owner: ReadOnlyAdmin, request: HttpRequest) -> dict[str, Any]:
-    if not owner.has_view_permission(request):
-        raise PermissionDenied
+    subpages.check_permission(owner, request)
     sight = figures.Sight(
         access.executions(owner, request), access.failures(owner, request), access.may_see_payloads(request)
     )
-    document = dict(_cached(sight))
+    document = cached(sight.key, lambda: figures.read(sight))
     if not request.user.has_perm("conductor_app.view_failedexecution"):
         document["failures"] = None
     return document
-
-
-def _cached(sight: figures.Sight) -> dict[str, Any]:
-    key = sight.key
-    try:
-        known = cache.get(key)
-    except Exception:  # the cache is the project's, and this page is for when things are broken
-        logger.warning("The cache does not answer; the overview is read from the database.", exc_info=True)
-        return figures.read(sight)
-    if known is None:
-        known = figures.read(sight)
-        cache.set(key, known, CACHE_SECONDS)
-    return dict(known)
 
 
 # ---------------------------------------------------------------------------------------------------------- the page
@@ -106,6 +71,8 @@ def _for_page(owner: ReadOnlyAdmin, document: dict[str, Any]) -> dict[str, Any]:
         for queue in document["queues"]
         if queue["unanswered"]
     ]
+    minutes = [_time_of_day(row["minute"]) for row in by_minute]
+    ends = (minutes[0], minutes[-1])
     totals = [sum(row[status] for status in ("succeeded", "failed", "cancelled")) for row in by_minute]
     cards = [
         {
@@ -128,6 +95,19 @@ def _for_page(owner: ReadOnlyAdmin, document: dict[str, Any]) -> dict[str, Any]:
         "cards": cards,
         "read_at": now,
         "oldest_queued": _since(document["oldest_queued_at"], now),
+        "held": _bounded(document["held"]) if document["held"] else "",
+        "held_url": f"{lists}?held=1" if lists else None,
+        "paused": [
+            {
+                **paused,
+                "name": task_name(paused["task"]),
+                "by": shown(paused["by"] or ""),
+                "reason": shown(paused["reason"]),
+                "queued": f"{paused['queued']:,}",
+                "ago": _since(paused["since"], now),
+            }
+            for paused in document["paused_tasks"]
+        ],
         "long_waits": _bounded(document["waiting_longer_than_an_hour"]),
         "longest_wait": _since(document["longest_waiting_since"], now),
         "throughput": sparkline(
@@ -135,6 +115,8 @@ def _for_page(owner: ReadOnlyAdmin, document: dict[str, Any]) -> dict[str, Any]:
             "cd-throughput",
             _("Ended in each of the last 60 minutes: %(total)s in all, at most %(most)s in one.")
             % {"total": f"{sum(totals):,}", "most": f"{max(totals):,}"},
+            minutes,
+            ends,
         ),
         "failed": sparkline(
             [row["failed"] for row in by_minute],
@@ -144,6 +126,8 @@ def _for_page(owner: ReadOnlyAdmin, document: dict[str, Any]) -> dict[str, Any]:
                 "total": f"{sum(row['failed'] for row in by_minute):,}",
                 "most": f"{max(row['failed'] for row in by_minute):,}",
             },
+            minutes,
+            ends,
         ),
         "minutes": [{**row, "total": total} for row, total in zip(by_minute, totals, strict=True)],
         "ended_is_complete": document["ended_is_complete"],
@@ -193,9 +177,13 @@ _OVERDUE: dict[str, Callable[[], str]] = {
 }
 
 
+def _time_of_day(when: dt.datetime) -> str:
+    return f"{timezone.localtime(when) if timezone.is_aware(when) else when:%H:%M}"
+
+
 def _bounded(count: int) -> str:
     return f"{figures.MOST_OPEN:,}+" if count > figures.MOST_OPEN else f"{count:,}"
 
 
 def _since(when: dt.datetime | None, now: dt.datetime) -> str | None:
-    return None if when is None else duration((now - when).total_seconds())
+    return None if when is None else since(when, now)

@@ -21,7 +21,7 @@ from django.utils.http import urlencode
 from django.utils.safestring import SafeString
 from django.utils.translation import gettext as _
 
-from conductor_app.admin import pieces, refresh, timeline, tree
+from conductor_app.admin import attempts, links, pieces, refresh, timeline, tree, waterfall
 from conductor_app.admin.access import VIEW_PAYLOAD, may_see_payloads
 from conductor_app.admin.downloads import Downloads
 from conductor_app.admin.rows import NEEDS_PERMISSION
@@ -31,6 +31,7 @@ from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.store import owners
 from conductor_app.telling import headlines, labels, waits, words
 from conductor_app.telling.history import history, shortened
+from conductor_app.telling.keys import shown_key
 from conductor_app.telling.story import Story, tell
 from conductor_app.telling.tree import Branch
 from conductor_app.values.failures import load_failure
@@ -100,6 +101,7 @@ class ExecutionPage(Downloads):
         label = labels.label(execution, now, story.situation.pending)
         name = words.visible(words.short_name(execution.task))
         headline = headlines.headline(story.situation)
+        is_running = execution.status == ExecutionStatus.RUNNING
         return {
             "title": _("Execution of %(task)s") % {"task": name},
             "subtitle": str(execution.pk),
@@ -109,6 +111,7 @@ class ExecutionPage(Downloads):
                 "text": self._with_links(headline.text),
                 "hints": [pieces.with_command(hint) for hint in headline.hints],
             },
+            "deed": _latest_deed(story),
             "pill": pieces.pill(label, execution.status),
             "facts": list(self._facts(request, story)),
             "refresh_links": refresh.links(request),
@@ -121,22 +124,27 @@ class ExecutionPage(Downloads):
                     "url": self._url("change", lane.execution.pk) if lane.execution and not lane.is_current else None,
                     "took": words.duration(lane.seconds) if lane.seconds > 0 else "",
                     "task": words.visible(lane.execution.task) if lane.execution else "",
-                    "outcome": lane.outcome.replace("_", " ") or _("under way"),
+                    "outcome": _outcome(lane),
                     "begin": words.exact(lane.begin),
                     "totals": times,
                 }
                 for lane, *times in timeline.totals(drawn)
             ],
+            "name": name,
+            **waterfall.context(request, story, lambda key: self._url("change", key)),
             "tree": [self._tree_item(item, story) for item in tree.items(story.branches())],
             "tree_hidden": pieces.left_out(story.node_count - len(story.tree)),
             "tree_url": self._list_url(root__id__exact=execution.root_id),
             "children_url": self._list_url(parent__id__exact=execution.pk),
             "steps_url": self._list_url("step", q=execution.pk),
+            "compare_url": self._url("compare", execution.pk),
             "log_url": self._url("history", execution.pk),
             "events_url": self._list_url("event", q=execution.pk),
             "is_orphan": execution.parent_id is not None and execution.parent_id not in story.tree,
             "waiting": [self._awaited(step, story) for step in waits.awaited(story.situation)],
             **self._error(story),
+            "attempts": [attempts.shown(row, is_open=is_open) for row in reversed(story.attempts)],
+            "attempts_hidden": pieces.left_out(story.execution.fence - len(story.attempts) - is_running),
             "steps": [self._step(step, story, number, is_open) for number, step in enumerate(story.steps, 1)],
             "steps_hidden": pieces.left_out(story.step_count - len(story.steps)),
             "events": self._events(execution, is_open),
@@ -176,11 +184,22 @@ class ExecutionPage(Downloads):
             yield _("root"), self._linked(execution.root_id)
         if execution.idempotency_key:
             yield _("idempotency key"), pieces.isolated(execution.idempotency_key)
+        if (key := shown_key(execution)) is not None:
+            yield _("unique key"), self._unique_key(key, story)
+        if story.tags:
+            tags = ((self._list_url(tag=f"{key}={value}"), key, value) for key, value in story.tags.items())
+            yield _("tags"), format_html_join(" ", "{}", ((_chip(*tag),) for tag in tags))
+        if story.forks.forked_from is not None:
+            yield _("forked from"), self._forked(story.forks.forked_from, story.forks.before)
+        if story.forks.forks:
+            shown_forks = ((self._forked(*fork),) for fork in story.forks.forks.items())
+            yield _("forks"), format_html_join(SafeString("<br>"), "{}", shown_forks)
         for name, when in (
             (_("created"), execution.created_at),
             (_("started"), execution.started_at),
             (_("finished"), execution.finished_at),
-            (_("due"), execution.due_at if execution.status == ExecutionStatus.QUEUED else None),
+            (_("due"), execution.told_due_at),
+            (_("due at the earliest"), execution.due_then),
             (_("to be started before"), execution.deadline_at),
             (_("lease expires"), execution.lease_expires_at),
             (_("cancel requested"), execution.cancel_requested_at),
@@ -189,8 +208,26 @@ class ExecutionPage(Downloads):
                 yield name, pieces.instant(when, now)
         if execution.cancel_reason:
             yield _("cancel reason"), pieces.isolated(execution.cancel_reason)
+        if elsewhere := list(links.links(execution, now)):
+            shown = ((url, words.visible(label)) for label, url in elsewhere)
+            yield _("links"), format_html_join(" · ", '<a href="{}" rel="noreferrer">{}</a>', shown)
         if url := self._celery_result_url(request, execution):
             yield _("Celery result"), format_html('<a href="{}">{}</a>', url, _("in django-celery-results"))
+
+    def _forked(self, key: uuid.UUID, before: str) -> SafeString:
+        """Return a link to the other one of a source and a fork, with the step before which that was made."""
+        step = _('before step "%(name)s"') % {"name": before}
+        return format_html("{} · {}", self._linked(key), pieces.isolated(step))
+
+    def _unique_key(self, key: str, story: Story) -> Any:
+        execution, holder = story.execution, story.key_holder
+        shown = pieces.isolated(key)
+        if holder == execution.pk and execution.predecessor is not None:
+            text = _("{key} · waits for the end of {execution}")
+            return format_html(text, key=shown, execution=self._linked(execution.predecessor))
+        if holder is None or holder == execution.pk:
+            return shown
+        return format_html(_("{key} · by now of {execution}"), key=shown, execution=self._linked(holder))
 
     def _tree_item(self, item: tree.Item, story: Story) -> dict[str, Any]:
         shown: dict[str, Any] = {"tag": item.tag, "is_open": item.is_open}
@@ -272,16 +309,16 @@ class ExecutionPage(Downloads):
         }
 
     def _step(self, step: Step, story: Story, number: int, is_open: bool) -> dict[str, Any]:
-        child = story.child_of(step)
-        error = step.error or (child.error if child is not None and step.status == StepStatus.FAILED else None)
+        error = story.error_of(step)
         is_instant = step.finished_at is None or step.finished_at == step.created_at
         shown: dict[str, Any] = {
             "number": story.step_count - len(story.steps) + number,
+            "key": step.name,
             "name": words.visible(step.name),
             "kind": step.get_kind_display(),
             "task": words.visible(step.task),
             "pill": pieces.step_pill(step),
-            "attempt": step.attempt,
+            "attempt": _("copied") if step.is_copied else step.attempt,
             "took": "" if is_instant else words.duration((step.finished_at - step.created_at).total_seconds()),  # type: ignore[operator]
             "child": None if step.child_id is None else self._linked(step.child_id),
             "error": pieces.in_short(error, pieces.PREVIEW) if error else "",
@@ -363,3 +400,28 @@ class ExecutionPage(Downloads):
             return None if key is None else reverse(name, args=[key], current_app=self.admin_site.name)
         except NoReverseMatch:
             return None
+
+
+def _latest_deed(story: Story) -> SafeString | None:
+    """Return what somebody has last done to it, and when."""
+    if not story.deeds:
+        return None
+    deed = max(story.deeds, key=lambda deed: deed.at)
+    text = words.first_line(deed.text(story.execution), pieces.PREVIEW)
+    return format_html("{} · {}", pieces.isolated(text), pieces.instant(deed.at, story.now))
+
+
+def _outcome(lane: timeline.Lane) -> str:
+    """Return in a word how the execution or the step of a lane has ended."""
+    if not lane.outcome:
+        return _("under way")
+    row = Step(status=lane.outcome) if lane.execution is None else Execution(status=lane.outcome)
+    return row.get_status_display()
+
+
+def _chip(url: str | None, key: str, value: str) -> SafeString:
+    """Return a tag as a link to the list of what has it, if this site has one."""
+    text = pieces.isolated(f"{key}={value}")
+    if url is None:
+        return format_html('<span class="cd-tag">{}</span>', text)
+    return format_html('<a class="cd-tag" href="{}">{}</a>', url, text)

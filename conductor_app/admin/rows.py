@@ -165,6 +165,9 @@ class RowsAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
 
     # ------------------------------------------------------------------------------------------------------ as data
 
+    def complete_for_json(self, rows: list[Any]) -> None:
+        """Add to the rows of one page what only their documents have, read for all of them at once."""
+
     def as_json(self, row: Any) -> dict[str, Any]:
         """Return a row of the list as plain data."""
         raise NotImplementedError

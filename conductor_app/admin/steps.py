@@ -5,17 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 from django.contrib import admin
+from django.db.models import F, QuerySet
 from django.http import HttpRequest
+from django.utils.html import format_html
+from django.utils.http import urlencode
 from django.utils.translation import gettext_lazy as _
 
 from conductor_app.admin import filters
 from conductor_app.admin.access import may_see_payloads
 from conductor_app.admin.base import ReadOnlyAdmin
 from conductor_app.admin.plain_data import masked
-from conductor_app.admin.text import readable_value, shown, step_pill, task_name
+from conductor_app.admin.rows import RowsAdmin
+from conductor_app.admin.text import readable_value, shown, step_pill, tail, task_name
 from conductor_app.models import Step
+from conductor_app.states import StepStatus
 from conductor_app.telling.words import duration
 from conductor_app.values.failures import load_failure
+
+
+def waits_url(owner: RowsAdmin, task: str) -> str | None:
+    """Return the address of the list of the steps that wait for a task: who waits, and since when."""
+    steps = owner.address("changelist", model="step")
+    return f"{steps}?{urlencode({'status__exact': StepStatus.PENDING.value, 'task': task})}" if steps else None
 
 
 @admin.register(Step)
@@ -26,10 +37,9 @@ class StepAdmin(ReadOnlyAdmin):
         "status_pill",
         "name_text",
         "kind",
-        "execution_link",
+        "execution_short",
         "task_text",
-        "child_link",
-        "attempt",
+        "child_short",
         "created",
         "took",
     )
@@ -106,6 +116,26 @@ class StepAdmin(ReadOnlyAdmin):
         """Return a link to the child that the step stands for."""
         return self.link(step.child_id)
 
+    def for_list(self, rows: QuerySet[Any]) -> QuerySet[Any]:
+        """Return steps with the task of the execution that remembers each."""
+        with_task: QuerySet[Any] = super().for_list(rows).annotate(execution_task=F("execution__task"))
+        return with_task
+
+    @admin.display(description=_("execution"))
+    def execution_short(self, step: Any) -> str | None:
+        """Return the task of the execution, and the link to it."""
+        link = self.link(step.execution_id, text=tail(step.execution_id))
+        return (
+            None
+            if link is None
+            else format_html('{} <span class="cd-line">{}</span>', task_name(step.execution_task), link)
+        )
+
+    @admin.display(description=_("child"), empty_value="-")
+    def child_short(self, step: Step) -> str | None:
+        """Return the link to the child in little room."""
+        return self.link(step.child_id, text=tail(step.child_id))
+
     def as_json(self, row: Step) -> dict[str, Any]:
         """Return a step as plain data."""
         return {
@@ -116,6 +146,7 @@ class StepAdmin(ReadOnlyAdmin):
             "status": row.status,
             "task": row.task or None,
             "child": row.child_id,
+            "copied": row.is_copied,
             "attempt": row.attempt,
             "timeout_seconds": row.timeout_seconds,
             "deadline_at": row.deadline_at,

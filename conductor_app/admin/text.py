@@ -9,12 +9,13 @@ from django.utils.html import format_html
 from django.utils.safestring import SafeString
 from django.utils.translation import gettext_lazy as _
 
+from conductor_app.models import Step
 from conductor_app.states import StepStatus
 from conductor_app.telling.labels import STEP_MARKS, Label
-from conductor_app.telling.words import clean, duration, exact, short_name, visible
+from conductor_app.telling.words import clean, duration, exact, middle, short_name, visible
 from conductor_app.values.redaction import readable
 
-#: Every word that ``labels.label`` says, and those of steps, for translators.
+#: Every word that ``labels.label`` says, and those of workers and queues, for translators.
 WORDS: dict[str, Any] = {
     "queued": _("queued"),
     "scheduled": _("scheduled"),
@@ -26,9 +27,19 @@ WORDS: dict[str, Any] = {
     "succeeded": _("succeeded"),
     "failed": _("failed"),
     "cancelled": _("cancelled"),
-    "pending": _("pending"),
-    "timed_out": _("timed out"),
+    "held": _("held"),
+    "paused": _("paused"),
+    "alive": _("alive"),
+    "stopping": _("stopping"),
+    "silent": _("silent"),
+    "served": _("served"),
+    "all busy": _("all busy"),
+    "served by nobody": _("served by nobody"),
 }
+
+
+#: Characters of a task's name in lists and tables.
+LONGEST_NAME = 28
 
 
 def shown(text: object, title: str = "") -> SafeString:
@@ -46,23 +57,28 @@ def readable_value(text: str | None) -> SafeString | None:
 
 
 def task_name(task: str) -> SafeString:
-    """Return the last part of a task's name, and the whole of it to whoever points at it."""
-    return shown(short_name(task), title=task)
+    """Return the last part of a task's name, without its middle if it is long; the whole to whoever points."""
+    return shown(middle(short_name(task), LONGEST_NAME), title=task)
 
 
-def pill(label: Label) -> SafeString:
-    """Return a status as a shape and a word."""
+def tail(key: object) -> str:
+    """Return the end of an execution's id: those of a tree begin alike."""
+    return f"…{str(key)[-8:]}"
+
+
+def pill(label: Label, word: str = "") -> SafeString:
+    """Return a status as a shape and a word, which is another one than the label's for a step."""
     return format_html(
         '<span class="cd-pill cd-pill--{}"><span aria-hidden="true">{}</span> {}</span>',
         label.word.replace(" ", "-").replace("_", "-"),
         label.mark,
-        WORDS.get(label.word, label.word),
+        word or WORDS.get(label.word, label.word),
     )
 
 
 def step_pill(status: str) -> SafeString:
     """Return a step's status as a shape and a word."""
-    return pill(Label(STEP_MARKS.get(cast(StepStatus, status), "?"), status))
+    return pill(Label(STEP_MARKS.get(cast(StepStatus, status), "?"), status), Step(status=status).get_status_display())
 
 
 def ago(when: dt.datetime | None, now: dt.datetime) -> SafeString | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime as dt
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from django.utils.html import format_html, format_html_join
@@ -16,12 +16,13 @@ from django.utils.safestring import SafeString
 from django.utils.translation import gettext as _
 
 from conductor_app.models import Execution, Step
-from conductor_app.states import ExecutionStatus, StepKind, StepStatus
-from conductor_app.telling.history import attempts_begun
+from conductor_app.states import ExecutionStatus, StepStatus
+from conductor_app.telling import runs
 from conductor_app.telling.labels import MARKS, STEP_MARKS
+from conductor_app.telling.runs import QUEUED, RUNNING, WAITING, Segment, Spans
 from conductor_app.telling.story import Story
-from conductor_app.telling.waits import WAITING_KINDS
 from conductor_app.telling.words import duration, short_name, visible
+from conductor_app.transitions import kinds
 
 #: Most lanes that are drawn.
 MOST_LANES = 30
@@ -38,22 +39,6 @@ _INTERVALS = (
     *(3_600.0, 7_200.0, 10_800.0, 21_600.0, 43_200.0, 86_400.0),
 )
 _MOST_MARKS = 6
-
-QUEUED, RUNNING, WAITING = "queued", "running", "waiting"
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A stretch of time in one state."""
-
-    state: str
-    begin: dt.datetime
-    end: dt.datetime
-
-    @property
-    def seconds(self) -> float:
-        """How long it is."""
-        return (self.end - self.begin).total_seconds()
 
 
 @dataclass(frozen=True)
@@ -152,14 +137,15 @@ def _weight(lane: Lane) -> int:
 
 def _count(story: Story) -> int:
     """Return how many lanes all steps and the children of maps would have."""
-    return story.step_count + sum(step.total or 0 for step in story.steps if step.kind == StepKind.MAP)
+    own = [step for step in story.steps if not step.is_copied]
+    of_maps = sum(step.total or 0 for step in own if kinds.of(step.kind).has_children)
+    return story.step_count - (len(story.steps) - len(own)) + of_maps
 
 
 def _own_lane(story: Story) -> Lane:
-    ticks = tuple(at for _, at in attempts_begun(story.steps))
-    return _execution_lane(
-        story.execution, short_name(story.execution.task), _("this execution"), story.steps, story.now, ticks, own=True
-    )
+    execution = story.execution
+    spans = runs.spans(execution, story.attempts, story.steps, story.now)
+    return _execution_lane(execution, short_name(execution.task), _("this execution"), spans, story.now, own=True)
 
 
 def _other_lanes(story: Story) -> Iterator[Lane]:
@@ -168,29 +154,30 @@ def _other_lanes(story: Story) -> Iterator[Lane]:
         if row.parent_id == story.execution.pk and row.position is not None:
             of_maps[row.step].append(row)
     for step in story.steps:
+        if step.is_copied:
+            continue  # nothing of it took any time here
         child = story.child_of(step)
         # The child that decided a map stands there, too; it has a lane among its siblings.
-        if child is not None and step.kind in (StepKind.INVOKE, StepKind.START):
-            waits = story.waits.get(child.pk, ())
-            ticks = tuple(at for _, at in attempts_begun(waits))
-            yield _execution_lane(child, step.name, step.get_kind_display(), waits, story.now, ticks)
+        if child is not None and kinds.of(step.kind).has_child:
+            yield _execution_lane(child, step.name, step.get_kind_display(), _spans_of(child, story), story.now)
             continue
         yield _step_lane(step, story.execution.finished_at or story.now)
-        if step.kind == StepKind.MAP:
+        if kinds.of(step.kind).has_children:
             for row in sorted(of_maps[step.name], key=lambda row: row.position or 0):
-                waits = story.waits.get(row.pk, ())
-                yield _execution_lane(
-                    row, f"{step.name}[{row.position}]", _("child of a map"), waits, story.now, nested=True
-                )
+                spans, name = _spans_of(row, story), f"{step.name}[{row.position}]"
+                yield _execution_lane(row, name, _("child of a map"), spans, story.now, nested=True)
+
+
+def _spans_of(child: Execution, story: Story) -> Spans:
+    return runs.spans(child, story.attempts_of.get(child.pk, ()), story.waits.get(child.pk, ()), story.now)
 
 
 def _execution_lane(
     row: Execution,
     name: str,
     kind: str,
-    steps: Sequence[Step],
+    spans: Spans,
     now: dt.datetime,
-    ticks: tuple[dt.datetime, ...] = (),
     *,
     own: bool = False,
     nested: bool = False,
@@ -200,13 +187,13 @@ def _execution_lane(
     return Lane(
         name=visible(name),
         kind=kind,
-        segments=tuple(_segments(row, steps, end)),
+        segments=spans.segments,
         begin=row.created_at,
         end=end,
         outcome=status.value if row.is_final else "",
         mark=MARKS[status],
         execution=row,
-        ticks=ticks,
+        ticks=spans.attempts,
         attempts=row.attempt,
         is_current=own,
         is_nested=nested,
@@ -215,7 +202,7 @@ def _execution_lane(
 
 def _step_lane(step: Step, now: dt.datetime) -> Lane:
     end = max(step.finished_at or now, step.created_at)
-    state = RUNNING if step.kind == StepKind.STEP else WAITING
+    state = WAITING if kinds.of(step.kind).is_wait else RUNNING
     status = StepStatus(step.status)
     return Lane(
         name=visible(step.name),
@@ -229,73 +216,32 @@ def _step_lane(step: Step, now: dt.datetime) -> Lane:
     )
 
 
-def _segments(row: Execution, steps: Sequence[Step], end: dt.datetime) -> Iterator[Segment]:
-    """Yield what an execution did from its creation to ``end``, without gaps.
-
-    Between two waits it counts as running: when a woken execution's next run began is not stored.
-    """
-    if row.started_at is None:
-        yield Segment(QUEUED, row.created_at, end)
-        return
-    begin = min(max(row.started_at, row.created_at), end)
-    yield Segment(QUEUED, row.created_at, begin)
-    waits = _waits(steps, begin, end)
-    active = end
-    if row.status == ExecutionStatus.QUEUED:
-        # It has failed an attempt or was woken since the last that is known of it.
-        known = [when for step in steps for when in (step.created_at, step.finished_at) if when is not None]
-        active = min(max([begin, *known]), end)
-    elif row.status == ExecutionStatus.WAITING and not waits:
-        waits = [(begin, end)]  # for something that was not read
-    for wait_begin, wait_end in waits:
-        if wait_begin > begin:
-            yield Segment(RUNNING, begin, wait_begin)
-        yield Segment(WAITING, wait_begin, wait_end)
-        begin = wait_end
-    if active > begin:
-        yield Segment(RUNNING, begin, active)
-    if end > active:
-        yield Segment(QUEUED, max(active, begin), end)
-
-
-def _waits(steps: Iterable[Step], begin: dt.datetime, end: dt.datetime) -> list[tuple[dt.datetime, dt.datetime]]:
-    """Return when no worker was held, as stretches that do not overlap."""
-    merged: list[tuple[dt.datetime, dt.datetime]] = []
-    spans = (
-        (min(max(step.created_at, begin), end), min(max(step.finished_at or end, begin), end))
-        for step in steps
-        if step.kind in WAITING_KINDS
-    )
-    for since, until in sorted(spans):
-        if until <= since:
-            continue
-        if merged and since <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], until))
-        else:
-            merged.append((since, until))
-    return merged
-
-
 # ---------------------------------------------------------------------------------------------------------------- SVG
 
 
-def svg(drawn: Timeline) -> SafeString:
-    """Return the lanes as an image; their names stand beside it, in lines of ``LANE_HEIGHT`` below ``AXIS_HEIGHT``."""
+def svg(drawn: Timeline, key: str = "cd-timeline", title: str = "") -> SafeString:
+    """Return the lanes as an image; their names stand beside it, in lines of ``LANE_HEIGHT`` below ``AXIS_HEIGHT``.
+
+    Args:
+        drawn: What to draw.
+        key: What the image's ids begin with, unique on its page.
+        title: What the image is, for those who do not see it.
+    """
     height = AXIS_HEIGHT + LANE_HEIGHT * len(drawn.lanes) + 4
     return format_html(
-        '<svg class="cd-timeline__image" role="img" aria-labelledby="cd-timeline-title cd-timeline-desc" width="100%" '
-        'height="{}" xmlns="http://www.w3.org/2000/svg">'
-        '<title id="cd-timeline-title">{}</title><desc id="cd-timeline-desc">{}</desc>'
-        '<defs><pattern id="cd-hatch" width="6" height="6" patternUnits="userSpaceOnUse" '
+        '<svg class="cd-timeline__image" role="img" aria-labelledby="{key}-title {key}-desc" width="100%" '
+        'height="{height}" xmlns="http://www.w3.org/2000/svg">'
+        '<title id="{key}-title">{title}</title><desc id="{key}-desc">{text}</desc>'
+        '<defs><pattern id="{key}-hatch" width="6" height="6" patternUnits="userSpaceOnUse" '
         'patternTransform="rotate(45)"><rect width="6" height="6" class="cd-hatch__ground"/>'
         '<rect width="2.5" height="6" class="cd-hatch__line"/></pattern></defs>'
-        '<svg x="0.5%" width="95%" height="{}" overflow="visible">{}{}</svg></svg>',
-        height,
-        _("Timeline"),
-        describe(drawn),
-        height,
-        _axis(drawn, height),
-        format_html_join("", "{}", ((_lane(drawn, lane, row),) for row, lane in enumerate(drawn.lanes))),
+        '<svg x="0.5%" width="95%" height="{height}" overflow="visible">{axis}{lanes}</svg></svg>',
+        key=key,
+        height=height,
+        title=title or _("Timeline"),
+        text=describe(drawn),
+        axis=_axis(drawn, height),
+        lanes=format_html_join("", "{}", ((_lane(drawn, lane, row, key),) for row, lane in enumerate(drawn.lanes))),
     )
 
 
@@ -337,7 +283,7 @@ def axis_label(seconds: float, interval: float) -> str:
     return f"{seconds * 1_000:,.4g} ms"
 
 
-def _lane(drawn: Timeline, lane: Lane, row: int) -> SafeString:
+def _lane(drawn: Timeline, lane: Lane, row: int, key: str) -> SafeString:
     middle = AXIS_HEIGHT + LANE_HEIGHT * row + LANE_HEIGHT // 2
     top = middle - BAR_HEIGHT // 2
     if lane.seconds <= 0:
@@ -349,7 +295,9 @@ def _lane(drawn: Timeline, lane: Lane, row: int) -> SafeString:
             middle,
         )
     else:
-        bars = ((*_bar(drawn, segment), str(top), str(BAR_HEIGHT)) for segment in lane.segments if segment.seconds > 0)
+        bars = (
+            (*_bar(drawn, segment, key), str(top), str(BAR_HEIGHT)) for segment in lane.segments if segment.seconds > 0
+        )
         point = SafeString("")
     return format_html(
         '<g class="cd-lane{}">{}{}{}{}</g>',
@@ -365,11 +313,12 @@ def _lane(drawn: Timeline, lane: Lane, row: int) -> SafeString:
     )
 
 
-def _bar(drawn: Timeline, segment: Segment) -> tuple[str, SafeString, str, str]:
+def _bar(drawn: Timeline, segment: Segment, key: str) -> tuple[str, SafeString, str, str]:
     begin = drawn.place(segment.begin)
     width = max(drawn.place(segment.end) - begin, _NARROWEST)
-    fill = SafeString(' fill="url(#cd-hatch)"') if segment.state == WAITING else SafeString("")
-    return segment.state, fill, _percent(min(begin, 100 - _NARROWEST)), _percent(width)
+    fill = format_html(' fill="url(#{}-hatch)"', key) if segment.state == WAITING else SafeString("")
+    state = f"{segment.state} cd-bar--failed" if segment.has_failed else segment.state
+    return state, fill, _percent(min(begin, 100 - _NARROWEST)), _percent(width)
 
 
 def _end(drawn: Timeline, lane: Lane, middle: int) -> SafeString:

@@ -24,6 +24,7 @@ def list_response(owner: RowsAdmin, request: HttpRequest) -> HttpResponse:
         found: Any = owner.get_changelist_instance(request)
     except (IncorrectLookupParameters, SuspiciousOperation):
         return refused(400, "A parameter of this address has no meaning here.")
+    owner.complete_for_json(found.result_list)
     # What it has looked through ends, but the table does not.
     older = found.older or (found.window.older if found.window else None)
     following = None

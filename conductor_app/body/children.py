@@ -18,9 +18,11 @@ from conductor_app.body.plain import DjangoTask, Invocable, PlainTask, is_django
 from conductor_app.conf import conductor_settings
 from conductor_app.exceptions import InvalidArgument, InvalidArgumentType, TooManyChildren, UnknownTask
 from conductor_app.states import OnTimeout
+from conductor_app.transitions import NewExecution
 from conductor_app.values.arguments import check_duration
 from conductor_app.values.options import check_call_options
 from conductor_app.values.texts import shown
+from conductor_app.values.uniqueness import OPTIONS
 
 R = TypeVar("R")
 
@@ -86,6 +88,24 @@ def check_payloads(payloads: object, call: str) -> list[Any]:
     return each
 
 
+def check_own_keys(children: Sequence[NewExecution], call: str) -> None:
+    """Refuse two children of a map with one unique key: they would be open at the same time.
+
+    Raises:
+        InvalidArgument: There are two.
+    """
+    seen: dict[str, int] = {}
+    for number, child in enumerate(children):
+        if child.unique is None:
+            continue
+        first = seen.setdefault(child.unique.key, number)
+        if first != number:
+            raise InvalidArgument(
+                f"payloads[{first}] and payloads[{number}] of {call} have one unique key, {shown(child.unique.key)}. "
+                f"{child.task} has one open execution per key: pass each key once."
+            )
+
+
 def _check_type(value: Any, expected: type[R], name: str) -> R:
     if isinstance(value, bool) or not isinstance(value, expected):
         raise InvalidArgumentType(f"{name} must be {expected.__name__}, got {type(value).__name__}")
@@ -135,7 +155,7 @@ def resolve_child(
             )
         if payload is not None:
             raise InvalidArgumentType(f"{call} got a signature and a payload. Put the arguments into the signature.")
-        check_call_options(child.options, f"The signature given to {call}", also=(), hint=_NO_KEY)
+        check_call_options(child.options, f"The signature given to {call}", also=OPTIONS, hint=_NO_KEY)
         if "task_id" in child.options and "reply_to" not in child.options:  # which Celery adds when it freezes one
             raise InvalidArgumentType(
                 f"The signature given to {call} has a task_id. A child's id follows from its step."

@@ -5,17 +5,18 @@ from __future__ import annotations
 import datetime as dt
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar, cast, overload
 
 from celery import Task
 from celery.canvas import Signature
 
-from conductor_app import transitions
+from conductor_app import logs, transitions
 from conductor_app.body import headers
 from conductor_app.body.children import (
     ChildHandle,
     ChildOptions,
+    check_own_keys,
     check_parallel,
     check_payloads,
     child_arguments,
@@ -31,19 +32,24 @@ from conductor_app.conf import conductor_settings
 from conductor_app.exceptions import (
     CancelExecution,
     ChildError,
+    DuplicateExecution,
     EventTimedOut,
     InvalidArgument,
     InvalidArgumentType,
+    LimitDeadlock,
     MaxDepthExceeded,
     RetryExecution,
+    class_path,
 )
 from conductor_app.states import StepKind, StepStatus
 from conductor_app.store import interrupted, observing
+from conductor_app.store.event_loops import finished
 from conductor_app.store.ids import derive_child_id
 from conductor_app.transitions import steps
 from conductor_app.values.arguments import check_duration, check_instant
 from conductor_app.values.failures import revive_in_body
 from conductor_app.values.payloads import digest, round_trip
+from conductor_app.values.tags import check_tags
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -127,6 +133,7 @@ class ExecutionContext(BodyRun):
             ChildCancelled: Somebody cancelled the child.
             StepNameReused: ``step`` was used before in this run.
             StepMismatch: ``step`` was recorded for another task or kind.
+            DuplicateExecution: An open execution has the child's unique key. Remembered, if the body catches it.
             UnknownTask: ``child`` is not a registered task.
             NotSerializable: A part of ``payload`` would not come back from JSON as it went in.
             InvokeInsideTransaction: The call stands inside ``transaction.atomic()``.
@@ -152,6 +159,7 @@ class ExecutionContext(BodyRun):
         seconds, on_timeout, options = given.checked()
         invocable, args, kwargs, own = self._resolve(child, payload, call)
         if step in self._memory:
+            self._raise_if_refused(step)
             # Whatever else was asked for when it was stored: a long replay is not to work that out for each child.
             stored = digest(invocable.stored_payload(args, kwargs))
             return cast(steps.Memory, self._recall(step, kind, task=invocable.name, payload_digest=stored))
@@ -164,8 +172,11 @@ class ExecutionContext(BodyRun):
         )
         self._recall(step, kind)
         self._check_depth(call, new.task)
+        self._check_limits([new])
         self._hint_at_milliseconds(step, given.timeout, seconds)
+        self._refuse_duplicates(step, [new])
         new = headers.collect(new, self._execution)
+        self._tag(new.tags)
         return transitions.Invocation(step, new, digest(new.payload), seconds, on_timeout)
 
     def _resolve(
@@ -181,6 +192,27 @@ class ExecutionContext(BodyRun):
             self._children[id(child)] = (child, resolved[0])
         return resolved
 
+    def _refuse_duplicates(self, step: str, children: Sequence[transitions.NewExecution]) -> None:
+        """Raise if an open execution has the unique key of a child that is about to be stored.
+
+        Remembered as a step's failure is: if the body catches it, a replay takes the same branch.
+        """
+        with self._beyond_the_body():
+            error = self._journal.duplicate_of(children)
+        if error is not None:
+            self._keep_in_mind(step, error)
+            raise error
+
+    def _raise_if_refused(self, step: str) -> None:
+        """Raise again that a child was refused. No child stands behind it, so it was recorded as a step that failed."""
+        remembered = self._memory[step]
+        if remembered.kind != StepKind.STEP or remembered.status != StepStatus.FAILED:
+            return
+        failure = remembered.get_failure()
+        if failure.type == class_path(DuplicateExecution):
+            self._replayed += 1
+            raise cast(Exception, revive_in_body(failure))
+
     def _check_depth(self, call: str, task: str) -> None:
         limit = conductor_settings().MAX_DEPTH
         if self._execution.depth + 1 > limit:
@@ -188,6 +220,23 @@ class ExecutionContext(BodyRun):
                 f"{call} would be execution number {limit + 1} in a chain of parents and children; the limit is "
                 f'{limit}. Does {task} invoke itself without an end? The limit is CONDUCTOR["MAX_DEPTH"].'
             )
+
+    def _check_limits(self, children: Sequence[transitions.NewExecution]) -> None:
+        """Refuse children that would wait for a place which this execution, or one above it, has until it ends."""
+        wanted = dict.fromkeys(pair for new in children for pair in new.limits)
+        if not wanted:
+            return
+        with self._beyond_the_body():
+            found = self._journal.find_deadlock(list(wanted))
+        if found is None:
+            return
+        limit, key, holder = found
+        named = f' (key "{key}")' if key else ""
+        whose = "its parent" if holder == self._execution.pk else "an execution above it,"
+        raise LimitDeadlock(
+            f'{children[0].task} needs a place of limit "{limit.name}"{named}, which {whose} {holder} holds until it '
+            'ends. Use holds="run", or another key.'
+        )
 
     def _hint_at_milliseconds(self, step: str, timeout: object, seconds: float | None) -> None:
         if seconds is not None and not isinstance(timeout, dt.timedelta) and looks_like_milliseconds(seconds):
@@ -280,6 +329,7 @@ class ExecutionContext(BodyRun):
             ChildTimedOut: ``timeout`` ended first.
             ChildCancelled: Somebody cancelled a child.
             TooManyChildren: There are too many payloads. Nothing is stored.
+            DuplicateExecution: An open execution has the unique key of one child. No child is stored.
         """
         step = step_name(step, "map")
         call = f'ctx.map("{step}")'
@@ -295,6 +345,8 @@ class ExecutionContext(BodyRun):
         texts = [invocable.stored_payload(args, kwargs) for invocable, args, kwargs, _ in resolved]
         task = resolved[0][0].name if resolved else self._resolve(child, None, call)[0].name
         payload_digest = digest(" ".join(digest(text) for text in texts))
+        if step in self._memory:
+            self._raise_if_refused(step)
         remembered = self._recall(step, StepKind.MAP, task=task, payload_digest=payload_digest)
         if remembered is None:
             self._check_depth(call, task)
@@ -309,7 +361,11 @@ class ExecutionContext(BodyRun):
                 )
                 for number, (invocable, args, kwargs, own) in enumerate(resolved)
             ]
+            self._check_limits(children)
+            check_own_keys(children, call)
+            self._refuse_duplicates(step, children)
             children = [headers.collect(new, self._execution) for new in children]
+            self._tag({key: value for new in children for key, value in new.tags.items()})
             fails_fast = not return_exceptions
             self._suspend(
                 transitions.Map(step, task, children, payload_digest, seconds, late, parallel, fails_fast),
@@ -325,7 +381,7 @@ class ExecutionContext(BodyRun):
             if not return_exceptions and remembered.status != StepStatus.SUCCEEDED:
                 outcomes: list[tuple[Any, ChildError | None]] = [(None, child_error(remembered))]
             else:
-                outcomes = outcomes_of_map(remembered, self._journal.outcomes_of_map(remembered.name))
+                outcomes = outcomes_of_map(remembered, self._journal.outcomes_of_map(remembered))
         first = next((error for _, error in outcomes if error is not None), None)
         if first is not None and not return_exceptions:
             raise first
@@ -364,8 +420,12 @@ class ExecutionContext(BodyRun):
         if isinstance(remembered, transitions.Invocation):
             wait = remembered
             self._give_way()
-            with self._beyond_the_body():
-                remembered = self._journal.start_child(wait)
+            try:
+                with self._beyond_the_body():
+                    remembered = self._journal.start_child(wait)
+            except DuplicateExecution as error:  # it was taken just now
+                self._keep_in_mind(step, error)
+                raise
             self._memory[remembered.name] = remembered
             self._replayed += 1
         self._lease_must_hold()
@@ -423,7 +483,13 @@ class ExecutionContext(BodyRun):
 
     # --------------------------------------------------------------------------------------------------------- steps
 
-    def step(self, step: str, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+    @overload
+    def step(self, step: str, fn: Callable[P, Coroutine[Any, Any, R]], /, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+    @overload
+    def step(self, step: str, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+    def step(self, step: str, fn: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> Any:
         """Run ``fn(*args, **kwargs)`` once and remember its result.
 
         ``fn`` runs at least once: if the worker dies after its effect and before the result is stored, it runs again.
@@ -432,7 +498,7 @@ class ExecutionContext(BodyRun):
 
         Args:
             step: Name of the step, unique within this execution and stable across deployments.
-            fn: Any callable. It must not call ``ctx``.
+            fn: Any callable; a coroutine function is run in an event loop of its own. It must not call ``ctx``.
 
         Returns:
             What ``fn`` returned, after a JSON round trip.
@@ -446,10 +512,10 @@ class ExecutionContext(BodyRun):
         call = f'ctx.step("{step}")'
         found, value = self._begin_step(step, fn, call)
         if found:
-            return value  # type: ignore[no-any-return]
-        with self._nested(call), observing.stepping(self._execution, step):
+            return value
+        with self._nested(call), logs.in_step(step), observing.stepping(self._execution, step):
             try:
-                result = fn(*args, **kwargs)
+                result = finished(fn(*args, **kwargs), call)
             except BaseException as error:
                 interrupted.close_raised_in(error)
                 self._keep_in_mind(step, error)
@@ -462,9 +528,17 @@ class ExecutionContext(BodyRun):
         self._checked_at = time.monotonic()
         self._memory[step] = memory
         self._replayed += 1
-        return value if memory.result == text else memory.get_result()  # type: ignore[no-any-return]
+        return value if memory.result == text else memory.get_result()
 
-    def atomic_step(self, step: str, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+    @overload
+    def atomic_step(
+        self, step: str, fn: Callable[P, Coroutine[Any, Any, R]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> R: ...
+
+    @overload
+    def atomic_step(self, step: str, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+    def atomic_step(self, step: str, fn: Callable[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> Any:
         """Run ``fn(*args, **kwargs)`` with exactly one effect: its ORM writes and the memory of it are one transaction.
 
         That holds for writes to the database that stores the executions. If the worker dies or the lease is lost,
@@ -478,12 +552,13 @@ class ExecutionContext(BodyRun):
         call = f'ctx.atomic_step("{step}")'
         found, value = self._begin_step(step, fn, call)
         if found:
-            return value  # type: ignore[no-any-return]
-        with self._nested(call), observing.stepping(self._execution, step):
+            return value
+        with self._nested(call), logs.in_step(step), observing.stepping(self._execution, step):
             try:
                 with self._beyond_the_body():
                     done = self._journal.record_together(
-                        step, lambda: self._closing(lambda: _encode_result(fn(*args, **kwargs), call), call)
+                        step,
+                        lambda: self._closing(lambda: _encode_result(finished(fn(*args, **kwargs), call), call), call),
                     )
             except BaseException as error:
                 if not isinstance(error, Exception):
@@ -498,7 +573,7 @@ class ExecutionContext(BodyRun):
         self._checked_at = time.monotonic()
         if done.is_to_cancel:
             self._end(CancelExecution())
-        return done.value  # type: ignore[no-any-return]
+        return done.value
 
     def _begin_step(self, step: str, fn: object, call: str) -> tuple[bool, Any]:
         self._enter(step, call)
@@ -510,6 +585,7 @@ class ExecutionContext(BodyRun):
         if remembered is None:
             self._give_way()
             self._ask_unless_asked_within(STEP_FRESH_SECONDS)
+            self._journal.begin(step)
             return False, None
         with self._beyond_the_body():
             error = revive_in_body(remembered.get_failure()) if remembered.status == StepStatus.FAILED else None
@@ -589,6 +665,32 @@ class ExecutionContext(BodyRun):
             step=step,
             event=event,
         )
+
+    # ----------------------------------------------------------------------------------------------------------- tags
+
+    def tag(self, key: str, value: str) -> None:
+        """Tag the tree of this execution, for people to find it by; the last value of a key counts.
+
+        No step is recorded: each run that gets here says it again.
+
+        Args:
+            key: At most 64 characters, none of them ``:`` or ``=``.
+            value: At most 128 characters.
+
+        Raises:
+            InvalidArgument, InvalidArgumentType: The key or the value cannot be stored.
+            TooManyTags: The tree has 10 other tags.
+        """
+        self._usable("ctx.tag()")
+        tags = check_tags({key: value})
+        self.flush()
+        self._lease_must_hold()
+        self._tag(tags)
+
+    def _tag(self, tags: Mapping[str, str]) -> None:
+        if tags:
+            with observing.tagging(self._execution, tags), self._beyond_the_body():
+                self._journal.tag(tags)
 
     # ------------------------------------------------------------------------------------------- control from outside
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from conductor_app import transitions
 from conductor_app.conf import conductor_settings
-from conductor_app.exceptions import Failure
+from conductor_app.exceptions import DuplicateExecution, Failure
 from conductor_app.models import Execution
-from conductor_app.transitions import steps
+from conductor_app.transitions import limiting, steps, uniqueness
+from conductor_app.values.limits import Limit
 
 
 class Journal(Protocol):
@@ -27,6 +30,9 @@ class Journal(Protocol):
             CancelExecution: The execution is to be cancelled.
         """
 
+    def begin(self, step: str) -> None:
+        """Note that the function of a step is called now."""
+
     def record(self, step: str, *, result: str | None = None, failure: Failure | None = None) -> steps.Memory:
         """Remember what a function has returned, as stored text, or that it failed; return what is remembered."""
 
@@ -36,7 +42,27 @@ class Journal(Protocol):
     def start_child(self, wait: transitions.Invocation) -> steps.Memory:
         """Start a child that the body does not wait for yet, and return what is remembered of it."""
 
-    def outcomes_of_map(self, step: str) -> list[steps.ChildOutcome]:
+    def find_deadlock(self, wanted: Sequence[tuple[Limit, str]]) -> tuple[Limit, str, uuid.UUID] | None:
+        """Return for which place of a limit a new child would wait for ever, since this execution or one above has it.
+
+        Args:
+            wanted: The limits of the child's task, with its keys.
+
+        Returns:
+            The limit, the key, and who has a place until it ends.
+        """
+
+    def duplicate_of(self, children: Sequence[transitions.NewExecution]) -> DuplicateExecution | None:
+        """Return the error to raise if an open execution has the unique key of one of the children."""
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the tree.
+
+        Raises:
+            TooManyTags: It would have too many. Nothing is stored.
+        """
+
+    def outcomes_of_map(self, remembered: steps.Memory) -> list[steps.ChildOutcome]:
         """Return what has become of the children of a map, in their order."""
 
 
@@ -49,6 +75,8 @@ class DatabaseJournal:
 
     def __init__(self, execution: Execution) -> None:
         self._execution = execution
+        #: When the function of a step that is not recorded yet was called, by this process's clock.
+        self._began: dict[str, float] = {}
 
     @property
     def is_strict(self) -> bool:
@@ -59,18 +87,43 @@ class DatabaseJournal:
         """Ask the database whether the run may go on."""
         transitions.check_held(self._execution)
 
+    def begin(self, step: str) -> None:
+        """Keep when it was."""
+        self._began[step] = time.monotonic()
+
     def record(self, step: str, *, result: str | None = None, failure: Failure | None = None) -> steps.Memory:
         """Insert a step."""
-        return transitions.record_step(self._execution, step, result=result, failure=failure)
+        now = time.monotonic()
+        seconds = now - self._began.pop(step, now)
+        return transitions.record_step(self._execution, step, result=result, failure=failure, seconds=seconds)
 
     def record_together(self, step: str, work: Callable[[], tuple[str, Any]]) -> transitions.Together:
         """Call ``work`` and insert the step, in one transaction."""
         return transitions.record_together(self._execution, step, work)
 
+    def find_deadlock(self, wanted: Sequence[tuple[Limit, str]]) -> tuple[Limit, str, uuid.UUID] | None:
+        """Ask the places of the tree."""
+        return limiting.deadlock(self._execution, wanted)
+
     def start_child(self, wait: transitions.Invocation) -> steps.Memory:
         """Insert the child and its step."""
         return transitions.start_child(self._execution, wait)
 
-    def outcomes_of_map(self, step: str) -> list[steps.ChildOutcome]:
-        """Read the children's rows."""
-        return transitions.patiently(lambda: steps.recall_map(self._execution.pk, step))
+    def duplicate_of(self, children: Sequence[transitions.NewExecution]) -> DuplicateExecution | None:
+        """Look for one."""
+        keyed = {child.unique.key: child for child in children if child.unique is not None}
+        if not keyed:
+            return None
+        task = next(iter(keyed.values())).task
+        holder = transitions.patiently(lambda: uniqueness.first_holder(task, keyed))
+        if holder is None or holder.unique_key not in keyed:
+            return None
+        return uniqueness.duplicate(task, holder.unique_key, holder, keyed[holder.unique_key].unique)
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Write them with the root."""
+        transitions.tag(self._execution.root_id, tags, waits_for_database=True)
+
+    def outcomes_of_map(self, remembered: steps.Memory) -> list[steps.ChildOutcome]:
+        """Read the children's rows, or what was copied of them."""
+        return transitions.patiently(lambda: steps.recall_map(self._execution.pk, remembered))

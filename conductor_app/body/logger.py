@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
+from conductor_app import logs
 from conductor_app.models import Execution
 
 #: Where ``ctx.logger`` writes: apart from the engine's own lines, so that a worker can show ids on the body's.
@@ -34,9 +35,5 @@ class ReplayAwareLogger(logging.LoggerAdapter[logging.Logger]):
 
 def log_extra(execution: Execution) -> dict[str, Any]:
     """Return what is added to the record of each line about an execution."""
-    return {
-        "execution_id": str(execution.pk),
-        "root_id": str(execution.root_id),
-        "task": execution.task,
-        "attempt": execution.attempt,
-    }
+    # Its step, if one is being called, is the filter's to tell.
+    return {name: value for name, value in logs.fields_of(execution).items() if name != "step"}

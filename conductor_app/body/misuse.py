@@ -17,6 +17,7 @@ from conductor_app.body.logger import log_extra
 from conductor_app.body.places import CELERY, PACKAGE, shown_place
 from conductor_app.body.run import current_context
 from conductor_app.exceptions import InvalidArgumentType, InvokeInsideTransaction, ProgrammingError, UncleanConnection
+from conductor_app.store.process import process
 
 logger = logging.getLogger("conductor_app.execution")
 
@@ -95,10 +96,6 @@ def unclean_start(task: str, found: Sequence[str]) -> InvokeInsideTransaction:
     )
 
 
-#: Bodies and what they call by ``.delay()``, of which this process has told.
-_told_of_calls: set[tuple[str, str]] = set()
-
-
 def hint_at_repeated_call(task: str) -> None:
     """Tell once of a body that calls a durable task by ``.delay()``: each of its runs would call it again.
 
@@ -111,9 +108,9 @@ def hint_at_repeated_call(task: str) -> None:
     if running is None or running._inside is not None:
         return
     called = (running._execution.task, task)
-    if called in _told_of_calls:
+    if called in process.told_of_calls:
         return
-    _told_of_calls.add(called)
+    process.told_of_calls.add(called)
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith((PACKAGE, CELERY)):
         frame = frame.f_back

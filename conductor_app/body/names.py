@@ -67,6 +67,20 @@ def check_name(name: object, what: str) -> str:
     return str.__str__(name)  # a member of an Enum is written by its value
 
 
+def check_recorded_name(name: object, what: str) -> str:
+    """Return what may be the name of a step that is recorded: one of the user's, or of a ``ctx.gather``.
+
+    Raises:
+        InvalidArgumentType: It is no text.
+        InvalidArgument: It is empty.
+    """
+    if not isinstance(name, str):
+        raise InvalidArgumentType(f"{what} must be str, the name of a step, got {type(name).__name__}")
+    if not name:
+        raise InvalidArgument(f"{what} must be the name of a step, got an empty text")
+    return str.__str__(name)
+
+
 def check_key(key: object, name: str) -> str:
     """Return a key that the caller has chosen.
 

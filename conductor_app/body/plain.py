@@ -29,6 +29,7 @@ from conductor_app.values.arguments import (
     routed,
 )
 from conductor_app.values.payloads import dump_call, dump_options
+from conductor_app.values.tags import tags_of_call
 
 #: The module ``django.tasks``; ``None`` before Django 6.0.
 django_tasks: Any = importlib.import_module("django.tasks") if importlib.util.find_spec("django.tasks") else None
@@ -97,6 +98,11 @@ class PlainTask:
             QueueNotFound: ``task_create_missing_queues`` is off, and there is no such queue.
         """
         task = self._task
+        if options.get("unique_key") is not None:
+            raise InvalidArgumentType(
+                f"unique_key is not for {self.name}: a plain Celery task has none. Make it a durable task, or call it "
+                "from one that has the key."
+            )
         self._check_signature(args, kwargs, what)
         own = {name: value for name, value in task._get_exec_options().items() if value is not None}
         given = {**own, **{name: value for name, value in options.items() if value is not None}}
@@ -114,6 +120,7 @@ class PlainTask:
             countdown=countdown,
             eta=eta,
             expires=expiry(given.get("expires")),
+            tags=tags_of_call(None, given.get("tags"), args, kwargs),
         )
 
     def stored_payload(self, args: list[Any], kwargs: Mapping[str, Any]) -> str:

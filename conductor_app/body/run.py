@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import logging
 import os
 import sys
@@ -44,7 +45,7 @@ from conductor_app.exceptions import (
 from conductor_app.models import Execution
 from conductor_app.states import StepKind
 from conductor_app.store import interrupted
-from conductor_app.transitions import steps
+from conductor_app.transitions import kinds, steps
 from conductor_app.transitions.leases import Lease
 from conductor_app.values.failures import describe, is_caught_by_bodies
 
@@ -122,6 +123,17 @@ class BodyRun:
     def attempt(self) -> int:
         """The current attempt, counted from 1; suspensions do not count."""
         return self._execution.attempt
+
+    @property
+    def scheduled_at(self) -> dt.datetime | None:
+        """The instant of its schedule for which it was started; ``None`` for any other execution.
+
+        It may have been started later, and its retries are of the same instant.
+        """
+        if '"scheduled_at"' not in self._execution.options:
+            return None
+        found: dt.datetime | None = self._execution.get_options().get("scheduled_at")
+        return found
 
     @property
     def task(self) -> Task[Any, Any] | None:
@@ -276,6 +288,10 @@ class BodyRun:
         except CancelExecution:
             self._ending = CancelExecution()  # so does a body's that swallows it and calls on
             raise
+        except ReleaseExecution:
+            self._lease.on_hold = True
+            self._ending = ReleaseExecution()
+            raise
         except AbandonRun as error:
             self._ending = AbandonRun(*error.args)
             raise
@@ -293,11 +309,11 @@ class BodyRun:
             self._end(CancelExecution())
 
     def _give_way(self) -> None:
-        """Give the execution back if the worker shuts down, before a call that is not recorded does anything.
+        """Give the execution back if the worker shuts down or somebody holds it, before a new call does anything.
 
         One that suspends needs not ask: a suspension gives the worker free, too, and loses nothing.
         """
-        if self._draining():
+        if self._draining() or self._lease.on_hold:
             self._end(ReleaseExecution())
 
     def _end(self, why: ControlFlow) -> NoReturn:
@@ -329,9 +345,9 @@ class BodyRun:
                 "Give the new call its own step name."
             )
         if remembered.task != task:
-            noun, verb = ("event", "waits for") if kind == StepKind.EVENT else ("task", "calls")
+            does = kinds.of(kind)
             raise StepMismatch(
-                f'Step "{step}" recorded {noun} {remembered.task} and the code now {verb} {task}. '
+                f'Step "{step}" recorded {does.noun} {remembered.task} and the code now {does.verb} {task}. '
                 "Give the new call its own step name."
             )
         if remembered.payload_digest != payload_digest:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pkgutil
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 from django.core import checks
@@ -11,6 +13,8 @@ from django.core.checks import CheckMessage, Tags
 from django.core.management.base import BaseCommand
 from django.db import Error as AnyDatabaseError
 from django.db import connections
+from django.db.migrations.loader import MigrationLoader
+from django.db.migrations.recorder import MigrationRecorder
 
 from conductor_app.models import Execution, FailedExecution, Step, database
 
@@ -27,6 +31,21 @@ def missing_tables(using: str) -> list[str]:
     with connection.cursor() as cursor:
         present = set(connection.introspection.table_names(cursor))
     return [table for table in (model._meta.db_table for model in MODELS) if table not in present]
+
+
+def unapplied_migrations(using: str) -> list[str]:
+    """Return our migrations that the database has not seen, in one query and without those of other apps.
+
+    Raises:
+        Error: It cannot be asked.
+    """
+    label = Execution._meta.app_label
+    module, _is_named = MigrationLoader.migrations_module(label)
+    if module is None:  # The project has switched migrations off: its tables come from the models.
+        return []
+    names = {found.name for found in pkgutil.iter_modules(import_module(module).__path__) if found.name[0] not in "_~"}
+    applied = MigrationRecorder(connections[using]).migration_qs.filter(app=label).values_list("name", flat=True)
+    return sorted(names.difference(applied))
 
 
 def tables_missing(using: str) -> CheckMessage:

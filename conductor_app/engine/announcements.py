@@ -40,6 +40,7 @@ from conductor_app.store.errors import is_outage, is_undone
 from conductor_app.store.ids import of_task_id
 from conductor_app.store.locks import locked
 from conductor_app.store.opened import is_transaction
+from conductor_app.store.process import process
 from conductor_app.store.transactions import together
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,6 @@ logger = logging.getLogger(__name__)
 #: A result backend or broker that took so many seconds to fail is left alone for so many: Celery's Redis backend tries
 #: for 20 seconds before it gives up, and the sweeper has other things to do.
 SLOW_SECONDS, REST_SECONDS = 1.0, 30.0
-_rests_until = 0.0
 
 
 def deliver(execution: Execution) -> None:
@@ -117,12 +117,11 @@ def is_shown(execution: Execution) -> bool:
 
 def is_resting() -> bool:
     """Tell whether the result backend or the broker has just been slow to fail, so that nothing is to be told now."""
-    return time.monotonic() < _rests_until
+    return time.monotonic() < process.results_rest_until
 
 
 @contextmanager
 def _watched(shares_database: bool) -> Iterator[None]:
-    global _rests_until  # noqa: PLW0603
     started = time.monotonic()
     try:
         yield
@@ -130,7 +129,7 @@ def _watched(shares_database: bool) -> Iterator[None]:
         # For the executions' own database everything waits anyway, and goes on when it is back.
         is_own = shares_database and isinstance(error, DatabaseError | InterfaceError)
         if not is_own and time.monotonic() - started >= SLOW_SECONDS:
-            _rests_until = time.monotonic() + REST_SECONDS
+            process.results_rest_until = time.monotonic() + REST_SECONDS
         raise
 
 

@@ -15,14 +15,17 @@ from __future__ import annotations
 import datetime as dt
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from django.db import DatabaseError, transaction
+
 from conductor_app import transitions
 from conductor_app.models import Execution, database
 from conductor_app.store.ids import derive_namesake_id, namesakes_range, of_task_id
+from conductor_app.store.process import process
 from conductor_app.values.payloads import dump_options, loads
 
 
@@ -85,10 +88,25 @@ def create(new: transitions.NewExecution, caller: Caller | None) -> tuple[Execut
         caller: ``None`` takes the id literally.
     """
     execution, created = transitions.create(new)
-    if created or caller is None or execution.pk != new.id or _is_of(execution, new.task, caller):
-        return execution, created
-    options = dump_options({**(loads(new.options) or {}), "celery_id": str(new.id)})
-    return transitions.create(replace(new, id=_id_of_its_own(execution, new.task, caller), options=options))
+    if not (created or caller is None or execution.pk != new.id or _is_of(execution, new.task, caller)):
+        options = dump_options({**(loads(new.options) or {}), "celery_id": str(new.id)})
+        new = replace(new, id=_id_of_its_own(execution, new.task, caller), options=options)
+        execution, created = transitions.create(new)
+    if created and execution.replaced is not None:
+        _end_soon(execution.replaced)
+    return execution, created
+
+
+def _end_soon(replaced: uuid.UUID) -> None:
+    """End an execution that is replaced, and waits or is queued, after the commit; a sweeper would do that, too."""
+
+    def end() -> None:
+        process.keeper.note_cancel(replaced)
+        with suppress(DatabaseError):
+            transitions.cancel_flagged(replaced)
+
+    # After it: an end locks children before their parent, and this transaction holds the parent's lock.
+    transaction.on_commit(end, using=database(), robust=True)
 
 
 def adopted_id(known: Execution, task: str, parent_id: str | None) -> uuid.UUID:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from celery.exceptions import WorkerShutdown, WorkerTerminate
 
+from conductor_app.store.process import process
 from conductor_app.transitions import dispatch
-
-#: Told by the worker: whether this worker shuts down.
-is_draining: Callable[[], bool] = lambda: False  # noqa: E731
 
 
 def gives_way() -> bool:
     """Tell whether runs are given back now; not those of eager mode, which nobody else takes."""
-    return is_draining() and not dispatch.is_inline()
+    return process.worker.is_draining() and not dispatch.is_inline()
 
 
 def is_ending(error: BaseException) -> bool:
     """Tell whether this is how a worker ends that shuts down."""
-    return is_draining() or isinstance(error, (WorkerShutdown, WorkerTerminate))
+    return process.worker.is_draining() or isinstance(error, (WorkerShutdown, WorkerTerminate))

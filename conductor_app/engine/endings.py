@@ -20,7 +20,6 @@ from conductor_app.conf import conductor_settings
 from conductor_app.engine import announcements, hand_off, outcomes
 from conductor_app.engine.claims import handing_off
 from conductor_app.engine.draining import is_ending
-from conductor_app.engine.process import process
 from conductor_app.engine.run import Run, RunEnded
 from conductor_app.exceptions import (
     AbandonRun,
@@ -33,6 +32,7 @@ from conductor_app.exceptions import (
     NotSerializable,
     OutcomeLost,
     PayloadTooLarge,
+    ReleaseExecution,
     RetryExecution,
     UncleanConnection,
     WorkerLost,
@@ -40,6 +40,7 @@ from conductor_app.exceptions import (
 from conductor_app.models import Execution, database
 from conductor_app.states import ExecutionStatus
 from conductor_app.store.errors import is_read_only
+from conductor_app.store.process import process
 from conductor_app.store.transactions import raising_read_only
 from conductor_app.transitions import dispatch
 from conductor_app.values.failures import describe
@@ -107,7 +108,7 @@ def leave(started: Run, error: SystemExit | KeyboardInterrupt) -> NoReturn:
     try:
         end_attempt(started, error)
     except Exception:
-        if started.is_over and hand_off.gate.is_own_process:
+        if started.is_over and process.worker.gate.is_own_process:
             raise error from None
         raise
 
@@ -191,6 +192,10 @@ def suspend(started: Run, context: ExecutionContext) -> NoReturn:
             )
     except CancelExecution:
         cancel(started)
+    except ReleaseExecution:
+        # It would have stored children, and somebody holds it.
+        started.lease.on_hold = True
+        release(started)
     except OutcomeLost as lost:
         raise EndAttempt(lost) from None
     except UncleanConnection as error:
@@ -202,15 +207,8 @@ def suspend(started: Run, context: ExecutionContext) -> NoReturn:
         delivery.keep(execution, wait, context.memory)
         if delivery.claimed is not None:
             delivery.suspended.append(execution)
-    due_in = getattr(wait, "timeout", None) or getattr(wait, "seconds", None)
-    detail = f"waiting for step {wait.step!r}"
-    if isinstance(wait, transitions.Invocation):
-        detail += f" ({wait.child.task} {wait.child.id})"
-    elif isinstance(wait, transitions.Map):
-        detail += f" ({len(wait.children)} of {wait.task})"
-    elif isinstance(wait, transitions.AwaitEvent):
-        detail += f" (event {wait.event!r})"
-    raise RunEnded("suspended", detail, due_in, wait.step) from None
+    detail = f"waiting for step {wait.step!r}{wait.detail}"
+    raise RunEnded("suspended", detail, wait.due_in, wait.step) from None
 
 
 def _state_writer(started: Run, wait: transitions.Wait) -> Callable[[], None] | None:
@@ -221,16 +219,16 @@ def _state_writer(started: Run, wait: transitions.Wait) -> Callable[[], None] | 
     execution = started.execution
     if started.reports_state or not announcements.is_shown(execution):
         return None
-    child_id = wait.child.id if isinstance(wait, transitions.Invocation) else None
-    info = {"waiting_for": wait.step, "child": None if child_id is None else str(child_id)}
+    info = {"waiting_for": wait.step, "child": None if wait.child_id is None else str(wait.child_id)}
     state = conductor_settings().REPORTED_STATE
     return lambda: announcements.show(execution, state, info, started.hostname)
 
 
 def release(started: Run) -> NoReturn:
     """Give an execution back: whatever its body did after it was told so, it is run again from what is recorded."""
-    store_end(started, lambda: transitions.release(started.execution))
-    raise RunEnded("released", "the worker shuts down") from None
+    is_held = started.lease.on_hold
+    store_end(started, lambda: transitions.release(started.execution, is_held=is_held))
+    raise RunEnded("released", "somebody holds it" if is_held else "the worker shuts down") from None
 
 
 def cancel(started: Run, detail: str = "") -> NoReturn:

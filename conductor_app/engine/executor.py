@@ -41,6 +41,7 @@ from conductor_app.engine.endings import (
     suspend,
     tell_celery,
 )
+from conductor_app.engine.limits import check_keys
 from conductor_app.engine.misfits import check_fit, leave_to_newer, payload_mismatch
 from conductor_app.engine.run import Run, RunEnded
 from conductor_app.exceptions import (
@@ -60,8 +61,10 @@ from conductor_app.exceptions import (
 from conductor_app.models import Execution
 from conductor_app.states import ExecutionStatus
 from conductor_app.store import observing
+from conductor_app.store.process import process
 from conductor_app.store.soft_limits import soft_limit
 from conductor_app.transitions import steps
+from conductor_app.values.limits import limits_of
 
 logger = logging.getLogger("conductor_app.execution")
 
@@ -163,8 +166,14 @@ def _run_claimed(started: Run) -> Any:
         check_fit(started, bool(started.task.request.is_eager))
     if started.misfit:
         end_attempt(started, payload_mismatch(started.misfit))
-    # A first run has nothing to remember, so it does not ask.
-    known: dict[str, steps.Memory] | None = {} if execution.fence == 1 else _known(execution)
+    if limits_of(started.task):
+        try:
+            check_keys(started.task, *(started.arguments() or ([], {})))
+        except Exception as error:  # noqa: BLE001 - a user's function names keys, too
+            end_attempt(started, error)
+    # A first run has nothing to remember, so it does not ask; except that of a fork.
+    is_empty = execution.fence == 1 and not execution.is_fork
+    known: dict[str, steps.Memory] | None = {} if is_empty else _known(execution)
     waited_for: str | None = None
     while True:
         if gives_way():
@@ -331,7 +340,7 @@ def _end_stuck(started: Run, context: BodyRun, what: str) -> None:
     that nobody runs it a second time beside this one.
     """
     execution, extra = started.execution, {"execution_id": str(started.execution.pk)}
-    if not hand_off.gate.is_own_process:
+    if not process.worker.gate.is_own_process:
         logger.critical(
             "%s. In this pool it cannot be ended: it holds a slot until it returns or the worker is restarted. %s",
             what,

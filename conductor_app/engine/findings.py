@@ -18,7 +18,7 @@ from conductor_app.models.stranded import waiting_for_nothing
 from conductor_app.store import observing
 from conductor_app.store.errors import is_outage
 from conductor_app.store.locks import RowsLocked
-from conductor_app.transitions import dispatch, steps
+from conductor_app.transitions import auditing, dispatch, uniqueness
 
 logger = logging.getLogger("conductor_app.engine.sweeper")
 
@@ -31,9 +31,10 @@ def ids(executions: ExecutionQuerySet, known: Sequence[Any]) -> list[uuid.UUID]:
 
 
 def stranded(executions: ExecutionQuerySet, known: Sequence[object], root_id: uuid.UUID | None) -> list[uuid.UUID]:
-    """Return executions that wait for nothing, or for children that are not in flight."""
+    """Return executions that wait for nothing, for children that are not in flight, or for an end that has been."""
     found = ids(waiting_for_nothing(executions), known)
-    found += [step.execution_id for step in steps.in_vain(conductor_settings().SWEEP_BATCH, root_id=root_id)]
+    found += [step.execution_id for step in auditing.in_vain(conductor_settings().SWEEP_BATCH, root_id=root_id)]
+    found += ids(uniqueness.orphans(executions), known)
     return [key for key in dict.fromkeys(found) if key not in known]
 
 

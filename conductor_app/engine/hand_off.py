@@ -22,7 +22,9 @@ from celery import current_app
 from conductor_app.body.plain import is_invocable
 from conductor_app.models import Execution
 from conductor_app.states import StepKind, StepStatus
-from conductor_app.transitions import HandOff, Invocation, dispatch, steps
+from conductor_app.store.process import process
+from conductor_app.transitions import HandOff, Invocation, dispatch, kinds, steps
+from conductor_app.values.limits import limits_of
 
 #: So many runs follow one delivery, and none begins so many seconds after the first of them: then what waits in the
 #: queue has a turn.
@@ -31,40 +33,6 @@ MAX_SECONDS = 2.0
 
 #: Options of an execution that the broker or the worker's main process acts on.
 _NOT_OURS = ("plain", "time_limit", "soft_time_limit", "exchange", "routing_key", "stamps")
-#: Steps whose outcome, once it is a success, no operator's retry takes back.
-_LASTING_KINDS = frozenset({StepKind.STEP, StepKind.INVOKE, StepKind.SLEEP, StepKind.EVENT})
-
-
-class Gate:
-    """Whether this worker hands off at all; its bootstep sets it up before the pool forks."""
-
-    #: Whether bodies run in a process of their own, whose death the worker's main process notices.
-    is_own_process = False
-
-    def is_open(self) -> bool:
-        """Tell whether a run may go on with another execution now."""
-        return False
-
-    def close(self) -> None:
-        """Hand off nothing from now on."""
-
-    def show(self, execution_id: uuid.UUID | None) -> None:
-        """Tell the worker's main process what this one runs."""
-
-    def running_in(self, pid: int) -> uuid.UUID | None:
-        """Return what a pool process runs, or ran when it died."""
-        return None
-
-    def forget(self, pid: int) -> None:
-        """Free the place of a dead process."""
-
-    def process_of(self, execution_id: str) -> int | None:
-        """Return the pool process that runs an execution."""
-        return None
-
-
-#: That of a process without a worker.
-gate = Gate()
 
 
 def is_limited(task: Any) -> bool:
@@ -106,7 +74,7 @@ class Delivery:
         return None if kept is None else kept.parent
 
     def _accepts(self, ending: Execution, following: Execution) -> bool:
-        if self._runs >= MAX_RUNS or not gate.is_open() or dispatch.is_inline():
+        if self._runs >= MAX_RUNS or not process.worker.gate.is_open() or dispatch.is_inline():
             return False
         if self._ends_at is not None and time.monotonic() >= self._ends_at:
             return False
@@ -116,7 +84,7 @@ class Delivery:
         if any(ending.get_options().get(name) for name in ("exchange", "routing_key")):
             return False
         task = current_app.tasks.get(following.task)
-        if task is None or not is_invocable(task) or is_limited(task):
+        if task is None or not is_invocable(task) or is_limited(task) or limits_of(task):
             return False
         options = following.get_options()
         return not any(options.get(name) for name in _NOT_OURS)
@@ -127,7 +95,7 @@ class Delivery:
             self._runs += 1
             self._ends_at = self._ends_at or time.monotonic() + MAX_SECONDS
             self.running = self.claimed.pk
-            gate.show(self.claimed.pk)
+            process.worker.gate.show(self.claimed.pk)
         return self.claimed
 
     def take(self, execution_id: uuid.UUID) -> Execution | None:
@@ -143,7 +111,7 @@ class Delivery:
     def keep(self, parent: Execution, wait: Invocation, memory: Mapping[str, steps.Memory]) -> None:
         """Keep what a parent remembers while its child runs here."""
         lasting = all(
-            known.status == StepStatus.SUCCEEDED and known.kind in _LASTING_KINDS for known in memory.values()
+            known.status == StepStatus.SUCCEEDED and kinds.of(known.kind).is_lasting for known in memory.values()
         )
         if not lasting:
             # Started children end meanwhile; an operator's retry changes failures.

@@ -13,14 +13,29 @@ from django.db import IntegrityError, router, transaction
 from django.db.models import Exists, OuterRef, QuerySet, deletion
 from django.db.models.deletion import Collector, RestrictedError
 
-from conductor_app.models import Event, Execution, FailedExecution, Step, database
+from conductor_app.models import (
+    Attempt,
+    CopiedOutcome,
+    Event,
+    Execution,
+    FailedExecution,
+    Fork,
+    Place,
+    Step,
+    Tag,
+    database,
+)
 from conductor_app.models.execution import ExecutionQuerySet
 from conductor_app.states import FINAL_STATUSES
 from conductor_app.store import clock
 from conductor_app.store.locks import locked
 from conductor_app.store.transactions import persist_briefly
+from conductor_app.transitions import operating
 
-MODELS = (Event, Step, FailedExecution, Execution)
+MODELS = (Attempt, Event, CopiedOutcome, Step, FailedExecution, Fork, Place, Tag, Execution)
+
+#: How a row names the root of its tree, if not by its execution.
+_TO_ROOT = {Execution: "root_id", Tag: "root_id", CopiedOutcome: "step__execution__root_id"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,14 +71,7 @@ def prune(
         How many executions were deleted (or would be).
     """
     using = database()
-    open_in_tree = Execution.objects.using(using).filter(root_id=OuterRef("pk")).open()
-    statuses = [status for status in sorted(FINAL_STATUSES) if not (keep_failed and status == "failed")]
-    roots = (
-        Execution.objects.using(using)
-        .filter(parent__isnull=True, status__in=statuses, finished_at__lt=clock.after(-older_than))
-        .filter(~Exists(open_in_tree))
-        .order_by("pk")
-    )
+    roots = ended(older_than, [status for status in sorted(FINAL_STATUSES) if not (keep_failed and status == "failed")])
     if dry_run and not _keys_of_others(using):
         return Execution.objects.using(using).filter(root_id__in=roots.order_by().values("pk")).count()
     handle = _count if dry_run else _delete
@@ -77,6 +85,33 @@ def prune(
         for tree in held:
             on_held(tree)
     return number
+
+
+def ended(older_than: dt.timedelta, statuses: Iterable[str]) -> ExecutionQuerySet:
+    """Return the roots that ended so long ago, with one of those statuses, and of whose trees nothing is open."""
+    executions = Execution.objects.using(database())
+    return (
+        executions.filter(parent__isnull=True, status__in=list(statuses), finished_at__lt=clock.after(-older_than))
+        .filter(~Exists(executions.filter(root_id=OuterRef("pk")).open()))
+        .order_by("pk")
+    )
+
+
+def delete(roots: ExecutionQuerySet, found: list[uuid.UUID]) -> int:
+    """Delete the trees of some roots that are still among ``roots``, in a transaction; return how many executions.
+
+    What somebody has locked, or something else holds, stays.
+    """
+    return _by_halves(functools.partial(_delete, roots), found, [])
+
+
+def prune_operations(older_than: dt.timedelta, *, batch: int = 500, dry_run: bool = False) -> int:
+    """Delete operations that ended long ago, with what became of each execution; those of trees that stay, too.
+
+    Returns:
+        How many operations were deleted (or would be).
+    """
+    return operating.prune(clock.after(-older_than), batch, dry_run=dry_run)
 
 
 _Handler = Callable[[list[uuid.UUID], list[Held]], int]
@@ -115,9 +150,13 @@ def _delete(roots: ExecutionQuerySet, found: list[uuid.UUID], held: list[Held]) 
         tree = Execution.objects.using(using).filter(root_id__in=ids).order_by()
         _collect(ids).delete()
         # Table by table instead of Django's cascade, which would read every row first.
-        for dependent in (Event, Step, FailedExecution):
+        # Roots alone have what was copied.
+        copied = Step.objects.using(using).filter(execution_id__in=ids, fence=0).order_by()
+        CopiedOutcome.objects.using(using).filter(step__in=copied.values("pk")).order_by()._raw_delete(using)
+        for dependent in (Attempt, Event, Step, FailedExecution, Fork, Place):
             of_tree = dependent.objects.using(using).filter(execution_id__in=tree.values("pk"))
             of_tree.order_by()._raw_delete(using)
+        Tag.objects.using(using).filter(root_id__in=ids).order_by()._raw_delete(using)
         for depth in sorted(set(tree.values_list("depth", flat=True).distinct()), reverse=True):
             deleted += tree.filter(depth=depth)._raw_delete(using)
     return deleted
@@ -141,7 +180,7 @@ def _keys_of_others(using: str) -> list[tuple[Any, str]]:
     keys: list[tuple[Any, str]] = []
     for model in MODELS:
         relations: Iterable[Any] = deletion.get_candidate_relations_to_delete(cast("Any", model)._meta)
-        to_root = "root_id" if model is Execution else "execution__root_id"
+        to_root = _TO_ROOT.get(model, "execution__root_id")
         keys += [
             (relation.field, f"{relation.field.name}__{to_root}")
             for relation in relations

@@ -17,7 +17,7 @@ from django.db.models import F
 
 from conductor_app import signals, transitions
 from conductor_app.conf import conductor_settings
-from conductor_app.engine import announcements, findings
+from conductor_app.engine import acting, announcements, findings, schedules
 from conductor_app.engine.leavings import leavings
 from conductor_app.engine.turns import Found, Sweep
 from conductor_app.models import Execution, database
@@ -25,12 +25,14 @@ from conductor_app.models.execution import ExecutionQuerySet
 from conductor_app.states import ExecutionStatus
 from conductor_app.store import clock
 from conductor_app.store.locks import waiting_at_most
-from conductor_app.transitions import steps
+from conductor_app.transitions import limiting, steps
 
 #: How long a sweep waits for a locked row, in seconds, before it goes on to the next finding: not at all.
 AT_ONCE_SECONDS = 0.001
 #: How many are acted on in one go, in a worker.
 ANNOUNCED_TOGETHER, PUBLISHED_TOGETHER = 20, 100
+#: At so many keys of limits, for which executions wait, a sweep looks whether a place is free.
+LOOKED_AT = 100
 
 
 def sweep(
@@ -88,17 +90,30 @@ def _sweep(
         work.each("lapsed_leases", lambda known: findings.ids(executions.lapsed(), known), findings.lose)
     work.decide_overdue(conductor_settings().SWEEP_BATCH, root_id)
     work.each("expired", lambda known: findings.ids(executions.expired(), known), transitions.expire)
+    if root_id is None:
+        # Before what is to be cancelled, which they ask for.
+        while work.each("operations", acting.pending_items, acting.decide):
+            pass
+        watch = schedules.Watch()
+        work.each("schedules", watch.to_do, watch.act)
     # Again and again: one that is cancelled flags its children.
     while work.each("cancelled", lambda known: findings.ids(executions.to_cancel(), known), transitions.cancel_flagged):
         pass
     if audit:
+        work.in_parts("unparked", _unpark_lost, PUBLISHED_TOGETHER)
         work.each("stranded", lambda known: findings.stranded(executions, known, root_id), findings.wake_stranded)
+    work.each("places", lambda _known: limiting.waited_for(LOOKED_AT, root_id), limiting.hand_on)
     work.try_again()
     if not announcements.is_resting():
         work.in_parts("announced", functools.partial(findings.announce, root_id), ANNOUNCED_TOGETHER)
     if publish:
         work.in_parts("published", findings.publish, PUBLISHED_TOGETHER)
     return work.found
+
+
+def _unpark_lost(limit: int) -> tuple[int, int]:
+    given_back = transitions.unpark_lost(limit)
+    return given_back, given_back
 
 
 def _of(root_id: uuid.UUID | None) -> ExecutionQuerySet:
@@ -118,7 +133,7 @@ def due_in(seconds: float, *, since: float = 0.0, publish: bool = True) -> float
             too early.
         publish: Whether executions count that become due; with ``memory://`` the feed looks for them all the time.
     """
-    found = [steps.next_deadline_in(seconds, since)]
+    found = [steps.next_deadline_in(seconds, since), schedules.due_in(seconds, since)]
     if publish:
         # What was published before has a later instant than its due time, and a bound that counts in minutes.
         unpublished = _executions().with_status(ExecutionStatus.QUEUED).filter(dispatch_at=F("due_at"))

@@ -1,4 +1,7 @@
-"""Refuse to wait where the end can never be seen: in the transaction that created the execution, or in a snapshot."""
+"""Waiting for an end: how often to look, what it means, and where it can never be seen.
+
+That is in the transaction that created the execution, or in a snapshot.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,41 @@ from typing import Any
 from celery.result import AsyncResult
 from django.db import router
 
-from conductor_app.exceptions import WaitInsideTransaction
+from conductor_app.exceptions import ExecutionCancelled, ExecutionFailed, WaitInsideTransaction
 from conductor_app.models import Execution, database
-from conductor_app.states import FINAL_STATUSES
+from conductor_app.states import FINAL_STATUSES, ExecutionStatus
 from conductor_app.store.ids import of_task_id
 from conductor_app.store.opened import is_in_test_alone, is_transaction, snapshot_level, was_created_here
+
+#: Whoever waits for an end asks the database after these pauses, in seconds; the last one repeats.
+PAUSES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+
+
+def result_of(execution: Execution) -> Any:
+    """Return the result of an execution that is final.
+
+    Raises:
+        ExecutionFailed, ExecutionCancelled, OutcomeLost: It has none.
+    """
+    if execution.status == ExecutionStatus.FAILED:
+        raise ExecutionFailed(execution.error_message)
+    if execution.status == ExecutionStatus.CANCELLED:
+        raise ExecutionCancelled(execution.error_message)
+    return execution.get_result()
+
+
+def late(execution: Execution, timeout: float) -> TimeoutError:
+    """Return the error of whoever has waited for so many seconds."""
+    return TimeoutError(
+        f"Execution {execution.pk} is still {execution.status} after {timeout:g}s. It goes on; wait again."
+    )
+
+
+def missing(execution_id: uuid.UUID) -> Exception:
+    """Return the error of an id that no execution has."""
+    return Execution.DoesNotExist(
+        f"There is no execution {execution_id}. Was its transaction rolled back, or has it been pruned?"
+    )
 
 
 def check_wait(execution: Execution, timeout: float | None) -> None:

@@ -16,11 +16,9 @@ from celery import bootsteps, signals
 from celery.worker import state as worker_state
 from kombu.transport.memory import Transport as MemoryTransport
 
-from conductor_app.engine import draining, hand_off
 from conductor_app.host import (
     commands,
     durable_runs,
-    fork_hooks,
     loops,
     news,
     plain_reports,
@@ -28,12 +26,14 @@ from conductor_app.host import (
     pools,
     reuse,
     revocations,
-    this_worker,
     unknown_tasks,
 )
 from conductor_app.host.gate import SharedGate, Shutdown
+from conductor_app.host.hearing import DeafTimes
 from conductor_app.host.sweeper_thread import SweeperThread
-from conductor_app.store import owners
+from conductor_app.models import database
+from conductor_app.store import moves, owners
+from conductor_app.store.process import Worker, process
 from conductor_app.transitions import dispatch
 
 #: How often kombu looks into the memory:// queue, in seconds; its own default is 1.
@@ -74,14 +74,18 @@ class ConductorStep(bootsteps.StartStopStep):
 
     def __init__(self, worker: Any, **kwargs: Any) -> None:
         is_solo = worker.pool_cls.__module__.endswith(".solo")
-        this_worker.acknowledge_directly = is_solo or dispatch.is_embedded(worker.app)
-        this_worker.runs_greenlets = worker.pool_cls.is_green
+        process.worker.acknowledge_directly = is_solo or dispatch.is_embedded(worker.app)
+        self._deaf_times = DeafTimes() if is_solo else None
+        if self._deaf_times is not None:
+            process.worker.heard_since = self._deaf_times.heard_since
+        process.worker.runs_greenlets = worker.pool_cls.is_green
         pools.install(worker.pool_cls)
-        pools.on_process_end = news.news.process_ended
-        # Before the pool forks, so that its processes inherit the shared memory.
+        process.worker.on_process_end = news.news().process_ended
+        # Before the pool forks, so that its processes inherit the texts, and the shared memory.
+        moves.prepare(database())
         self.shutdown = Shutdown()
-        draining.is_draining = self.shutdown.is_requested
-        hand_off.gate = SharedGate(worker, self.shutdown)
+        process.worker.is_draining = self.shutdown.is_requested
+        process.worker.gate = SharedGate(worker, self.shutdown)
         signals.worker_shutting_down.connect(self._on_shutting_down, weak=False)
         self.thread: SweeperThread | None = None
         #: Whether the worker is a part of another program, and ends before it.
@@ -96,7 +100,7 @@ class ConductorStep(bootsteps.StartStopStep):
         if not self._is_embedded:  # else the program around it alone may handle signals
             self._listen()
         self.thread = SweeperThread(worker, self.shutdown)
-        fork_hooks.hooks.thread = self.thread
+        process.worker.sweeper = self.thread
         self.thread.start()
 
     def close(self, worker: Any) -> None:
@@ -122,10 +126,9 @@ class ConductorStep(bootsteps.StartStopStep):
     def _leave(self) -> None:
         """Leave a process that goes on without this worker as it was: what it queues and runs now is no worker's."""
         signals.worker_shutting_down.disconnect(self._on_shutting_down)
-        draining.is_draining = lambda: False
-        hand_off.gate = hand_off.Gate()
-        fork_hooks.hooks.thread = None
-        dispatch.forget_broker()
+        if self._deaf_times is not None:
+            self._deaf_times.leave()
+        process.worker = Worker()
 
     def _on_shutting_down(self, **_kwargs: Any) -> None:
         self.shutdown.request()

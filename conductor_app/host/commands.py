@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,8 +14,9 @@ from celery.worker import control
 from celery.worker import state as worker_state
 from celery.worker.control import Panel
 
-from conductor_app.engine import hand_off
 from conductor_app.host import news, revocations
+from conductor_app.host.news import Revocation
+from conductor_app.store.process import process
 
 #: How long a process that is to be killed may go on until its execution is flagged as cancelled, in seconds. Else a
 #: body that unwinds might be taken for one that failed.
@@ -33,11 +33,14 @@ def watch_revokes() -> None:
     @functools.wraps(original)
     def revoke(state: Any, task_id: Any, terminate: bool = False, signal: Any = None, **kwargs: Any) -> Any:
         ids = [str(item) for item in maybe_list(task_id) or []]
-        known = [news.news.revoked(item) for item in ids]
+        known = [news.news().revoked(item) for item in ids]
         if terminate:
             _wait_for(known)
-            for item in ids:
-                _terminate_follower(state, item, signal)
+            if any(revocation.outdated for revocation in known):
+                # What runs now is no longer what it was about.
+                task_id = [item for item, revocation in zip(ids, known, strict=True) if not revocation.outdated]
+            for item in maybe_list(task_id) or []:
+                _terminate_follower(state, str(item), signal)
         try:
             return original(state, task_id, terminate=terminate, signal=signal, **kwargs)
         finally:
@@ -47,7 +50,7 @@ def watch_revokes() -> None:
 
     @functools.wraps(by_stamps)
     def revoke_by_stamped_headers(state: Any, headers: Any, terminate: bool = False, **kwargs: Any) -> Any:
-        known = news.news.revoked(stamps=_stamps_of(headers))
+        known = news.news().revoked(stamps=_stamps_of(headers))
         if terminate:
             _wait_for([known])
         return by_stamps(state, headers, terminate=terminate, **kwargs)
@@ -71,11 +74,11 @@ def _forgetting(hello: Callable[..., Any]) -> Callable[..., Any]:
     return handler
 
 
-def _wait_for(known: list[threading.Event]) -> None:
+def _wait_for(known: list[Revocation]) -> None:
     """Wait until the database knows what is to be cancelled, before its processes are killed; not for long."""
     give_up_at = time.monotonic() + CANCEL_BEFORE_KILL_SECONDS
-    for done in known:
-        done.wait(max(give_up_at - time.monotonic(), 0.0))
+    for revocation in known:
+        revocation.done.wait(max(give_up_at - time.monotonic(), 0.0))
 
 
 def _stamps_of(headers: Any) -> dict[str, Any]:
@@ -87,7 +90,7 @@ def _stamps_of(headers: Any) -> dict[str, Any]:
 
 def _terminate_follower(state: Any, task_id: str, signal: Any) -> None:
     """Kill the process that runs an execution which was handed to it: Celery does not find that by its id."""
-    pid = hand_off.gate.process_of(task_id)
+    pid = process.worker.gate.process_of(task_id)
     delivered = worker_state.requests.get(task_id)
     if pid is not None and (delivered is None or delivered.worker_pid != pid):
         state.consumer.pool.terminate_job(pid, os_signals.signum(signal or TERM_SIGNAME))
@@ -104,7 +107,7 @@ def watch_commands() -> None:
 def _closing_the_gate(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def handler(*args: Any, **kwargs: Any) -> Any:
-        hand_off.gate.close()
+        process.worker.gate.close()
         return command(*args, **kwargs)
 
     handler.is_conductor = True  # type: ignore[attr-defined]

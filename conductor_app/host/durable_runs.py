@@ -38,16 +38,13 @@ from conductor_app.engine.run import Run, RunEnded
 from conductor_app.exceptions import AbandonRun, LeaseLost
 from conductor_app.models import Execution
 from conductor_app.store.ids import of_task_id
+from conductor_app.store.process import process
 from conductor_app.store.soft_limits import soft_limit
 from conductor_app.transitions import dispatch
 
 logger = logging.getLogger("conductor_app.execution")
 
 Tracer = Callable[..., Any]
-
-#: Closes what is too old before a claim; ``reuse`` sets it in a worker. Celery's fixup does it when its tracer begins,
-#: and that would be after the claim.
-renew_connections: Callable[[], None] = lambda: None  # noqa: E731
 
 
 class Runtime(float):
@@ -118,14 +115,14 @@ def guard(task: Any, tracer: Tracer) -> Tracer:
         execution_id = of_task_id(task_id)
         delivery = hand_off.Delivery(execution_id)
         token = hand_off.current.set(delivery)
-        hand_off.gate.show(execution_id)
+        process.worker.gate.show(execution_id)
         try:
             outcome = _go_on(delivery, _run_delivered(task, tracer, task_id, args, kwargs, request), request)
         finally:
             # What is shown stays: if the process ends by this, the main process has to know what it ran.
             hand_off.current.reset(token)
             _give_back(delivery)
-        hand_off.gate.show(None)
+        process.worker.gate.show(None)
         return outcome
 
     guarded.is_conductor = True  # type: ignore[attr-defined]
@@ -141,10 +138,12 @@ def _run_delivered(
     limit.hold_back()
     try:
         if not request.get("is_eager"):
-            renew_connections()
+            process.worker.renew_connections()
             left_open.clear(f"{task.name}[{task_id}]")
         try:
             execution_id = _identify(task, task_id, args, kwargs, request)
+        except RunEnded as ended:
+            return _drop(task, task_id, ended, request)
         except Exception as refusal:  # noqa: BLE001 - whatever is wrong with what somebody else has published
             # It becomes no execution, and Celery records the failure as it does for any task.
             token = task.refused.set((task_id, refusal))
@@ -241,13 +240,13 @@ def _drop(task: Any, task_id: Any, ended: RunEnded, request: dict[str, Any]) -> 
     """Return what the tracer returns for a task that raises ``Ignore``: the message is acknowledged, nobody is told."""
     logger.info("Task %s[%s] %s", task.name, task_id, ended)
     if not request.get("is_eager"):
-        renew_connections()
+        process.worker.renew_connections()
     return _ended_by(ended)
 
 
 def _may_go_on(task: Any, request: dict[str, Any]) -> bool:
     """Tell whether other runs may follow a delivery; a time limit of its own would count for them, too."""
-    return hand_off.gate.is_open() and not any(request.get("timelimit") or ()) and not hand_off.is_limited(task)
+    return process.worker.gate.is_open() and not any(request.get("timelimit") or ()) and not hand_off.is_limited(task)
 
 
 def _go_on(delivery: hand_off.Delivery, outcome: Any, request: dict[str, Any]) -> Any:

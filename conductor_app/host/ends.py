@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-import uuid
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -25,6 +24,7 @@ from conductor_app.host import plain_runs
 from conductor_app.models import Execution, database
 from conductor_app.states import ExecutionStatus
 from conductor_app.store.ids import of_task_id
+from conductor_app.store.process import process
 from conductor_app.transitions import EXPIRED
 
 logger = logging.getLogger("conductor_app.worker")
@@ -33,7 +33,6 @@ logger = logging.getLogger("conductor_app.worker")
 SLOW_SECONDS = 1.0
 #: For so many seconds it is remembered that Celery has sent a signal itself: the database hears of it soon after.
 _REMEMBERED_SECONDS = 600.0
-_told: dict[uuid.UUID, float] = {}
 _is_telling: ContextVar[bool] = ContextVar("conductor_app_telling", default=False)
 
 
@@ -68,15 +67,15 @@ def is_telling() -> bool:
 def celery_told(task_id: object) -> None:
     """Note that Celery itself has just sent a signal of an execution's end, for which the database waits."""
     now = time.monotonic()
-    for known, noted_at in list(_told.items()):
+    for known, noted_at in list(process.told_by_celery.items()):
         if now - noted_at > _REMEMBERED_SECONDS:
-            _told.pop(known, None)
-    _told[of_task_id(task_id)] = now
+            process.told_by_celery.pop(known, None)
+    process.told_by_celery[of_task_id(task_id)] = now
 
 
 def _celery_tells(execution: Execution, status: str) -> bool:
     """Tell whether Celery has sent a signal of this end, or is about to."""
-    if _told.pop(execution.pk, None) is not None or plain_runs.is_running(str(execution.pk)):
+    if process.told_by_celery.pop(execution.pk, None) is not None or plain_runs.is_running(str(execution.pk)):
         return True
     run = current_run.get()
     is_its_own = run is not None and run.execution.pk == execution.pk

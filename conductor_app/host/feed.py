@@ -7,7 +7,7 @@ from typing import Any
 from celery.worker import state as worker_state
 
 from conductor_app.engine import sweeper
-from conductor_app.host import news, this_worker
+from conductor_app.host import attendance, news
 
 
 class Feed:
@@ -22,17 +22,15 @@ class Feed:
 
     def fill(self) -> None:
         """Publish due executions into this process's own memory:// queue, as many as the pool has room for."""
-        wanted = self._pool_size() * news.news.room
+        wanted = self._pool_size() * news.news().room
         stock = len(worker_state.reserved_requests) + self._unread()
         # A transaction for each run that ends would cost as much as the run.
         if 2 * stock <= wanted:
             stock += sweeper.publish_due(wanted - stock, self._queues())
-        news.news.spare = stock - wanted // 2
+        news.news().spare = stock - wanted // 2
 
     def _pool_size(self) -> int:
-        # In Celery 5.6 gevent's pool has for its number of processes that of the greenlets that run.
-        size = "limit" if this_worker.runs_greenlets else "num_processes"
-        return int(getattr(self._worker.pool, size, None) or self._worker.concurrency or 1)
+        return attendance.slots(self._worker)
 
     def _queues(self) -> list[str]:
         if self._served is None:

@@ -11,7 +11,7 @@ from typing import Any
 from billiard.compat import mem_rss
 
 from conductor_app.conf import conductor_settings
-from conductor_app.engine import hand_off
+from conductor_app.store.process import Gate
 
 
 class Shutdown:
@@ -29,7 +29,7 @@ class Shutdown:
         return self._shared[0] == 1
 
 
-class SharedGate(hand_off.Gate):
+class SharedGate(Gate):
     """Memory that pool processes share with the main process: whether they may hand off, and what each of them runs.
 
     Pool processes that are started anew, not forked, do not have it, and hand off nothing.

@@ -12,16 +12,21 @@ from typing import TYPE_CHECKING, Any, cast
 from celery import states
 from celery.app.trace import build_tracer
 from celery.result import EagerResult
+from django.db.models import Q
 
+from conductor_app import transitions
 from conductor_app.body.plain import is_invocable
-from conductor_app.engine import announcements, sweeper
+from conductor_app.body.run import current_context
+from conductor_app.engine import announcements, schedules, sweeper
 from conductor_app.exceptions import ExecutionCancelled, UnknownTask
 from conductor_app.host import durable_runs, plain_runs
 from conductor_app.models import Execution, FailedExecution, Step, database
+from conductor_app.models.execution import IS_PAUSED
 from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.store import clock, eager
 from conductor_app.transitions import dispatch
 from conductor_app.values.failures import load_failure, revive
+from conductor_app.values.limits import limits_of
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -61,7 +66,8 @@ def run_once(execution: Execution, app: Celery) -> None:
         tracer = plain_runs.guard(task, tracer)
     ended = tracer(str(execution.pk), [], {}, request)
     row = Execution.objects.using(database()).claimable().filter(pk=execution.pk, fence=execution.fence)
-    if row.exists():
+    # One that has just been handed the start for which it was parked is due again.
+    if row.exists() and not limits_of(task):
         why = ended.info.retval if ended.info else "it says that it has ended"
         raise RuntimeError(
             f"The run of {execution.task} {execution.pk} has left the execution queued and due as it was, and would be "
@@ -125,6 +131,10 @@ def _run_to_the_end(execution: Execution, app: Celery, tree: eager.Tree) -> Exec
         row = Execution.objects.using(database()).get(pk=execution.pk)
         if row.is_final:
             return row
+        if row.predecessor is not None:
+            _await_end(row, row.predecessor)
+            continue
+        _must_go_on(tree.root_id)
         instant = next_instant(tree.root_id)
         if instant is not None:
             tree.skipped += time_until(instant)
@@ -138,6 +148,33 @@ def _run_to_the_end(execution: Execution, app: Celery, tree: eager.Tree) -> Exec
             )
 
 
+def _await_end(execution: Execution, predecessor: uuid.UUID) -> None:
+    """Wait for the end of the one whose unique key an execution has taken over: a worker runs it, or ends it."""
+    transitions.cancel_flagged(predecessor)
+    row = Execution.objects.using(database()).filter(pk=predecessor).first()
+    if row is not None and row.is_final:
+        return
+    running = current_context.get()
+    if row is None or row.status != ExecutionStatus.RUNNING or (running and running.execution_id == predecessor):
+        raise RuntimeError(
+            f"Execution {execution.pk} is queued until {predecessor}, which had its unique key, has ended, and nothing "
+            "ends that here. It is stored, and workers run it."
+        )
+    time.sleep(0.05)
+
+
+def _must_go_on(root_id: uuid.UUID) -> None:
+    """Refuse to wait for what somebody holds."""
+    tree = Execution.objects.using(database()).filter(root_id=root_id)
+    stopped = tree.held().first() or tree.of_paused_tasks().first()
+    if stopped is not None:
+        why = "held" if stopped.is_held else f"of {stopped.task}, which is paused"
+        raise RuntimeError(
+            f"Execution {stopped.pk} is {why}, and eager mode does not wait for that to end. It is stored: a worker "
+            "goes on with it then."
+        )
+
+
 def _is_running_elsewhere(root_id: uuid.UUID) -> bool:
     """Tell whether a worker has taken a part of the tree, as its sweeper may do."""
     tree = Execution.objects.using(database()).filter(root_id=root_id)
@@ -145,17 +182,19 @@ def _is_running_elsewhere(root_id: uuid.UUID) -> bool:
 
 
 def next_instant(root_id: uuid.UUID | None = None, after: dt.datetime | None = None) -> dt.datetime | None:
-    """Return when something is due next: a countdown, a retry, a sleep, a timeout, a start that comes too late.
+    """Return when something is due next: a countdown, a retry, a sleep, a timeout, a schedule, a start too late.
 
     Args:
         root_id: Only in this tree.
         after: Only later than this.
     """
-    queued = Execution.objects.using(database()).filter(status=ExecutionStatus.QUEUED)
+    queued = Execution.objects.using(database()).filter(~Q(IS_PAUSED), status=ExecutionStatus.QUEUED, held_at=None)
     pending = Step.objects.using(database()).filter(status=StepStatus.PENDING)
     if root_id is not None:
         queued, pending = queued.filter(root_id=root_id), pending.filter(execution__root_id=root_id)
     instants: list[dt.datetime] = []
+    if root_id is None and (tick := schedules.next_instant(after)) is not None:
+        instants.append(tick)
     unstarted = queued.filter(started_at__isnull=True)
     for rows, column in ((queued, "due_at"), (pending, "deadline_at"), (unstarted, "deadline_at")):
         later = {f"{column}__isnull": False} if after is None else {f"{column}__gt": after}

@@ -15,8 +15,8 @@ from celery.utils.collections import LimitedSet
 from celery.worker import state as worker_state
 from kombu.exceptions import ContentDisallowed, DecodeError
 
-from conductor_app.engine import hand_off
 from conductor_app.exceptions import Failure
+from conductor_app.store.process import process
 
 #: While runs are shorter than this, in seconds, the feed fetches more executions than there are free slots: at least
 #: so many for each, as many as are worked off in so many seconds, and at most so many.
@@ -75,6 +75,10 @@ class Revocation:
     stamps: Mapping[str, Any] = field(default_factory=dict)
     #: What is to be done if no execution has the id.
     instead: Callable[[], None] | None = None
+    #: Since when it may have been under way, by ``time.monotonic()``.
+    since: float = field(default_factory=lambda: process.worker.heard_since())  # noqa: PLW0108 - today's worker
+    #: Executions that were cancelled and retried while it was under way: what was retried is not meant any more.
+    outdated: set[uuid.UUID] = field(default_factory=set)
     #: Set when the database knows.
     done: threading.Event = field(default_factory=threading.Event)
 
@@ -148,8 +152,8 @@ class News:
 
     def process_ended(self, pid: int) -> None:
         """A pool process is gone, whatever it was doing."""
-        self._ends.put(ProcessEnd(pid, hand_off.gate.running_in(pid)))
-        hand_off.gate.forget(pid)
+        self._ends.put(ProcessEnd(pid, process.worker.gate.running_in(pid)))
+        process.worker.gate.forget(pid)
         self._wake.set()
 
     def revoked(
@@ -158,8 +162,8 @@ class News:
         stamps: Mapping[str, Any] | None = None,
         *,
         instead: Callable[[], None] | None = None,
-    ) -> threading.Event:
-        """Somebody revoked a task id, or all tasks with a stamp; return what is set when the database knows.
+    ) -> Revocation:
+        """Somebody revoked a task id, or all tasks with a stamp; return what tells when the database knows.
 
         Args:
             task_id: The id, or with ``stamps`` that of an execution which bears a stamp that was revoked earlier.
@@ -169,7 +173,7 @@ class News:
         revocation = Revocation(task_id, stamps or {}, instead)
         self._revoked.put(revocation)
         self._wake.set()
-        return revocation.done
+        return revocation
 
     def reported(self, report: PlainReport) -> None:
         """Celery's main process says something of a plain child."""
@@ -220,4 +224,10 @@ class News:
                 return taken
 
 
-news = News()
+process.news = News()
+
+
+def news() -> News:
+    """Return what this process has to tell the sweeper's thread."""
+    current: News = process.news
+    return current

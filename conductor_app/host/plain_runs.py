@@ -27,12 +27,11 @@ from celery.exceptions import Ignore, Reject, Retry
 from django.db import DatabaseError, InterfaceError
 from django.utils import timezone
 
-from conductor_app import transitions
+from conductor_app import logs, transitions
 from conductor_app.body import apart, headers, left_open
 from conductor_app.body.plain import PlainTask, is_invocable
 from conductor_app.conf import conductor_settings
-from conductor_app.engine import claims, draining, endings, hand_off, misfits, outcomes
-from conductor_app.engine.process import process
+from conductor_app.engine import claims, draining, endings, misfits, outcomes
 from conductor_app.engine.run import RunEnded
 from conductor_app.exceptions import (
     AbandonRun,
@@ -46,8 +45,8 @@ from conductor_app.exceptions import (
 from conductor_app.models import Execution, database
 from conductor_app.store import observing, owners
 from conductor_app.store.ids import as_child_id
+from conductor_app.store.process import process
 from conductor_app.store.soft_limits import soft_limit
-from conductor_app.transitions.leases import keeper
 from conductor_app.values.failures import describe
 from conductor_app.values.payloads import dump_call, dumps, loads
 
@@ -104,7 +103,7 @@ def guard(task: Any, tracer: Tracer) -> Tracer:
             **_with_headers(request, headers.kept_by(execution)),
             "ignore_result": bool(execution.get_options().get("ignore_result", task.ignore_result)),
         }
-        with keeper.hold(execution), observing.running(execution):
+        with process.keeper.hold(execution), logs.about(execution), observing.running(execution):
             return _Run(task, execution).trace(tracer, request)
 
     guarded.is_conductor = True  # type: ignore[attr-defined]
@@ -233,7 +232,7 @@ class _Run:
             self._lose(error)
         elif not self.ended and not is_exit:
             self._write(lambda: self._fail(error))
-        if is_exit and (hand_off.gate.is_own_process or draining.is_ending(error)):
+        if is_exit and (process.worker.gate.is_own_process or draining.is_ending(error)):
             raise error
         # Of what is no Exception Celery would make an unreadable message, or a slot that is never free.
         told = outcomes.portable(error, describe(error, conductor_settings().MAX_ERROR_BYTES).message)

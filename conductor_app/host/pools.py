@@ -5,13 +5,14 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
 from billiard.pool import Pool
 from celery.concurrency.asynpool import AsynPool
 from celery.concurrency.prefork import TaskPool
+
+from conductor_app.store.process import process
 
 try:
     import fcntl
@@ -47,9 +48,6 @@ class ProcessLock:
         self.release()
 
 
-#: What is called with the id of each pool process that has ended, whatever ended it; in the worker's main process.
-on_process_end: Callable[[int], None] | None = None
-
 #: How long a worker's event loop may wait for a process that is ending, in seconds.
 REAP_SECONDS = 0.1
 
@@ -67,11 +65,12 @@ class TellingPool:
     _pool: list[Any]
 
     def _join_exited_workers(self, shutdown: bool = False) -> Any:
-        before = [process.pid for process in self._pool]
+        before = [each.pid for each in self._pool]
         try:
             return super()._join_exited_workers(shutdown)  # type: ignore[misc]
         finally:
-            left = {process.pid for process in self._pool}
+            on_process_end = process.worker.on_process_end
+            left = {each.pid for each in self._pool}
             for pid in before:
                 if on_process_end is not None and pid is not None and pid not in left:
                     on_process_end(pid)

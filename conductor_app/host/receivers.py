@@ -10,16 +10,9 @@ from celery.utils.log import ColorFormatter
 
 from conductor_app import signals
 from conductor_app.body.logger import body_logger
-from conductor_app.engine.process import process
 from conductor_app.engine.run import RunEnded
-from conductor_app.exceptions import Failure
-from conductor_app.host import durable_runs, ending, ends, inherited, plain_runs, publishing
-from conductor_app.models import Execution
-from conductor_app.store import forks
-from conductor_app.telling.words import first_line
-from conductor_app.transitions import dispatch
-
-logger = logging.getLogger("conductor_app.execution")
+from conductor_app.host import durable_runs, ending, ends, inherited, lines, plain_runs, publishing
+from conductor_app.store.process import process
 
 
 def prepare_worker(**kwargs: Any) -> None:
@@ -35,36 +28,6 @@ def prepare_embedded_worker(sender: Any = None, **_kwargs: Any) -> None:
     from conductor_app.host import bootsteps  # noqa: PLC0415
 
     bootsteps.install(instance=sender)
-
-
-def log_finished(execution: Execution, status: str, **_kwargs: Any) -> None:
-    """Write one line for each final status."""
-    if not logger.isEnabledFor(logging.INFO):
-        return
-    logger.info("Execution %s of %s %s.", execution.pk, execution.task, status, extra=_ids(execution))
-
-
-def log_retrying(execution: Execution, failure: Failure, delay: float, **_kwargs: Any) -> None:
-    """Write one line for each lost or failed attempt."""
-    logger.warning(
-        "Execution %s of %s: attempt %s failed (%s: %s). Next attempt in %.3gs.",
-        execution.pk,
-        execution.task,
-        execution.attempt,
-        failure.type,
-        first_line(failure.message, 500),
-        delay,
-        extra=_ids(execution),
-    )
-
-
-def _ids(execution: Execution) -> dict[str, Any]:
-    return {
-        "execution_id": str(execution.pk),
-        "root_id": str(execution.root_id),
-        "task": execution.task,
-        "attempt": execution.attempt,
-    }
 
 
 def show_ids(logger: logging.Logger, **_kwargs: Any) -> None:
@@ -98,8 +61,8 @@ class SuspensionWording(logging.Filter):
         return True
 
 
-dispatch.broker = publishing
-forks.forgetting.append(inherited.forget_brokers)
+process.broker = publishing
+process.forgetting.append(inherited.forget_brokers)
 process.is_told_to_end = ending.is_told_to_end
 
 celery_signals.celeryd_init.connect(prepare_worker, dispatch_uid="conductor_app.worker", weak=False)
@@ -112,7 +75,6 @@ celery_signals.worker_process_init.connect(
 )
 celery_signals.after_setup_task_logger.connect(show_ids, dispatch_uid="conductor_app.logging", weak=False)
 celery_signals.task_postrun.connect(plain_runs.on_postrun, dispatch_uid="conductor_app.host.plain_runs", weak=False)
-signals.execution_finished.connect(log_finished, dispatch_uid="conductor_app.log_finished", weak=False)
+lines.connect()
 signals.execution_finished.connect(ends.tell, dispatch_uid="conductor_app.host.ends", weak=False)
-signals.execution_retrying.connect(log_retrying, dispatch_uid="conductor_app.log_retrying", weak=False)
 logging.getLogger("celery.app.trace").addFilter(SuspensionWording())

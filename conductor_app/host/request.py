@@ -20,11 +20,11 @@ from celery.worker.request import Request
 from celery.worker.strategy import default as default_strategy
 from django.db import DatabaseError
 
-from conductor_app.engine import hand_off
 from conductor_app.engine.run import RunEnded
-from conductor_app.host import durable_runs, ends, news, revocations, this_worker
+from conductor_app.host import durable_runs, ends, news, revocations
 from conductor_app.store import owners
 from conductor_app.store.ids import of_task_id
+from conductor_app.store.process import process
 from conductor_app.transitions import dispatch
 
 logger = logging.getLogger("conductor_app.worker")
@@ -70,7 +70,7 @@ class DurableRequest(Request):
         (measured with RabbitMQ and plain tasks of 20 ms), and the synchronous one of ``memory://`` after up to 2.
         There the acknowledgement is sent at once; for ``memory://`` it only adds to a set in this process.
         """
-        if this_worker.acknowledge_directly and not self.acknowledged:
+        if process.worker.acknowledge_directly and not self.acknowledged:
             request: Any = self
             request.message.ack_log_error(logger, request.connection_errors)
             self.acknowledged = True
@@ -90,7 +90,7 @@ class DurableRequest(Request):
         task_id = str(self.id)
         if task_id in worker_state.revoked:
             stamps = {}
-        elif worker_state.revoked_stamps and task_id not in news.news.spared:
+        elif worker_state.revoked_stamps and task_id not in news.news().spared:
             stamps = cast(Any, self).stamps
             if not revocations.share_a_stamp(stamps, worker_state.revoked_stamps):
                 return False
@@ -99,16 +99,16 @@ class DurableRequest(Request):
         logger.info("%s[%s] was revoked before this message came.", self.name, task_id)
         if dispatch.HEADER not in self.request_dict:
             self._announce_revoked("revoked", False, None, False)
-            news.news.revoked(task_id, instead=self._store_revoked)
+            news.news().revoked(task_id, instead=self._store_revoked)
         elif not stamps:
             self._announce_revoked("revoked", False, None, False)
-            news.news.revoked(task_id)
+            news.news().revoked(task_id)
         else:
             # Or it was revoked, and retried since: the database knows when it was created.
             self._ready()
             self.acknowledge()
             self._already_revoked = True
-            news.news.revoked(task_id, stamps)
+            news.news().revoked(task_id, stamps)
         return True
 
     def _store_revoked(self) -> None:
@@ -164,8 +164,8 @@ class DurableRequest(Request):
             self._ready()
             self.acknowledge()
             logger.error("A message for %s[%s] is dropped, it cannot be read: %.300r", self.name, self.id, error)
-            news.news.refused(self.id, error)
-            news.news.run_ended()
+            news.news().refused(self.id, error)
+            news.news().run_ended()
             return None
         if isinstance(error, MemoryError):
             # A body's own, numpy's for example, and stored. Celery would raise another one here: it ends a solo worker.
@@ -236,14 +236,14 @@ class DurableRequest(Request):
         self._report_end(ended.due_in)
 
     def _report_end(self, due_in: float | None) -> None:
-        news.news.run_ended(due_in, seconds=time.time() - self.time_start if self.time_start else None)
+        news.news().run_ended(due_in, seconds=time.time() - self.time_start if self.time_start else None)
 
     def _report_followers(self, runtime: object) -> None:
         """Pass on what the process says of the runs that followed this one there."""
         if not isinstance(runtime, durable_runs.Runtime):
             return
         if runtime.due_at is not None:
-            news.news.run_ended(max(runtime.due_at - time.time(), 0.0))
+            news.news().run_ended(max(runtime.due_at - time.time(), 0.0))
         request: Any = self
         if request._eventer and request._eventer.enabled and self.task.send_events:
             for kind, fields in runtime.events:
@@ -251,14 +251,14 @@ class DurableRequest(Request):
 
     def _report_death(self) -> None:
         # The end of the process is reported for itself, with what it was running by then.
-        pid = os.getpid() if this_worker.runs_greenlets else self.worker_pid
+        pid = os.getpid() if process.worker.runs_greenlets else self.worker_pid
         if pid is not None and self._is_running_in(int(pid)):
-            news.news.process_died(str(self.id), owners.lease_owner(self.hostname, int(pid)))
-        news.news.run_ended()
+            news.news().process_died(str(self.id), owners.lease_owner(self.hostname, int(pid)))
+        news.news().run_ended()
 
     def _is_running_in(self, pid: int) -> bool:
         """Tell whether the process has not gone on with another execution."""
-        return hand_off.gate.running_in(pid) in (None, of_task_id(self.id))
+        return process.worker.gate.running_in(pid) in (None, of_task_id(self.id))
 
 
 def strategy(task: Any, app: Any, consumer: Any, **options: Any) -> Callable[..., Any]:
@@ -275,7 +275,7 @@ def strategy(task: Any, app: Any, consumer: Any, **options: Any) -> Callable[...
             raise
         except Exception as error:  # noqa: BLE001 - whatever a forged message makes Celery raise
             logger.error("A message for %s is dropped, it cannot be read: %.300r", task.name, error)
-            news.news.refused((message.headers or {}).get("id"), error)
+            news.news().refused((message.headers or {}).get("id"), error)
             message.reject_log_error(logger, consumer.connection_errors)
             return None
 

@@ -22,7 +22,7 @@ from conductor_app.body import left_open
 from conductor_app.body.plain import is_invocable
 from conductor_app.engine import hand_off
 from conductor_app.engine.run import current_run
-from conductor_app.host import durable_runs
+from conductor_app.store.process import process
 
 
 def install() -> None:
@@ -30,7 +30,7 @@ def install() -> None:
     fixup: Any = cast(Any, fixups).DjangoWorkerFixup  # its stubs do not know it
     if not hasattr(fixup.close_database, "is_conductor"):
         fixup.close_database = _taught(fixup.close_database)
-    durable_runs.renew_connections = _renew
+    process.worker.renew_connections = _renew
 
 
 def _renew() -> None:

@@ -20,9 +20,9 @@ from django.db import DatabaseError, connections
 
 from conductor_app import transitions
 from conductor_app.conf import conductor_settings
-from conductor_app.engine import sweeper, turns
+from conductor_app.engine import retention, schedules, sweeper, turns
 from conductor_app.exceptions import AbandonRun, Failure, LeaseLost, class_path
-from conductor_app.host import news, unknown_tasks
+from conductor_app.host import attendance, news, unknown_tasks
 from conductor_app.host.feed import Feed
 from conductor_app.host.gate import Shutdown
 from conductor_app.host.news import PlainReport, ProcessEnd, Revocation
@@ -32,7 +32,8 @@ from conductor_app.states import ExecutionStatus
 from conductor_app.store import clock, own_connections, owners
 from conductor_app.store.ids import of_task_id
 from conductor_app.store.locks import RowsLocked, waiting_at_most
-from conductor_app.transitions import dispatch, leases
+from conductor_app.store.process import process
+from conductor_app.transitions import attending, dispatch, limiting
 
 logger = logging.getLogger("conductor_app.worker")
 
@@ -46,6 +47,9 @@ DEATH_POLL_SECONDS = 0.2
 RETRY_PAUSE_SECONDS = 0.2
 
 MAX_RETRY_SECONDS = 1.0
+
+#: At most this often, in seconds, a worker writes that it is there: with a sweep.
+ATTEND_SECONDS = 10.0
 
 #: A sweep for something that is due comes so many seconds after the one before it at the earliest.
 LOOK_SECONDS = 0.05
@@ -83,21 +87,26 @@ class SweeperThread(threading.Thread):
         self._locked: list[Callable[[], object]] = []
         self._next_audit = time.monotonic() + self._settings.AUDIT_SECONDS
         self._began_at = self._sweep_began_at = time.monotonic()
-        self._has_namesake = False
+        self._has_namesake = self._has_looked_for_absent = False
+        self._started_at = time.time()
+        self._attended_at = -ATTEND_SECONDS
+        self._told_to_stop = False
+        self._deleting = retention.Deleting()
+        self._attends_badly = False
 
     def stop(self) -> None:
         """Ask the thread to end, and wait for the tick that it is in."""
         self._stop_requested.set()
-        news.news.rouse()
+        news.news().rouse()
         if self.is_alive() and threading.current_thread() is not self:
             self.join(timeout=5)
 
     def run(self) -> None:
         """Tick until stopped. A tick that fails is tried again; nothing ends the thread."""
-        news.news.feeds = self._embedded
+        news.news().feeds = self._embedded
         # Bodies may hold all connections of a pool, or the database may fall silent: neither is to stop this thread.
         own_connections.use_own(database())
-        leases.keeper.watch()
+        process.keeper.watch()
         while not self._stop_requested.is_set():
             self._no_fork.wait(timeout=1)
             with self._busy:
@@ -107,7 +116,7 @@ class SweeperThread(threading.Thread):
             pause = self._next_sweep - time.monotonic()
             if self._embedded:
                 pause = min(pause, self._settings.FEED_SECONDS)
-            news.news.wait(min(pause, DEATH_POLL_SECONDS) if self._doubtful else pause)
+            news.news().wait(min(pause, DEATH_POLL_SECONDS) if self._doubtful else pause)
         with self._busy:
             self._part()
 
@@ -115,20 +124,21 @@ class SweeperThread(threading.Thread):
         try:
             self._connection = connections[database()]
             ends = self._hear()
-            for execution_id, error in news.news.take("refused"):
+            for execution_id, error in news.news().take("refused"):
                 self._unless_locked(functools.partial(self._note_refusal, execution_id, error))
-            reports = [*self._doubtful, *news.news.take("reports")]
+            reports = [*self._doubtful, *news.news().take("reports")]
             self._doubtful = [report for report in reports if not self._settle_plain(report)]
-            for unknown in news.news.take("unknown"):
+            for unknown in news.news().take("unknown"):
                 self._unless_locked(functools.partial(unknown_tasks.put_off_unknown, unknown, self._worker.hostname))
             # Celery tells of plain tasks itself, and what ended them, but not if it had stored a result before.
             self._ended += ends
             while self._ended and time.monotonic() - self._ended[0].ended_at > DEATH_SECONDS:
                 self._lose_all(self._ended.pop(0), plain=True)
-            if news.news.take_due() or time.monotonic() >= self._next_sweep:
+            if news.news().take_due() or time.monotonic() >= self._next_sweep:
                 self._try_locked_again()
                 self._sweep()
                 self._look_ahead()
+                self._attend()
             elif ends:
                 self._look_ahead()
             self._feed_if_embedded()
@@ -150,10 +160,10 @@ class SweeperThread(threading.Thread):
 
     def _hear(self) -> list[ProcessEnd]:
         """Act on what was revoked, and on the ends of processes, which are returned."""
-        deaths, ends = news.news.take("deaths"), news.news.take("ends")
+        deaths, ends = news.news().take("deaths"), news.news().take("ends")
         # A revoke may have killed the process: what is to be cancelled must not be queued again first. Each death's
         # revoke was announced before it, so it has been taken with it or earlier.
-        self._revocations += news.news.take("revoked")
+        self._revocations += news.news().take("revoked")
         while self._revocations:
             self._unless_locked(functools.partial(self._revoker.cancel, self._revocations[0]))
             self._revocations.pop(0)
@@ -169,7 +179,33 @@ class SweeperThread(threading.Thread):
             self._hear()
         except DatabaseError as error:
             logger.warning("What killed processes were running is left to its leases: %s", error)
+        self._write_attendance(lambda: attending.leave(attendance.worker_id(self._worker)))
         self._close()
+
+    def _attend(self) -> None:
+        """Say from time to time that this worker is there, and at once that it is about to end."""
+        now, stops = time.monotonic(), self._shutdown.is_requested()
+        if now - self._attended_at < ATTEND_SECONDS and stops == self._told_to_stop:
+            return
+        self._attended_at, self._told_to_stop = now, stops
+        # By the clock on the wall, as for sweeps.
+        up = max(time.time() - self._started_at, 0.0)
+        self._write_attendance(lambda: attending.attend(attendance.describe(self._worker, is_stopping=stops), up=up))
+
+    def _write_attendance(self, write: Callable[[], object]) -> None:
+        """Write what nothing depends on: an error is told once, and harms nothing else."""
+        try:
+            with waiting_at_most(sweeper.AT_ONCE_SECONDS, database()):
+                write()
+        except RowsLocked:
+            return
+        except Exception as error:  # noqa: BLE001 - insides of Celery are read here, too
+            if not self._attends_badly:
+                self._attends_badly = True
+                logger.warning("That this worker is there could not be written; sweeping goes on: %s", error)
+            self._close()
+        else:
+            self._attends_badly = False
 
     def _sweep(self) -> None:
         interval = self._settings.SWEEP_SECONDS * random.uniform(0.8, 1.2)
@@ -188,8 +224,13 @@ class SweeperThread(threading.Thread):
             between=self._feed_if_embedded,
         )
         self._next_sweep = now + interval
+        with waiting_at_most(sweeper.AT_ONCE_SECONDS, database()):
+            found.has_more |= self._deleting.go_on()
         if audit:
             self._look_for_namesakes(now)
+            self._write_attendance(attending.forget_old)
+            self._write_attendance(limiting.forget_old)
+            self._look_for_absent_schedules(now)
             self._next_audit = now + self._settings.AUDIT_SECONDS
         if found.has_more:
             self._next_sweep = now
@@ -210,7 +251,17 @@ class SweeperThread(threading.Thread):
             max(self._next_sweep - now, 0.0), since=now - self._sweep_began_at, publish=not self._embedded
         )
         if due_in is not None:
-            news.news.is_due_in(max(due_in, LOOK_SECONDS))
+            news.news().is_due_in(max(due_in, LOOK_SECONDS))
+
+    def _look_for_absent_schedules(self, now: float) -> None:
+        """Pause schedules that have left the code; other workers have had the time to say what they have.
+
+        A worker without any looks once: the last one that there was may have left the code.
+        """
+        if now - self._began_at < schedules.ABSENT_SECONDS or (self._has_looked_for_absent and not schedules.planned()):
+            return
+        self._has_looked_for_absent = True
+        self._write_attendance(schedules.note_absence)
 
     def _look_for_namesakes(self, now: float) -> None:
         """Say once that another worker has this one's node name: Celery's own commands and events mix them up."""

@@ -46,7 +46,7 @@ def watch_unknown_tasks() -> None:
         logger.warning("This worker knows no task %r; the message of execution %s is left to others.", name, task_id)
         message.reject_log_error(logger, self.connection_errors)
         if headers[dispatch.HEADER] != dispatch.PLAIN:
-            news.news.got_unknown(UnknownMessage(of_task_id(task_id), str(name)))
+            news.news().got_unknown(UnknownMessage(of_task_id(task_id), str(name)))
         return signals.task_unknown.send(sender=self, message=message, exc=exc, name=name, id=task_id)
 
     on_unknown_task.is_conductor = True  # type: ignore[attr-defined]
@@ -67,7 +67,7 @@ def put_off_unknown(unknown: UnknownMessage, hostname: str) -> None:
         return
     if delay is not None:
         logger.warning("Execution %s is put off by %gs. %s", unknown.execution_id, delay, failure.message)
-    news.news.run_ended(delay)
+    news.news().run_ended(delay)
 
 
 def retry_unknown(report: PlainReport, hostname: str) -> None:

@@ -1,11 +1,19 @@
-"""The tables: executions, the steps they remember, the events sent to them, and those that failed for good."""
+"""The tables: executions, their runs, steps and tags, events, failures, who did what, places, schedules, workers."""
 
 from django.db import router
 
+from conductor_app.models.attempt import Attempt
 from conductor_app.models.event import Event
 from conductor_app.models.execution import Execution
 from conductor_app.models.failed_execution import FailedExecution
+from conductor_app.models.fork import CopiedOutcome, Fork
+from conductor_app.models.operation import Operation, OperationItem
+from conductor_app.models.paused_task import PausedTask
+from conductor_app.models.place import LimitKey, Place
+from conductor_app.models.schedule import Schedule
 from conductor_app.models.step import Step
+from conductor_app.models.tag import Tag
+from conductor_app.models.worker import Worker
 
 
 def database() -> str:
@@ -13,4 +21,21 @@ def database() -> str:
     return router.db_for_write(Execution)
 
 
-__all__ = ["Event", "Execution", "FailedExecution", "Step", "database"]
+__all__ = [
+    "Attempt",
+    "CopiedOutcome",
+    "Event",
+    "Execution",
+    "FailedExecution",
+    "Fork",
+    "LimitKey",
+    "Operation",
+    "OperationItem",
+    "PausedTask",
+    "Place",
+    "Schedule",
+    "Step",
+    "Tag",
+    "Worker",
+    "database",
+]

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import uuid
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 from django.db import models
-from django.db.models import Q
+from django.db.models import Exists, OuterRef, Q, Subquery
 from django.db.models.base import ModelState
+from django.db.models.functions import Coalesce
 from django.utils.translation import gettext_lazy as _
 
 from conductor_app.exceptions import OutcomeLost
 from conductor_app.models.fields import ExactCharField, PartialIndex
+from conductor_app.models.paused_task import PausedTask
 from conductor_app.states import FINAL_STATUSES, LATE_REASON, OPEN_STATUSES, ExecutionStatus
 from conductor_app.store import clock
 from conductor_app.store.statements import Literal
 from conductor_app.values.failures import load_failure
 from conductor_app.values.payloads import loads, read_result
 
-_STATUS_CHOICES = [
+STATUS_CHOICES = [
     (ExecutionStatus.QUEUED.value, _("queued")),
     (ExecutionStatus.RUNNING.value, _("running")),
     (ExecutionStatus.WAITING.value, _("waiting")),
@@ -28,6 +33,16 @@ _STATUS_CHOICES = [
 
 #: Among the attributes of a stored failure that is none of a run's: by which fence a worker could not run it.
 PUT_OFF_AT_FENCE = "put_off_at_fence"
+
+#: When an execution is due that waits for a place of a limit (``Place``): when it is handed one.
+PARKED_UNTIL = dt.datetime(9000, 1, 1, tzinfo=dt.UTC)
+#: ``dispatch_at`` of what is queued and parked: held, or of a paused task. Whoever ends that puts the real one back.
+#: Behind all others in the index by which the sweeper and the feed look for what is due, so that it costs them nothing.
+PARKED_AT = clock.Never()
+#: Of an execution whose task somebody has paused. By no manager: it is read where the query around it is.
+IS_PAUSED = Exists(models.QuerySet(PausedTask).filter(name=OuterRef("task")))
+#: Of one that people keep from beginning, if it is queued.
+IS_STOPPED = Q(held_at__isnull=False) | Q(IS_PAUSED)
 
 
 class ExecutionQuerySet(models.QuerySet["Execution"]):
@@ -50,7 +65,7 @@ class ExecutionQuerySet(models.QuerySet["Execution"]):
         return self.filter(pk=run.pk, fence=run.fence, lease_owner=run.lease_owner, status=ExecutionStatus.RUNNING)
 
     def claimable(self, attempt: int | None = None) -> Self:
-        """Queued, due, neither cancelled nor expired.
+        """Queued, due, neither cancelled nor expired, not held, and not of a paused task.
 
         Args:
             attempt: That of a plain task's message. Celery's own retry message comes by a worker's clock, so being due
@@ -58,16 +73,35 @@ class ExecutionQuerySet(models.QuerySet["Execution"]):
         """
         ready = self.filter(
             Q(deadline_at__isnull=True) | Q(deadline_at__gt=clock.now()) | Q(started_at__isnull=False),
+            ~Q(IS_PAUSED),
             status=ExecutionStatus.QUEUED,
             cancel_requested_at__isnull=True,
+            held_at__isnull=True,
         )
         if attempt is None:
             return ready.filter(due_at__lte=clock.now())
         return ready.filter(due_at__isnull=False, attempt=attempt)
 
+    def held(self) -> Self:
+        """Not final, and held by somebody."""
+        # Not by the status, whose indexes SQLite would take for better.
+        return self.filter(held_at__isnull=False, finished_at__isnull=True)
+
+    def of_paused_tasks(self) -> Self:
+        """Queued, and kept from beginning since somebody has paused its task."""
+        paused = PausedTask.objects.using(self.db).values("name")
+        return self.with_status(ExecutionStatus.QUEUED).filter(task__in=paused)
+
     def to_dispatch(self) -> Self:
         """Queued, and its message is to be published (again)."""
         return self.with_status(ExecutionStatus.QUEUED).filter(dispatch_at__lte=clock.now()).order_by("dispatch_at")
+
+    def foremost(self, number: int) -> Self:
+        """Queued, about so many: those to be published first, those that are held back, and last what is parked."""
+        queued = self.with_status(ExecutionStatus.QUEUED)
+        nth = queued.order_by("dispatch_at").values("dispatch_at")[number : number + 1]
+        last = Coalesce(Subquery(nth), PARKED_AT)
+        return queued.filter(Q(dispatch_at__isnull=True) | Q(dispatch_at__lte=last))
 
     def lapsed(self) -> Self:
         """Running, and the worker has not renewed the lease in time."""
@@ -96,6 +130,15 @@ class ExecutionQuerySet(models.QuerySet["Execution"]):
         overdue = self.with_status(ExecutionStatus.QUEUED).filter(deadline_at__lte=clock.now())
         return overdue.filter(started_at__isnull=True).order_by("deadline_at")
 
+    def tagged(self, tags: Mapping[str, str]) -> Self:
+        """Of a tree that has all of these tags."""
+        tag: Any = Execution._meta.get_field("tags").related_model
+        found = self
+        for key, value in tags.items():
+            trees = tag.objects.using(self.db).filter(key=key, value=value)
+            found = found.filter(root__in=trees.order_by().values("root"))
+        return found
+
     def to_announce(self) -> Self:
         """Final, and Celery has not been told."""
         return self.filter(announce_at__lte=clock.now()).order_by("announce_at")
@@ -110,6 +153,8 @@ class Execution(models.Model):
     #: What its claim has read of its steps, for the run that begins (``steps.MEMORY_FIELDS`` of each); ``None`` if it
     #: has not looked. No column.
     claimed_steps: list[list[Any]] | None = None
+    #: The execution whose unique key this one, which was just created, has taken over. No column.
+    replaced: uuid.UUID | None = None
 
     #: Also the Celery task id of every run.
     id = models.UUIDField(primary_key=True, editable=False)
@@ -118,7 +163,7 @@ class Execution(models.Model):
     priority = models.SmallIntegerField(_("priority"), null=True, blank=True)
     #: ``[args, kwargs]``, as ``conductor_app.values.payloads`` stores it.
     payload = models.TextField(_("payload"))
-    status = models.CharField(_("status"), max_length=16, choices=_STATUS_CHOICES)
+    status = models.CharField(_("status"), max_length=16, choices=STATUS_CHOICES)
     #: The current attempt, counted from 1. Failures and crashes count it up, suspensions do not.
     attempt = models.IntegerField(_("attempt"), default=1)
     #: ``max_retries`` + 1; null is without limit.
@@ -149,7 +194,8 @@ class Execution(models.Model):
     lease_owner = models.CharField(_("worker"), max_length=255, blank=True, default="")
     lease_expires_at = models.DateTimeField(_("lease expires"), null=True, blank=True)
 
-    #: While queued: not to be claimed before. Null holds a child back until ``max_parallel`` of its map lets it go.
+    #: While queued: not to be claimed before. Null holds a child back until ``max_parallel`` of its map lets it go, and
+    #: another one until its ``predecessor`` has ended.
     due_at = models.DateTimeField(_("due"), null=True, blank=True)
     #: Celery's ``expires``: not to be started after.
     deadline_at = models.DateTimeField(_("start deadline"), null=True, blank=True)
@@ -162,11 +208,27 @@ class Execution(models.Model):
     #: Final, and Celery (result backend, callbacks, chain, chord) has not been told yet: told again at this instant.
     announce_at = models.DateTimeField(_("next announcement"), null=True, blank=True)
     idempotency_key = ExactCharField(_("idempotency key"), max_length=255, null=True, blank=True)
+    #: While it is open, of no other execution of the task; null from the write that makes it final, or lets another one
+    #: take it. ``own_key`` is what it was given.
+    unique_key = ExactCharField(_("unique key"), max_length=255, null=True, blank=True)
+    #: While queued: the execution that had the same unique key before, and whose end makes this one due. No foreign
+    #: key: it means nothing any more when that has ended.
+    predecessor = models.UUIDField(_("predecessor"), null=True, blank=True)
+    #: With a predecessor: when it is due at the earliest.
+    due_then = models.DateTimeField(_("due then"), null=True, blank=True)
     #: Celery's options that outlive a suspension: link, link_error, chain, chord, group, headers, time limits.
     options = models.TextField(_("Celery options"), blank=True, default="")
 
+    #: Since when somebody holds it: no run of it begins. All that one call holds have the same instant. Kept when it is
+    #: cancelled, and forgotten when it is retried.
+    held_at = models.DateTimeField(_("held since"), null=True, blank=True)
+    held_by = models.CharField(_("held by"), max_length=150, null=True, blank=True)  # noqa: DJ001 - as held_at
+    hold_reason = models.TextField(_("reason of the hold"), null=True, blank=True)  # noqa: DJ001
+
     created_at = models.DateTimeField(_("created"))
     started_at = models.DateTimeField(_("started"), null=True, blank=True)
+    #: When the current run, or the last one, was claimed.
+    run_started_at = models.DateTimeField(_("run started"), null=True, blank=True)
     finished_at = models.DateTimeField(_("finished"), null=True, blank=True)
 
     objects = ExecutionQuerySet.as_manager()
@@ -178,7 +240,9 @@ class Execution(models.Model):
         #: What people may do in the admin, beside Django's own `view_execution`.
         permissions: ClassVar[list[tuple[str, Any]]] = [
             ("retry_execution", _("Can retry, rerun, wake and publish executions")),
+            ("fork_execution", _("Can run executions again from a step")),
             ("cancel_execution", _("Can cancel executions")),
+            ("hold_execution", _("Can hold and release executions, and pause tasks")),
             ("send_event", _("Can send events to executions")),
             ("view_payload", _("Can see payloads and results of executions")),
         ]
@@ -203,8 +267,19 @@ class Execution(models.Model):
             ),
             # The children of one parent, those of a map in the order of their payloads.
             models.Index(fields=["parent", "step", "position"], name="conductor_ex_children"),
+            # One open execution of a task per key. The key first: all others are null.
+            PartialIndex(
+                fields=["unique_key", "task"],
+                where=Q(unique_key__isnull=False),
+                unique=True,
+                name="conductor_ex_unique",
+            ),
+            # An end: who has the key of what has ended. The audit: who waits for that.
+            PartialIndex(fields=["predecessor"], where=Q(predecessor__isnull=False), name="conductor_ex_predecessor"),
             # The audit: who waits.
             PartialIndex(fields=["status", "id"], where=Q(status="waiting"), name="conductor_ex_waiting"),
+            # The pages: what is held.
+            PartialIndex(fields=["held_at"], where=Q(held_at__isnull=False), name="conductor_ex_held"),
         ]
         constraints: ClassVar[list[models.BaseConstraint]] = [
             models.UniqueConstraint(fields=["task", "idempotency_key"], name="conductor_ex_idempotency"),
@@ -250,6 +325,25 @@ class Execution(models.Model):
         return self.status in FINAL_STATUSES
 
     @property
+    def is_parked(self) -> bool:
+        """Whether it waits for a place of a limit; what it waits for, a ``Place`` tells."""
+        return (
+            self.status == ExecutionStatus.QUEUED
+            and self.due_at is not None
+            and self.due_at == clock.aware(PARKED_UNTIL)
+        )
+
+    @property
+    def told_due_at(self) -> dt.datetime | None:
+        """When it is due, while that is known: queued, neither parked nor held back."""
+        return self.due_at if self.status == ExecutionStatus.QUEUED and not self.is_parked else None
+
+    @property
+    def is_held(self) -> bool:
+        """Whether somebody holds it, so that no run of it begins."""
+        return self.held_at is not None and not self.is_final
+
+    @property
     def has_kept_result(self) -> bool:
         """Whether it is cancelled, and its body had returned a result by then; an operator's retry adopts that."""
         return self.status == ExecutionStatus.CANCELLED and self.result is not None
@@ -264,6 +358,18 @@ class Execution(models.Model):
         """Whether it is a plain Celery task's: Celery runs and retries it."""
         # Without a look at most options: the sweeper asks this of each row that it publishes.
         return '"plain"' in self.options and "plain" in self.get_options()
+
+    @property
+    def is_fork(self) -> bool:
+        """Whether it remembers steps before its first run: those of the execution that it was forked from."""
+        # Without a look at most options: each first run asks this.
+        return '"forked"' in self.options and bool(self.get_options().get("forked"))
+
+    @property
+    def own_key(self) -> str | None:
+        """The unique key that it was given; it has it (``unique_key``) while it is open, unless another took it."""
+        # Without a look at most options: each end asks this.
+        return self.get_options().get("unique") if '"unique"' in self.options else None
 
     @property
     def runs_again(self) -> bool:

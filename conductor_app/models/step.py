@@ -7,35 +7,30 @@ from typing import Any, ClassVar
 from django.db import models
 from django.db.models import Q
 from django.utils.translation import gettext_lazy as _
+from django.utils.translation import pgettext_lazy
 
 from conductor_app.models.execution import Execution
 from conductor_app.models.fields import ExactCharField, PartialIndex
 from conductor_app.states import OnTimeout, StepKind, StepStatus
 from conductor_app.values.payloads import loads
 
-_KIND_CHOICES = [
-    (StepKind.STEP.value, _("step")),
-    (StepKind.INVOKE.value, _("invoke")),
-    (StepKind.START.value, _("start")),
-    (StepKind.MAP.value, _("map")),
-    (StepKind.GATHER.value, _("gather")),
-    (StepKind.SLEEP.value, _("sleep")),
-    (StepKind.EVENT.value, _("event")),
-]
+_KIND_CHOICES = [(kind.value, _(kind.value)) for kind in StepKind]
+#: With a context: in many languages an execution and a step are of two genders.
 _STATUS_CHOICES = [
-    (StepStatus.PENDING.value, _("pending")),
-    (StepStatus.SUCCEEDED.value, _("succeeded")),
-    (StepStatus.FAILED.value, _("failed")),
-    (StepStatus.TIMED_OUT.value, _("timed out")),
-    (StepStatus.CANCELLED.value, _("cancelled")),
+    (StepStatus.PENDING.value, pgettext_lazy("step", "pending")),
+    (StepStatus.SUCCEEDED.value, pgettext_lazy("step", "succeeded")),
+    (StepStatus.FAILED.value, pgettext_lazy("step", "failed")),
+    (StepStatus.TIMED_OUT.value, pgettext_lazy("step", "timed out")),
+    (StepStatus.CANCELLED.value, pgettext_lazy("step", "cancelled")),
 ]
 
 
 class Step(models.Model):
     """One named outcome of an execution: what the *parent* knows, while the child's own row is what the child *is*.
 
-    An invocation's result is not copied: a succeeded step of kind ``invoke`` reads it from its child.
-    Rows change only in ``conductor_app.transitions.steps``.
+    An invocation's result is not copied: a succeeded step of kind ``invoke`` reads it from its child. In a fork it is:
+    a step of its source holds all that a replay needs, and what its ``child`` is, only tells where that came from.
+    Rows change only in ``conductor_app.transitions``.
     """
 
     id = models.BigAutoField(primary_key=True)
@@ -82,8 +77,9 @@ class Step(models.Model):
     on_timeout = models.CharField(_("on timeout"), max_length=16, blank=True, default=OnTimeout.CANCEL.value)
     #: While pending: when the sweeper decides it (a timeout, the end of a sleep).
     deadline_at = models.DateTimeField(_("deadline"), null=True, blank=True)
+    #: 0 if it was copied.
     attempt = models.IntegerField(_("attempt"), default=1)
-    #: The fence of the run that recorded it.
+    #: The fence of the run that recorded it; 0 if none did, and it was copied when its execution was forked.
     fence = models.BigIntegerField(_("fence"), default=0)
     created_at = models.DateTimeField(_("created"))
     finished_at = models.DateTimeField(_("finished"), null=True, blank=True)
@@ -109,6 +105,11 @@ class Step(models.Model):
 
     def __str__(self) -> str:
         return str(self.name)
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether no run of this execution recorded it: it was copied from the one of which this is a fork."""
+        return self.fence == 0 and self.attempt == 0
 
     def get_result(self) -> Any:
         """Return the decoded result of a step of kind ``step`` or ``event``; ``None`` if there is none.

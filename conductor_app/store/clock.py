@@ -11,15 +11,13 @@ from typing import Any, cast
 
 from django.conf import settings
 from django.db import connections
-from django.db.models import DateTimeField, DurationField, ExpressionWrapper, F, Func, QuerySet
+from django.db.models import DateTimeField, DurationField, Expression, ExpressionWrapper, F, Func, QuerySet
 from django.db.models.expressions import Combinable, Value
 from django.utils import timezone
 from django.utils.dateparse import parse_datetime
 
 from conductor_app.store import eager
-
-#: What the test kit has added to the database's clock.
-_offset = dt.timedelta()
+from conductor_app.store.process import process
 
 
 class DatabaseNow(Func):
@@ -43,6 +41,20 @@ class DatabaseNow(Func):
         return self.as_sql(compiler, connection, template=template, **extra)
 
 
+class Instant(ExpressionWrapper):  # type: ignore[type-arg]  # Django's has none
+    """An instant that is computed of others."""
+
+    def __init__(self, expression: Combinable) -> None:
+        super().__init__(expression, output_field=DateTimeField())
+
+    def as_sqlite(self, compiler: Any, connection: Any, **extra: Any) -> Any:
+        # SQLite compares instants as texts. Django's function for sums writes six digits of a second's fraction, or
+        # none, where ``DatabaseNow`` has three: the same instant would come before itself.
+        del extra
+        sql, params = self.as_sql(compiler, connection)
+        return f"STRFTIME('%%Y-%%m-%%d %%H:%%M:%%f', {sql})", params
+
+
 def now() -> Combinable:
     """Return the current instant as an SQL expression."""
     return after(0)
@@ -57,13 +69,25 @@ def after(seconds: float | dt.timedelta, *, skipping: bool = True) -> Combinable
     delta = interval(seconds, skipping=skipping)
     if not delta:
         return DatabaseNow()
-    return ExpressionWrapper(DatabaseNow() + Value(delta), output_field=DateTimeField())
+    return Instant(DatabaseNow() + Value(delta))
 
 
 def interval(seconds: float | dt.timedelta, *, skipping: bool = True) -> dt.timedelta:
     """Return what to add to the database's own clock for the instant ``seconds`` from now; see ``after``."""
-    delta = (seconds if isinstance(seconds, dt.timedelta) else dt.timedelta(seconds=seconds)) + _offset
+    delta = (seconds if isinstance(seconds, dt.timedelta) else dt.timedelta(seconds=seconds)) + process.clock_offset
     return delta + eager.skipped() if skipping else delta
+
+
+class Never(Expression):
+    """An instant that lies behind all others, in the year 9000, as a column holds it."""
+
+    def __init__(self) -> None:
+        super().__init__(output_field=DateTimeField())
+
+    def as_sql(self, compiler: Any, connection: Any) -> Any:
+        del compiler
+        is_typed = connection.vendor == "postgresql"
+        return ("'9000-01-01 00:00:00+00'::timestamptz" if is_typed else "'9000-01-01 00:00:00'"), []
 
 
 def read(using: str) -> dt.datetime:
@@ -82,6 +106,11 @@ def read(using: str) -> dt.datetime:
     return cast(dt.datetime, value) + interval(0)
 
 
+def elapsed_since(instant: dt.datetime) -> float:
+    """Return how many seconds ago the database's clock was at ``instant``, by this machine's; never less than 0."""
+    return max((aware(timezone.now()) + interval(0) - instant).total_seconds(), 0.0)
+
+
 def seconds_to_first(rows: QuerySet[Any], column: str) -> float | None:
     """Return in how many seconds the first instant in a column comes; ``None`` if there is no row."""
     left = ExpressionWrapper(F(column) - now(), output_field=DurationField())
@@ -91,14 +120,12 @@ def seconds_to_first(rows: QuerySet[Any], column: str) -> float | None:
 
 def shift(delta: dt.timedelta) -> None:
     """Move the clock of this process by ``delta``. For tests only."""
-    global _offset  # noqa: PLW0603
-    _offset += delta
+    process.clock_offset += delta
 
 
 def reset() -> None:
     """Undo every ``shift``."""
-    global _offset  # noqa: PLW0603
-    _offset = dt.timedelta()
+    process.clock_offset = dt.timedelta()
 
 
 def aware(value: dt.datetime) -> dt.datetime:

@@ -11,26 +11,25 @@ forgotten, and the child opens its own when it needs one. The parent's are left 
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
-from django.db import connections
+from django.db import DatabaseError, connections
 from django.db.backends.signals import connection_created
 
+from conductor_app.store.process import process
 from conductor_app.store.sockets import descriptor_of
 
-#: Django's connections of all threads, by id. What belongs to other threads than the one that forks is freed in the
-#: child before a hook can run there, so it has to be known before, and to be kept.
-_connections: dict[int, weakref.ref[Any]] = {}
-#: Of the thread that forks, while it does: the connections and what their drivers made.
+logger = logging.getLogger("conductor_app.worker")
+
+#: Of the thread that forks, while it does: the connections and what their drivers made, and whether the sweeper's
+#: thread is held up. Several threads may fork at the same time.
 _forking = threading.local()
-_pid = os.getpid()
-#: What else forgets connections in the child. It gets a descriptor of ``/dev/null``, to put in the place of sockets.
-forgetting: list[Callable[[int], None]] = []
 
 
 def own() -> None:
@@ -38,40 +37,70 @@ def own() -> None:
 
     uWSGI forks without Python's knowledge, unless it is asked for ``py-call-osafterfork``.
     """
-    if os.getpid() != _pid:
+    if os.getpid() != process.pid:
         _forking.kept = getattr(_forking, "kept", None) or _opened()
-        _after_in_child()
+        _forget_connections()
 
 
 def _note(connection: Any = None, **_kwargs: Any) -> None:
     key = id(connection)
-    _connections[key] = weakref.ref(connection, lambda _: _connections.pop(key, None))
+    known = process.connections
+    known[key] = weakref.ref(connection, lambda _: known.pop(key, None))
 
 
 def _opened() -> list[tuple[Any, Any]]:
     """Return Django's connections that are open, with what their drivers made."""
     known = {id(connection): connection for connection in connections.all(initialized_only=True)}
-    known |= {key: connection for key, reference in list(_connections.items()) if (connection := reference())}
+    known |= {key: connection for key, reference in list(process.connections.items()) if (connection := reference())}
     return [(connection, connection.connection) for connection in known.values() if connection.connection is not None]
 
 
 def _before() -> None:
-    _forking.kept = _opened()
+    sweeper, _forking.held = process.worker.sweeper, False
+    try:
+        if sweeper is not None:
+            _forking.held = sweeper.before_fork()
+            _close_own_connections()
+    finally:
+        _forking.kept = _opened()
 
 
 def _after_in_parent() -> None:
     _forking.kept = None
+    if process.worker.sweeper is not None:
+        process.worker.sweeper.after_fork_in_parent(_forking.held)
 
 
 def _after_in_child() -> None:
-    global _pid  # noqa: PLW0603
-    _pid = os.getpid()
+    try:
+        _forget_connections()
+    finally:
+        process.forget_parents()
+
+
+def _close_own_connections() -> None:
+    """Close what this thread, usually Celery's main one, has open: a child process that inherits it would break it.
+
+    A killed process's failure is stored by the main process. Then a new process is forked, and the first thing that
+    Celery's fixup does there is to close the inherited connection. MariaDB's drivers say goodbye on the shared socket:
+    the main process could store no second failure, and the plain child that it is about would never be reported.
+    """
+    for connection in connections.all(initialized_only=True):
+        if connection.connection is not None and not connection.in_atomic_block:
+            try:
+                connection.close()
+            except DatabaseError:
+                logger.debug("Closing a connection before a fork failed.", exc_info=True)
+
+
+def _forget_connections() -> None:
+    process.pid = os.getpid()
     inherited, _forking.kept = _forking.kept or (), None
     with suppress(OSError):
         nowhere = os.open(os.devnull, os.O_RDWR)
         try:
             _forget_databases(inherited, nowhere)
-            for forget in forgetting:
+            for forget in process.forgetting:
                 forget(nowhere)
         finally:
             os.close(nowhere)

@@ -78,6 +78,18 @@ def derive_namesake_id(task_id: uuid.UUID, call: str) -> uuid.UUID:
     return _derive(task_id, b"namesake " + call.encode())
 
 
+def derive_tick_id(schedule: str, instant: dt.datetime) -> uuid.UUID:
+    """Return the id of what a schedule starts for an instant, so that it is one execution whoever starts it.
+
+    It begins with the instant, as one that was created then.
+
+    Args:
+        schedule: The schedule's name.
+        instant: An aware one.
+    """
+    return _derive(_first_of(max(int(instant.timestamp() * 1000), 0)), b"tick " + schedule.encode())
+
+
 def namesakes_range(task_id: uuid.UUID) -> tuple[uuid.UUID, uuid.UUID]:
     """Return the smallest and the largest id that ``derive_namesake_id`` makes of an id; others may lie between."""
     first = task_id.int >> 80 << 80 | 0x8000 << 64 | 0x81 << 56

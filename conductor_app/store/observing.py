@@ -13,6 +13,8 @@ from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
 
+from django.dispatch import Signal
+
 logger = logging.getLogger(__name__)
 
 Hook = Callable[..., AbstractContextManager[object]]
@@ -75,29 +77,66 @@ class _Entered(AbstractContextManager[None]):
 running = Around()
 #: The function of a step, when it is called and not remembered; called with the execution and the step's name.
 stepping = Around()
+#: The writing of tags by a body; called with the execution and the tags.
+tagging = Around()
 #: What is done for an execution outside of its runs, such as the publishing of its message; called with the execution.
 acting_for = Around()
 
-_carriers: tuple[Carrier, ...] = ()
+#: Where each move of an execution has its line.
+logger_of_moves = logging.getLogger("conductor_app.execution")
+#: What writes the line of a move at DEBUG, by the move's signal. A receiver would cost each run its time, always.
+lines: dict[Signal, Callable[..., None]] = {}
+
+
+#: What has to follow the moves of a task's executions, by the task's name: called with the signal, the execution and
+#: the signal's details. A receiver would cost the moves of every task its time.
+followers: dict[str, Callable[..., None]] = {}
+
+
+def is_noticed(signal: Signal, task: str) -> bool:
+    """Tell whether anybody hears a move's signal, sees its line, or follows the moves of the task."""
+    return (
+        signal.has_listeners(task)
+        or task in followers
+        or (signal in lines and logger_of_moves.isEnabledFor(logging.DEBUG))
+    )
+
+
+def tell(signal: Signal, execution: Any, **details: Any) -> None:
+    """Write the line of a move that has been made, and send its signal."""
+    if signal in lines and logger_of_moves.isEnabledFor(logging.DEBUG):
+        try:
+            lines[signal](execution=execution, **details)
+        except Exception:
+            logger.exception("The line of a move failed.")
+    follower = followers.get(execution.task)
+    if follower is not None:
+        try:
+            follower(signal, execution, **details)
+        except Exception:
+            logger.exception("What follows a move failed; a sweep does it.")
+    signal.send_robust(sender=execution.task, execution=execution, **details)
+
+
+_carriers: list[Carrier] = []
 
 
 def add_carrier(carrier: Carrier) -> None:
     """Call ``carrier(task, headers)`` for each new execution; what it puts into the headers is kept with it."""
-    global _carriers  # noqa: PLW0603
     if carrier not in _carriers:
-        _carriers = (*_carriers, carrier)
+        _carriers.append(carrier)
 
 
 def remove_carrier(carrier: Carrier) -> None:
     """Call ``carrier`` no more."""
-    global _carriers  # noqa: PLW0603
-    _carriers = tuple(other for other in _carriers if other != carrier)
+    if carrier in _carriers:
+        _carriers.remove(carrier)
 
 
 def carried(task: str, headers: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the headers that a new execution of ``task`` keeps: those of its caller, and what the carriers add."""
     kept = dict(headers or {})
-    for carrier in _carriers:
+    for carrier in tuple(_carriers):
         try:
             carrier(task, kept)
         except Exception:

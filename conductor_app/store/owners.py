@@ -14,36 +14,32 @@ import re
 import secrets
 import socket
 
+from conductor_app.store.process import process
+
 #: Of the field ``Execution.lease_owner``.
 MAX_LENGTH = 255
 #: How a worker tells its token to pool processes that are started anew, not forked.
 _ENVIRONMENT = "CONDUCTOR_WORKER_TOKEN"
 _FORM = re.compile(r"(?P<node>.*?)(?:/(?P<token>[0-9a-f]{8}))?/(?P<pid>[0-9]+)", re.DOTALL)
 
-_workers_token: str | None = None
-_own: tuple[int, str] | None = None
-
 
 def begin_worker() -> None:
     """Make up this worker's token, for it and for all processes that it starts."""
-    global _workers_token  # noqa: PLW0603
-    _workers_token = os.environ[_ENVIRONMENT] = _new_token()
+    process.workers_token = os.environ[_ENVIRONMENT] = _new_token()
 
 
 def join_worker() -> None:
     """Take over the token of the worker whose pool process this is."""
-    global _workers_token  # noqa: PLW0603
-    _workers_token = _workers_token or os.environ.get(_ENVIRONMENT)
+    process.workers_token = process.workers_token or os.environ.get(_ENVIRONMENT)
 
 
 def token() -> str:
     """Return the token of this process's worker, or its own."""
-    global _own  # noqa: PLW0603
-    if _workers_token is not None:
-        return _workers_token
-    if _own is None or _own[0] != os.getpid():
-        _own = (os.getpid(), _new_token())
-    return _own[1]
+    if process.workers_token is not None:
+        return process.workers_token
+    if process.own_token is None or process.own_token[0] != os.getpid():
+        process.own_token = (os.getpid(), _new_token())
+    return process.own_token[1]
 
 
 def lease_owner(hostname: str | None, pid: int | None = None) -> str:
@@ -88,11 +84,3 @@ def shown(owner: str) -> str:
 
 def _new_token() -> str:
     return secrets.token_hex(4)
-
-
-def _after_in_child() -> None:
-    global _own  # noqa: PLW0603
-    _own = None
-
-
-os.register_at_fork(after_in_child=_after_in_child)

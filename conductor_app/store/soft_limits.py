@@ -20,6 +20,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from conductor_app.store import interrupted
+from conductor_app.store.process import process
 
 #: After how many seconds a limit that came in the middle of a finalizer comes again.
 _AGAIN_SECONDS = 0.01
@@ -100,10 +101,8 @@ class _NoLimit(SoftLimit):
         """Nothing came."""
 
 
-_limit = SoftLimit()
+process.soft_limit = SoftLimit()
 _no_limit = _NoLimit()
-# Another thread may fork while the main one holds a limit back; nobody would let it through in the child.
-os.register_at_fork(after_in_child=_limit.forget)
 
 
 def soft_limit() -> SoftLimit:
@@ -111,9 +110,10 @@ def soft_limit() -> SoftLimit:
 
     If it is held back already, by a run around this one or by a transaction, it stays so: to this one there is none.
     """
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGUSR1") or _limit.is_held:
+    limit: SoftLimit = process.soft_limit
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGUSR1") or limit.is_held:
         return _no_limit
-    return _limit if _limit.is_there() else _no_limit
+    return limit if limit.is_there() else _no_limit
 
 
 class uninterrupted:  # noqa: N801 - a context manager, as those of contextlib

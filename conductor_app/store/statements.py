@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 from django.core.exceptions import EmptyResultSet
 from django.db import connections, transaction
-from django.db.models import Expression, Model, QuerySet
+from django.db.models import Expression, Model, QuerySet, Value
 from django.db.models.sql import UpdateQuery
 
 from conductor_app.store.opened import is_transaction, one_statement
@@ -60,15 +61,53 @@ def update_returning(queryset: QuerySet[M], returning: Iterable[str], **values: 
         return list(rows.only(*(field.attname for field in fields)))
 
 
-def fetch(using: str, statement: str, parameters: Mapping[str, Any]) -> list[Sequence[Any]]:
+def insert_selected(model: type[Model], rows: QuerySet[Any], values: Mapping[str, Any]) -> int:
+    """Insert a row for each of ``rows``, in their order; what it is made of never leaves the database.
+
+    Args:
+        model: Of which table.
+        rows: What is selected from.
+        values: Expressions over ``rows``, or constants, by the names of the new row's attributes.
+
+    Returns:
+        How many there are.
+    """
+    connection = connections[rows.db]
+    fields = {field.attname: field for field in model._meta.concrete_fields}
+    expressions = {
+        f"new_{name}": value
+        if hasattr(value, "resolve_expression")
+        else Value(value, output_field=_plain(fields[name]))
+        for name, value in values.items()
+    }
+    try:
+        selected, params = rows.annotate(**expressions).values_list(*expressions).query.get_compiler(rows.db).as_sql()
+    except EmptyResultSet:
+        return 0
+    quote = connection.ops.quote_name
+    columns = ", ".join(quote(str(fields[name].column)) for name in values)
+    with connection.cursor() as cursor:
+        cursor.execute(f"INSERT INTO {quote(model._meta.db_table)} ({columns}) {selected}", params)
+        return max(int(cursor.rowcount), 0)
+
+
+def _plain(field: Any) -> Any:
+    """Return the field whose values a column holds: of a key the other table's."""
+    return field.target_field if field.is_relation else field
+
+
+def fetch(using: str, statement: str, parameters: Mapping[str, Any], *, savepoint: bool = True) -> list[Sequence[Any]]:
     """Run a single statement and return its rows; where no transaction is open, it is one itself.
+
+    Args:
+        savepoint: Whether a transaction that is open stays usable if the statement fails.
 
     There it goes to the driver past Django's cursors, which take longer than the driver does, unless somebody listens
     to them: an ``execute_wrapper``, or the log of queries.
     """
     connection: Any = connections[using]
     if connection.execute_wrappers not in NOT_LISTENING or connection.queries_logged or not is_transaction(using):
-        with one_statement(using), connection.cursor() as cursor:
+        with one_statement(using) if savepoint else nullcontext(), connection.cursor() as cursor:
             cursor.execute(statement, parameters)
             return list(cursor.fetchall())
     with at_work(connection), connection.wrap_database_errors:

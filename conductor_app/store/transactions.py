@@ -8,7 +8,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from django.db import DatabaseError, Error, InterfaceError, connections, transaction
 
@@ -56,11 +56,12 @@ def persist(using: str, work: Callable[[], T], *, patience: float, skips_locked:
     give_up_at = time.monotonic() + patience
     while True:
         wait = at_work(connection)
+        is_ours = _is_ours(using)
         try:
-            with uninterrupted(), wait:
+            with uninterrupted(), wait, not_left_half_open(connection):
                 return work() if limit is None else limited(connection, work, limit)
         except (DatabaseError, InterfaceError) as error:
-            if not _is_ours(using):
+            if not is_ours:
                 raise  # the caller's transaction is broken; only the caller can start it again
             if _raises_read_only.get() and errors.is_read_only(error):
                 raise
@@ -121,7 +122,7 @@ def together(using: str, work: Callable[[], T]) -> T:
     limit = limit_of(connection)
 
     def atomic() -> T:
-        with transaction.atomic(using=using):
+        with not_left_half_open(connection), transaction.atomic(using=using):
             return work()
 
     if limit is None:
@@ -165,6 +166,24 @@ def _is_ours(using: str) -> bool:
     connection = connections[using]
     # ``autocommit`` is what the settings say from the moment of the connection on.
     return not connection.in_atomic_block and (connection.connection is None or connection.autocommit)
+
+
+@contextlib.contextmanager
+def not_left_half_open(connection: Any) -> Iterator[None]:
+    """Keep no session that has ended between a transaction of this block and Django's return to autocommit.
+
+    With MySQL that is a statement of its own. When it fails, Django goes on to take the session for one in a
+    transaction: what is written next is never committed, by whomever.
+    """
+    begins = connection.autocommit or connection.connection is None
+    try:
+        yield
+    except (DatabaseError, InterfaceError):
+        is_half_open = connection.connection is not None and not connection.autocommit
+        if begins and is_half_open and connection.settings_dict["AUTOCOMMIT"] and not connection.in_atomic_block:
+            with contextlib.suppress(Exception):
+                connection.close()
+        raise
 
 
 def pause_after_conflict(number: int) -> None:

@@ -9,13 +9,13 @@ asks the server whether it works on that statement (``serving``), and shuts the 
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from types import TracebackType
 from typing import Any, Protocol
 
 from conductor_app.store.frames import current_greenlet, in_driver, innermost, is_about
+from conductor_app.store.process import process
 
 
 class Wait(Protocol):
@@ -53,8 +53,8 @@ class at_work:  # noqa: N801 - a context manager, as those of contextlib
         self._before: at_work | None = None
 
     def __enter__(self) -> at_work:
-        self._before = _at_work.get(self.thread)
-        _at_work[self.thread] = self
+        self._before = process.at_work.get(self.thread)
+        process.at_work[self.thread] = self
         return self
 
     def __exit__(
@@ -62,11 +62,11 @@ class at_work:  # noqa: N801 - a context manager, as those of contextlib
     ) -> None:
         self.call = None
         if self._before is None:
-            _at_work.pop(self.thread, None)
+            process.at_work.pop(self.thread, None)
         else:
             # What is around this has heard of the database just now.
             self._before.since = time.monotonic()
-            _at_work[self.thread] = self._before
+            process.at_work[self.thread] = self._before
 
     @property
     def seconds(self) -> float:
@@ -87,20 +87,15 @@ class at_work:  # noqa: N801 - a context manager, as those of contextlib
 
     def is_current(self) -> bool:
         """Tell whether it still lasts; if looks have found it in a call, whether that does."""
-        wait = _at_work.get(self.thread)
+        wait: at_work | None = process.at_work.get(self.thread)
         while wait is not None and wait is not self:
             wait = wait._before
         return wait is self and (self.call is None or self.look())
 
 
-#: What each thread waits for.
-_at_work: dict[int, at_work] = {}
-os.register_at_fork(after_in_child=_at_work.clear)
-
-
 def hangs(thread: int) -> bool:
     """Tell whether a thread still waits for a statement of the engine's, although its connection is shut down."""
-    wait = _at_work.get(thread)
+    wait: at_work | None = process.at_work.get(thread)
     return wait is not None and wait.is_cut
 
 
@@ -138,7 +133,7 @@ class InBody:
         return self._frame is not None and self._call() is self._frame
 
     def _call(self) -> Any:
-        if self.connection.vendor == "sqlite" or self.thread in _at_work:
+        if self.connection.vendor == "sqlite" or self.thread in process.at_work:
             return None
         frame = in_driver(innermost(self.thread, self._greenlet))
         return frame if frame is not None and is_about(frame, self.connection) else None
@@ -154,7 +149,7 @@ def overdue(seconds: float) -> list[at_work]:
     # ``ctx.atomic_step``: they take as long as they take.
     return [
         wait
-        for wait in list(_at_work.values())
+        for wait in list(process.at_work.values())
         if wait.thread != own
         and wait.look()
         and wait.seconds > seconds

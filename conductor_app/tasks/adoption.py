@@ -11,6 +11,7 @@ from django.db import OperationalError
 from conductor_app import transitions
 from conductor_app.body import headers
 from conductor_app.engine import calls
+from conductor_app.engine.run import RunEnded
 from conductor_app.exceptions import AbandonRun, ProgrammingError
 from conductor_app.models import Execution, database
 from conductor_app.store.ids import of_task_id
@@ -22,6 +23,7 @@ def identify(task: Any, request: Context, args: tuple[Any, ...], kwargs: dict[st
     """Return the id of the execution that a delivery is about; for whoever claims it.
 
     Raises:
+        RunEnded: The message becomes no execution: an open one has its unique key, and stands for it.
         Exception: The message becomes no execution.
     """
     try:
@@ -84,7 +86,9 @@ def _adopt(task: Any, request: Context, args: tuple[Any, ...], kwargs: dict[str,
         if known is None:
             raise
         return known.pk
-    transitions.patiently(lambda: transitions.create(new))
+    created, _ = transitions.patiently(lambda: calls.create(new, None))
+    if created.pk != execution_id:
+        raise RunEnded("dropped", f"execution {created.pk} has its unique key, {created.unique_key!r}")
     return execution_id
 
 

@@ -14,10 +14,18 @@ from celery.utils.functional import head_from_fun
 from django.core.exceptions import ImproperlyConfigured
 
 from conductor_app.body.context import ExecutionContext
+from conductor_app.engine.limits import follow
+from conductor_app.states import OnConflict
 from conductor_app.tasks.task import DurableTask
+from conductor_app.values.limits import check_limits
 from conductor_app.values.options import RoutingOptions, TaskOptions, check_task_options
+from conductor_app.values.retention import Retention
 from conductor_app.values.retries import RetryPolicy
+from conductor_app.values.schedules import OPTIONS as SCHEDULE_OPTIONS
+from conductor_app.values.schedules import Plan, plan_of
+from conductor_app.values.tags import check_tags
 from conductor_app.values.texts import shown
+from conductor_app.values.uniqueness import check_source
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -32,6 +40,8 @@ _MEANINGLESS_OPTIONS = (
 _CONTEXT_NAMES = ("ctx", "context", "_ctx", "_context", "_")
 #: Where each decorated task was defined, by name: to notice two tasks of one name.
 _defined_at: dict[str, tuple[str, str]] = {}
+#: The same of each schedule.
+_scheduled_at: dict[str, tuple[str, str]] = {}
 
 
 @overload
@@ -60,14 +70,32 @@ def durable_task(fn: Any = None, /, **options: Any) -> Any:
         fn: The body; its first parameter is the ``ExecutionContext``, called ``ctx``.
         options: ``max_retries=3``, ``autoretry_for=(Exception,)``, ``dont_autoretry_for=()``, ``retry_backoff=True``,
             ``retry_backoff_max=600``, ``retry_jitter=True``, ``default_retry_delay=180`` as in Celery (delays in
-            seconds), ``around=None``, any other option of ``@shared_task``, and attributes that the class given as
-            ``base`` declares. ``around`` is a function that gets the context and the body's arguments and returns a
-            context manager; each run of the body is inside of it, and inside of that of ``CONDUCTOR["AROUND_BODY"]``.
+            seconds), ``around=None``, ``tags=None``, ``limits=()``, any other option of ``@shared_task``, and
+            attributes that the class given as ``base`` declares. ``around`` is a function that gets the context and the
+            body's arguments and returns a context manager; each run of the body is inside of it, and inside of that of
+            ``CONDUCTOR["AROUND_BODY"]``. ``tags`` are those of the tree that an execution is in: a mapping, or a
+            function that gets the task's arguments and returns one. ``limits`` is a list of ``Limit``.
+            function that gets the task's arguments and returns one. ``unique=None`` names the argument that is the
+            unique key of an execution, or is a function that gets the task's arguments and returns the key (``None``:
+            none); ``on_conflict="return"``, ``"refuse"`` or ``"replace"`` says what becomes of a call whose key an open
+            execution has.
+
+            ``cron="0 9 * * 1-5"`` (minute, hour, day of the month, month, day of the week) lets workers start it by
+            themselves, by the clocks of ``tz`` (``settings.TIME_ZONE``), as the schedule ``schedule`` (the task's
+            name). ``overlap="skip"``, ``"queue"``, ``"allow"`` or ``"replace"`` says what becomes of a tick while an
+            earlier one's execution is open, ``catch_up="last"``, ``"none"`` or ``"all"`` what of ticks while no worker
+            was there.
+
+            ``keep`` and ``keep_failed``, seconds or a ``timedelta``, let workers delete trees of which it is the root
+            so long after they have ended; ``CONDUCTOR["KEEP"]`` and ``CONDUCTOR["KEEP_FAILED"]`` by default, and
+            ``float("inf")`` keeps them for good.
 
     Raises:
-        TypeError: The function cannot be a durable body, or ``around`` not be called; an option without effect.
-        ValueError: A retry option has an impossible value, or ``soft_time_limit`` exceeds ``time_limit``.
-        ImproperlyConfigured: Another durable task has the same name.
+        TypeError: The function cannot be a durable body, or ``around`` not be called; an option without effect;
+            ``unique`` names no argument.
+        ValueError: An option has an impossible value, such as a line of cron that names no instant, or
+            ``soft_time_limit`` exceeds ``time_limit``.
+        ImproperlyConfigured: Another durable task, or another schedule, has the same name.
     """
     if fn is None:
         return functools.partial(_register, options)
@@ -98,6 +126,20 @@ def _register(options: Mapping[str, Any], fn: Callable[..., Any]) -> Any:
         if not callable(around):
             raise TypeError(f"around must be a function that returns a context manager, got {type(around).__name__}.")
         celery_options["around"] = staticmethod(around)
+    celery_options["limits"] = limits = check_limits(celery_options.pop("limits", None) or (), fn)
+    if limits:
+        follow(options.get("name") or current_app.gen_task_name(fn.__name__, fn.__module__))
+    celery_options["tag_source"] = _tag_source(celery_options.pop("tags", None))
+    source, on_conflict = celery_options.pop("unique", None), celery_options.pop("on_conflict", None)
+    check_source(source, on_conflict, inspect.unwrap(fn))
+    celery_options["unique_source"] = staticmethod(source) if callable(source) else source
+    celery_options["on_conflict"] = OnConflict(on_conflict or OnConflict.RETURN)
+    celery_options["plan"] = _plan(fn, options)
+    celery_options["retention"] = Retention.of(
+        celery_options.pop("keep", None), celery_options.pop("keep_failed", None)
+    )
+    for name in SCHEDULE_OPTIONS:
+        celery_options.pop(name, None)
     celery_options["stores_ignored_errors"] = bool(celery_options.pop("store_errors_even_if_ignored", False))
     # Celery 6 will not know these as attributes of a task (it warns today), but they are options of the decorator.
     routing = {name: celery_options.pop(name) for name in _ROUTING_OPTIONS if name in celery_options}
@@ -112,6 +154,34 @@ def _register(options: Mapping[str, Any], fn: Callable[..., Any]) -> Any:
         __header__=staticmethod(head_from_fun(fn, bound=True)),  # as in Celery: Python 3.14 binds a partial, too
         **celery_options,
     )
+
+
+def _tag_source(tags: Any) -> Any:
+    if tags is None:
+        return None
+    return staticmethod(tags) if callable(tags) else check_tags(tags, "tags of @durable_task")
+
+
+def _plan(fn: Callable[..., Any], options: Mapping[str, Any]) -> Plan | None:
+    """Return when the task is started by itself."""
+    plan = plan_of(options, _name_of(fn, options))
+    if plan is None:
+        return None
+    try:
+        inspect.signature(fn).bind(None)
+    except TypeError as error:
+        raise TypeError(
+            f'{fn.__qualname__} has cron="{plan.timetable.line}", and nobody gives it arguments then: {error}. Give '
+            "each parameter a default."
+        ) from None
+    here = (fn.__module__, fn.__qualname__)
+    before = _scheduled_at.setdefault(plan.name, here)
+    if before != here:
+        raise ImproperlyConfigured(
+            f'Two schedules are called "{plan.name}": those of {".".join(before)} and of {".".join(here)}. '
+            'Give one of them schedule="…".'
+        )
+    return plan
 
 
 def _check_body(fn: Any, options: Mapping[str, Any]) -> None:
@@ -153,8 +223,13 @@ def _is_context(parameter: inspect.Parameter) -> bool:
     )
 
 
+def _name_of(fn: Callable[..., Any], options: Mapping[str, Any]) -> str:
+    name: str = options.get("name") or current_app.gen_task_name(fn.__name__, fn.__module__)
+    return name
+
+
 def _check_name(fn: Callable[..., Any], options: Mapping[str, Any]) -> None:
-    name = options.get("name") or current_app.gen_task_name(fn.__name__, fn.__module__)
+    name = _name_of(fn, options)
     if not 1 <= len(name) <= 255 or not name.isprintable():
         raise ImproperlyConfigured(f"A task's name must be 1–255 printable characters, got {shown(name)}.")
     here = (fn.__module__, fn.__qualname__)

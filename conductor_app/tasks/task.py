@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import inspect
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any, ClassVar, ParamSpec, TypeVar, Unpack, cast
+from typing import Any, ClassVar, Literal, ParamSpec, TypeVar, Unpack, cast
 
 from celery.app.task import Context
 from celery.backends.base import DisabledBackend
-from celery.result import AsyncResult, EagerResult
+from celery.result import EagerResult
 
 from conductor_app import transitions
 from conductor_app.body import headers
@@ -24,27 +25,33 @@ from conductor_app.engine.run import current_run
 from conductor_app.exceptions import (
     BlockingCallInTask,
     ChildError,
-    IdempotencyConflict,
-    InvalidArgument,
     InvalidArgumentType,
     PayloadMismatch,
     WorkerLost,
 )
 from conductor_app.host import inline
 from conductor_app.models import Execution
+from conductor_app.states import OnConflict
 from conductor_app.store import eager
+from conductor_app.store.event_loops import check_none_runs
 from conductor_app.store.ids import new_root_id, of_task_id
 from conductor_app.tasks import adoption
+from conductor_app.tasks.calling import CallingTask
+from conductor_app.tasks.identity import check_same, parse_id
 from conductor_app.tasks.kept_options import kept_options
-from conductor_app.tasks.refusals import RefusingTask
 from conductor_app.tasks.result import DurableResult
 from conductor_app.tasks.signatures import body_signature, misfit_of_call
 from conductor_app.transitions import dispatch
 from conductor_app.values.arguments import call_arguments, check_priority, due_time, expiry, routed
+from conductor_app.values.limits import Limit, keys_of
 from conductor_app.values.options import OF_A_CHORD, CallOptions, check_call_options, check_callbacks
 from conductor_app.values.payloads import dump_call, dump_options, loads
+from conductor_app.values.retention import Retention
 from conductor_app.values.retries import RetryPolicy
-from conductor_app.values.texts import shown
+from conductor_app.values.schedules import Plan
+from conductor_app.values.tags import TagSource, tags_of_call
+from conductor_app.values.uniqueness import OPTIONS as UNIQUE_OPTIONS
+from conductor_app.values.uniqueness import UniqueSource, unique_of_call
 from conductor_app.values.validated import dump_models, load_models
 from conductor_app.values.validated import misfit as misfit_of_models
 
@@ -52,7 +59,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class DurableTask(RefusingTask[P, R]):
+class DurableTask(CallingTask[P, R]):
     """The Celery task behind ``@durable_task``; its ``run`` is the decorated function."""
 
     abstract = True
@@ -80,6 +87,17 @@ class DurableTask(RefusingTask[P, R]):
     routing: ClassVar[Mapping[str, Any]] = {}
     #: A context manager for each run of the body, called with the context and the body's arguments; see ``scopes``.
     around: ClassVar[Callable[..., contextlib.AbstractContextManager[object]] | None] = None
+    #: The decorator's ``limits``, in the order of their names.
+    limits: ClassVar[tuple[Limit, ...]] = ()
+    #: The decorator's ``tags``.
+    tag_source: ClassVar[TagSource | None] = None
+    #: The decorator's ``unique``: what the unique key of an execution is.
+    unique_source: ClassVar[UniqueSource | None] = None
+    on_conflict: ClassVar[OnConflict] = OnConflict.RETURN
+    #: When it is started by itself, as the decorator says; ``None``: never.
+    plan: ClassVar[Plan | None] = None
+    #: How long trees of it are kept, as the decorator says.
+    retention: ClassVar[Retention] = Retention()
     #: Options that were given and mean nothing here; the system check W019 tells of them.
     ignored_options: ClassVar[tuple[str, ...]] = ()
     #: Whether Celery makes pydantic models of its arguments: the option ``pydantic``.
@@ -126,8 +144,12 @@ class DurableTask(RefusingTask[P, R]):
         shadow: str | None = None,
         *,
         idempotency_key: str | None = None,
+        unique_key: str | None = None,
+        on_conflict: Literal["return", "refuse", "replace"] | None = None,
+        debounce: float | dt.timedelta | None = None,
+        debounce_max: float | dt.timedelta | None = None,
         **options: Unpack[CallOptions],
-    ) -> AsyncResult[R]:
+    ) -> DurableResult[R]:
         """Store an execution in the current transaction, and publish its message when that is committed.
 
         Takes the options of ``celery.app.task.Task.apply_async`` and no others. ``countdown`` and ``eta`` become the
@@ -135,49 +157,86 @@ class DurableTask(RefusingTask[P, R]):
         effect, since the row is the outbox.
 
         Args:
-            idempotency_key: A second call with the same key returns the existing execution.
+            idempotency_key: A second call with the same key returns the existing execution, for ever.
+            unique_key: Of one open execution of the task at most; instead of the decorator's ``unique``.
+            on_conflict: If an open one has it: ``"return"`` returns that, ``"refuse"`` raises, ``"replace"`` cancels it
+                and stores one that begins when it has ended. By default what the decorator says.
+            debounce: Seconds, or a ``timedelta``. A call gives an execution that has not begun its own payload, and
+                lets it begin so much later; if there is none, it is stored, to begin so much later, and not before one
+                that has begun has ended.
+            debounce_max: Seconds after the first of these calls at which it begins at the latest.
+
+        Returns:
+            The result; ``is_new`` says whether this call has stored the execution.
 
         Raises:
-            NotSerializable, PayloadTooLarge, InvalidArgument, InvalidArgumentType: Nothing is stored. An option that
-                Celery does not know is an ``InvalidArgumentType``.
+            DuplicateExecution: An open execution has the unique key.
+            NotSerializable, PayloadTooLarge, TooManyTags, InvalidArgument, InvalidArgumentType: Nothing is stored. An
+                option that Celery does not know is an ``InvalidArgumentType``.
             QueueNotFound: ``task_create_missing_queues`` is off, and there is no such queue.
             IdempotencyConflict: The key belongs to an execution with other arguments.
+            BlockingCallInEventLoop: An event loop runs here; use ``aapply_async`` or ``adelay``.
         """
         del producer
+        check_none_runs(f"{self.name}.apply_async()", f"`await {self.name}.aapply_async(…)`, or `adelay`")
         check_call_options(options, f"{self.name}.apply_async()")
         given: dict[str, Any] = {**options, "link": link, "link_error": link_error, "shadow": shadow}
+        given |= {
+            "unique_key": unique_key,
+            "on_conflict": on_conflict,
+            "debounce": debounce,
+            "debounce_max": debounce_max,
+        }
         if any(given.get(name) for name in ("link", "link_error", "chain", "chord")):
             check_callbacks(given, self.app, lambda task: isinstance(task, DurableTask))
         current = self.app.current_worker_task
         caller = calls.caller_of(given, task_id, current)
         if idempotency_key is None and (task_id is None or caller is not None):
             hint_at_repeated_call(self.name)
-        if current is not None:
-            given.setdefault("root_id", current.request.root_id or current.request.id)
-            given.setdefault("parent_id", current.request.id)
+        self._add_callers(given)
         given.update(calls.kept(caller, given))
-        if self.app.conf.task_always_eager:
-            given["ignore_result"] = not self.app.conf.task_store_eager_result
         new = self.new_execution(
             *call_arguments(self.name, args, kwargs),
             given,
             what=f"payload of {self.name}",
-            execution_id=_parse_id(task_id),
+            execution_id=parse_id(task_id),
             idempotency_key=idempotency_key,
             is_root=True,
         )
         new = headers.collect(new)
-        with eager.outside(), dispatch.inline() if self.app.conf.task_always_eager else contextlib.nullcontext():
+        with self._creating():
             execution, created = calls.create(new, caller)
         if not created:
-            _check_same(execution, new)
-        result: AsyncResult[R] = self.AsyncResult(announcements.celery_id(execution))
-        cast(Any, result).execution_id = execution.pk
-        cast(Any, result).ignored = self._is_ignored(execution, given)
+            check_same(execution, new)
+        result = self._result_of(execution, given, is_new=created)
         if current is not None and given.get("add_to_parent", True) and not isinstance(current, DurableTask):
             current.add_trail(result)
         if self.app.conf.task_always_eager and created:
-            return cast("AsyncResult[R]", inline.run_eagerly(execution, self.app))
+            ran: Any = inline.run_eagerly(execution, self.app)
+            ran.is_new = True
+            return cast("DurableResult[R]", ran)
+        return result
+
+    def _add_callers(self, options: dict[str, Any]) -> None:
+        """Add to a call's options what follows from where it stands."""
+        current = self.app.current_worker_task
+        if current is not None:
+            options.setdefault("root_id", current.request.root_id or current.request.id)
+            options.setdefault("parent_id", current.request.id)
+        if self.app.conf.task_always_eager:
+            options["ignore_result"] = not self.app.conf.task_store_eager_result
+
+    @contextlib.contextmanager
+    def _creating(self) -> Iterator[None]:
+        """Store executions as somebody outside of the tree that runs here; in eager mode, publish nothing."""
+        with eager.outside(), dispatch.inline() if self.app.conf.task_always_eager else contextlib.nullcontext():
+            yield
+
+    def _result_of(self, execution: Execution, options: Mapping[str, Any], *, is_new: bool) -> DurableResult[R]:
+        result = self.AsyncResult(announcements.celery_id(execution))
+        result.execution_id = execution.pk
+        result.is_new = is_new
+        cast(Any, result).ignored = self._is_ignored(execution, options)
         return result
 
     def _is_ignored(self, execution: Execution, options: Mapping[str, Any]) -> bool:
@@ -197,12 +256,16 @@ class DurableTask(RefusingTask[P, R]):
             args: Positional arguments, without the context.
             kwargs: Keyword arguments.
             throw: Whether to raise what fails it; ``CELERY_TASK_EAGER_PROPAGATES`` by default.
-            options: ``task_id``, ``link`` and ``link_error`` have the meaning of ``apply_async``; its others no effect.
+            options: ``task_id``, ``link``, ``link_error`` and ``tags`` have the meaning of ``apply_async``; its
+                others no effect.
 
         Raises:
-            InvalidArgumentType: ``apply_async`` knows no such option, or it is ``idempotency_key``.
+            InvalidArgumentType: ``apply_async`` knows no such option, or it is a key.
+            DuplicateExecution: An open execution has the unique key that the decorator gives it, whatever that says of
+                conflicts.
             BlockingCallInTask: The call stands in a durable body that a worker runs.
         """
+        check_none_runs(f"{self.name}.apply()", f"`await sync_to_async({self.name}.apply)(…)`")
         running = current_context.get()
         if running is not None and not (running.task is not None and running.task.request.is_eager):
             raise BlockingCallInTask(
@@ -215,14 +278,17 @@ class DurableTask(RefusingTask[P, R]):
             also=("logfile", "loglevel", *OF_A_CHORD),
             hint="It always runs the task; use apply_async.",
         )
-        kept = {key: value for key, value in options.items() if key in ("task_id", "link", "link_error")}
+        kept = {key: value for key, value in options.items() if key in ("task_id", "link", "link_error", "tags")}
         kept["ignore_result"] = not self.app.conf.task_store_eager_result
+        if self.unique_source is not None:
+            # It runs here and now: another one's result is none, and there is no waiting for another one's end.
+            kept["on_conflict"] = OnConflict.REFUSE
         task_id = kept.pop("task_id", None)
         new = self.new_execution(
             *call_arguments(self.name, args, kwargs),
             kept,
             what=f"payload of {self.name}",
-            execution_id=_parse_id(task_id),
+            execution_id=parse_id(task_id),
             is_root=True,
         )
         with eager.outside(), dispatch.inline():
@@ -239,7 +305,11 @@ class DurableTask(RefusingTask[P, R]):
         check_call_options(kwargs, f"{self.name}.apply_async_on_commit()")
         super().apply_async_on_commit(*args, **kwargs)
 
-    def AsyncResult(self, task_id: str, **kwargs: Any) -> AsyncResult[R]:  # noqa: N802
+    def delay(self, *args: P.args, **kwargs: P.kwargs) -> DurableResult[R]:
+        """Do as ``apply_async`` without options."""
+        return self.apply_async(args, kwargs)
+
+    def AsyncResult(self, task_id: str, **kwargs: Any) -> DurableResult[R]:  # noqa: N802
         """Return the result object of an execution's id."""
         return DurableResult(task_id, app=self.app, task_name=self.name, **kwargs)
 
@@ -272,6 +342,7 @@ class DurableTask(RefusingTask[P, R]):
         options: Mapping[str, Any],
         *,
         what: str,
+        path: str = "payload",
         execution_id: uuid.UUID | None = None,
         idempotency_key: str | None = None,
         is_root: bool = False,
@@ -283,6 +354,7 @@ class DurableTask(RefusingTask[P, R]):
             kwargs: Keyword arguments.
             options: Options of ``apply_async``.
             what: How the payload is called in an error.
+            path: How it is called in an error that names a part of it.
             execution_id: ``None`` makes a new one.
             idempotency_key: Unique per task.
             is_root: Whether its result is Celery's business too.
@@ -292,15 +364,32 @@ class DurableTask(RefusingTask[P, R]):
             QueueNotFound: ``task_create_missing_queues`` is off, and there is no such queue.
         """
         self._check_signature(args, kwargs, what)
-        payload = self.stored_payload(args, kwargs)
+        payload = self.stored_payload(args, kwargs, path)
         if idempotency_key is not None:
             check_key(idempotency_key, "idempotency_key")
         given = {name: value for name, value in options.items() if value is not None}
+        unique = unique_of_call(
+            given,
+            args,
+            kwargs,
+            task=self.name,
+            fn=inspect.unwrap(self.run),
+            source=self.unique_source,
+            on_conflict=self.on_conflict,
+            is_child=not is_root,
+            idempotency_key=idempotency_key,
+        )
+        given = {name: value for name, value in given.items() if name not in UNIQUE_OPTIONS}
         # The decorator's own queue, priority, time limits: of a child as well as of a root.
         exec_options: Mapping[str, Any] = {**cast(Any, self)._get_exec_options(), **self.routing}
         own = {name: value for name, value in exec_options.items() if value is not None}
         options = routed(self, {**own, **given}, args, kwargs)
         countdown, eta = due_time(options)
+        if unique is not None and unique.debounce is not None:
+            countdown = unique.debounce
+        kept = kept_options(self, options, is_root=is_root)
+        if unique is not None:
+            kept["unique"] = unique.key  # for an operator's retry, which takes it again
         return transitions.NewExecution(
             id=execution_id or new_root_id(),
             task=self.name,
@@ -308,21 +397,42 @@ class DurableTask(RefusingTask[P, R]):
             payload=payload,
             max_attempts=self.retry_policy.max_attempts,
             priority=check_priority(options.get("priority")),
-            options=dump_options(kept_options(self, options, is_root=is_root)),
+            options=dump_options(kept),
             countdown=countdown,
             eta=eta,
             expires=expiry(options.get("expires")),
             idempotency_key=idempotency_key,
+            unique=unique,
+            tags=tags_of_call(self.tag_source, given.get("tags"), args, kwargs),
+            # By what is stored, as it is when it is claimed.
+            limits=self.limit_keys(*loads(payload)) if self.limits else (),
         )
 
-    def stored_payload(self, args: list[Any], kwargs: Mapping[str, Any]) -> str:
+    def limit_keys(self, args: list[Any], kwargs: Mapping[str, Any]) -> list[tuple[Limit, str]]:
+        """Return the task's limits with the keys of a call.
+
+        Args:
+            args: Positional arguments as they are stored, without the context.
+            kwargs: Keyword arguments.
+
+        Raises:
+            InvalidArgument, InvalidArgumentType: One cannot be a key.
+        """
+        return keys_of(self.limits, inspect.unwrap(self.run), args, kwargs)
+
+    def stored_payload(self, args: list[Any], kwargs: Mapping[str, Any], what: str = "payload") -> str:
         """Return the arguments as they are stored.
+
+        Args:
+            args: Positional arguments, without the context.
+            kwargs: Keyword arguments.
+            what: How they are called in an error.
 
         Raises:
             NotSerializable, PayloadTooLarge: They cannot be.
         """
         args, kwargs = dump_models(inspect.unwrap(self.run), args, kwargs)
-        return dump_call(args, kwargs, conductor_settings().MAX_PAYLOAD_BYTES)
+        return dump_call(args, kwargs, conductor_settings().MAX_PAYLOAD_BYTES, what)
 
     def body_arguments(self, args: list[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], Mapping[str, Any]]:
         """Return stored arguments as the body takes them, with pydantic models where it is annotated so.
@@ -363,25 +473,3 @@ class DurableTask(RefusingTask[P, R]):
             Exception: The message becomes no execution.
         """
         return adoption.identify(self, request, args, kwargs)
-
-
-def _parse_id(task_id: Any) -> uuid.UUID | None:
-    if task_id is None:
-        return None
-    try:
-        return uuid.UUID(str(task_id))
-    except ValueError:
-        raise InvalidArgument(
-            f"task_id must be a UUID, since it is the execution's id, got {shown(task_id)}. Use idempotency_key= for a "
-            "key of your own."
-        ) from None
-
-
-def _check_same(execution: Execution, new: transitions.NewExecution) -> None:
-    # Decoded, since the order of a mapping's keys is no difference.
-    if execution.task == new.task and loads(execution.payload) == loads(new.payload):
-        return
-    what = f"idempotency key {new.idempotency_key!r}" if new.idempotency_key is not None else f"id {new.id}"
-    raise IdempotencyConflict(
-        f"The {what} belongs to execution {execution.pk} of {execution.task} with another payload. Use another key."
-    )

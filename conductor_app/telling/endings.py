@@ -7,7 +7,7 @@ import uuid
 from django.utils.translation import gettext as _
 from django.utils.translation import ngettext
 
-from conductor_app.states import ExecutionStatus, StepKind, StepStatus
+from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.telling.hints import mismatch_hint, retry_hint
 from conductor_app.telling.labels import MARKS
 from conductor_app.telling.situation import Headline, Situation
@@ -18,6 +18,7 @@ from conductor_app.telling.words import (
     short_name,
     since,
 )
+from conductor_app.transitions import kinds
 from conductor_app.values.failures import load_failure
 
 
@@ -84,7 +85,7 @@ def cancelled(situation: Situation) -> Headline:
     undecided = [
         step
         for step in situation.steps
-        if step.kind != StepKind.STEP and step.status in (StepStatus.PENDING, StepStatus.CANCELLED)
+        if kinds.of(step.kind).is_wait and step.status in (StepStatus.PENDING, StepStatus.CANCELLED)
     ]
     if undecided:
         values["step"] = undecided[-1].name
@@ -104,6 +105,6 @@ def cancelled(situation: Situation) -> Headline:
     hints = retry_hint(situation)
     # Not where a list has left it out: that would be a query for each line.
     if "result" not in execution.get_deferred_fields() and execution.has_kept_result:
-        text = f"{sentence(text)} {_('Its body had returned a result by then, which a retry adopts.')}"
-        return Headline(MARKS[ExecutionStatus.CANCELLED], text, hints)
+        kept = _("Its body had returned a result by then, which a retry adopts.")
+        return Headline(MARKS[ExecutionStatus.CANCELLED], f"{sentence(text)} {kept}", hints)
     return Headline(MARKS[ExecutionStatus.CANCELLED], sentence(text), hints)

@@ -13,9 +13,10 @@ from conductor_app.states import ExecutionStatus
 from conductor_app.store.owners import node_name
 from conductor_app.telling.endings import cancelled, failed, succeeded
 from conductor_app.telling.hints import add_worker, start_worker
-from conductor_app.telling.labels import MARKS, RETRYING_MARK
+from conductor_app.telling.labels import MARKS, RETRYING_MARK, STOPPED_MARK
 from conductor_app.telling.queues import is_unanswered
 from conductor_app.telling.situation import Headline, Situation
+from conductor_app.telling.stops import why_held, why_paused
 from conductor_app.telling.waits import waiting
 from conductor_app.telling.words import (
     attempt_of,
@@ -45,9 +46,28 @@ def headline(situation: Situation) -> Headline:
         ExecutionStatus.FAILED: failed,
         ExecutionStatus.CANCELLED: cancelled,
     }[ExecutionStatus(situation.execution.status)]
-    said = write(situation)
+    said = _stopped(situation, write(situation))
     astray = _astray(situation.execution)
     return replace(said, text=f"{sentence(said.text)} {astray}") if astray else said
+
+
+def _stopped(situation: Situation, said: Headline) -> Headline:
+    """Return what is to be said of one that people keep from beginning, before what it does or waits for."""
+    execution, now = situation.execution, situation.now
+    if execution.is_held:
+        hint = _("Let it go on: %(command)s") % {"command": f"manage.py conductor release {execution.pk}"}
+        text = why_held(execution, now)
+        if execution.status == ExecutionStatus.RUNNING:
+            stops = _("Its run ends at its next ctx call.")
+            text = f"{text} {stops}"
+        elif execution.status == ExecutionStatus.WAITING or (execution.due_at is not None and execution.due_at > now):
+            text = f"{text} {said.text}"
+        return Headline(STOPPED_MARK, text, (hint,))
+    if situation.paused is not None and execution.cancel_requested_at is None:
+        command = f"manage.py conductor unpause {situation.paused.name}"
+        hint = _("Let its runs begin again: %(command)s") % {"command": command}
+        return Headline(STOPPED_MARK, why_paused(situation.paused, now), (hint,))
+    return said
 
 
 def _astray(execution: Execution) -> str:
@@ -75,8 +95,17 @@ def _queued(situation: Situation) -> Headline:
     mark = MARKS[ExecutionStatus.QUEUED]
     if execution.cancel_requested_at is not None:
         return Headline(mark, _("Queued, and cancelled at the next sweep."))
+    if execution.due_at is None and execution.unique_key is not None and execution.position is None:
+        values = {"execution": execution.predecessor, "key": execution.unique_key}
+        if execution.predecessor is None:  # one that the reader may not see
+            return Headline(
+                mark, _('Waits until the execution before it of the unique key "%(key)s" has ended.') % values
+            )
+        return Headline(mark, _('Waits until execution %(execution)s of the unique key "%(key)s" has ended.') % values)
     if execution.due_at is None:
         return Headline(mark, _("Held back until another child of its map ends (max_parallel)."))
+    if execution.is_parked:
+        return Headline(mark, _parked(situation), _who_holds(situation))
     refused = execution.put_off_because
     if execution.due_at > now and refused:
         values = {"reason": reason(refused), "when": due_in(execution.due_at, now)}
@@ -102,10 +131,38 @@ def _queued(situation: Situation) -> Headline:
     return Headline(mark, _with_refusal(_('Queued for %(time)s in queue "%(queue)s".') % values, refused))
 
 
+def _parked(situation: Situation) -> str:
+    parked = situation.parked
+    if parked is None:
+        return _("Parked: it waits for a place of a limit.")
+    values = {
+        "time": since(parked.since, situation.now),
+        "limit": f'"{parked.limit}"' + (f" ({parked.key})" if parked.key else ""),
+        "taken": parked.taken,
+        "number": parked.number,
+        "before": parked.before,
+    }
+    if parked.number is None:
+        text = _("Parked for %(time)s: the rate of limit %(limit)s lets no more start yet; %(before)s wait before it.")
+    else:
+        text = _(
+            "Parked for %(time)s: %(taken)s of %(number)s places of limit %(limit)s are taken; %(before)s wait before "
+            "it."
+        )
+    return text % values
+
+
+def _who_holds(situation: Situation) -> tuple[str, ...]:
+    """Return how to look at those that have a place."""
+    holders = () if situation.parked is None else situation.parked.holders
+    return tuple(f"manage.py conductor show {holder}" for holder in holders)
+
+
 def _with_refusal(text: str, refused: str) -> str:
     if not refused:
         return text
-    return f"{text} {_('It was put off before: %(reason)s') % {'reason': reason(refused)}}"
+    before = _("It was put off before: %(reason)s") % {"reason": reason(refused)}
+    return f"{text} {before}"
 
 
 def _retrying(execution: Execution, due_at: dt.datetime, now: dt.datetime) -> str:

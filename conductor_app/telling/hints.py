@@ -9,7 +9,6 @@ from celery import Celery, current_app
 from django.utils.translation import gettext as _
 from django.utils.translation import ngettext
 
-from conductor_app.models import Step
 from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.telling.situation import Situation
 from conductor_app.telling.words import quoted, short_name
@@ -46,12 +45,6 @@ def retry_hint(situation: Situation) -> tuple[str, ...]:
         len(kept),
     )
     return (text % {**values, "names": quoted(kept)},)
-
-
-def send_hint(step: Step) -> str:
-    """Return how to send the event for which a step waits."""
-    command = f"manage.py conductor send {step.execution_id} {step.task} --payload JSON"
-    return _("Send it: %(command)s") % {"command": command}
 
 
 def start_worker(situation: Situation, queue: str) -> str:

@@ -5,13 +5,22 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from django.utils.translation import gettext as _
+from django.utils.translation import ngettext
 
-from conductor_app.models import Step
-from conductor_app.states import ExecutionStatus, StepKind
+from conductor_app.models import Attempt, Execution, Step
+from conductor_app.states import ExecutionStatus, RunOutcome
+from conductor_app.store import owners
+from conductor_app.telling.attempts import queue_seconds, run_seconds
 from conductor_app.telling.story import Story
-from conductor_app.telling.words import duration, short_name
+from conductor_app.telling.waits import values_of
+from conductor_app.telling.words import duration, first_line, seconds_between, short_name
+from conductor_app.transitions import kinds
+
+#: Characters of an error in a line.
+_MESSAGE_LENGTH = 120
 
 
 @dataclass(frozen=True)
@@ -23,10 +32,7 @@ class Moment:
 
 
 def history(story: Story) -> list[Moment]:
-    """Return what has happened to an execution, as far as its rows tell, and what will; in order.
-
-    There is no table of moves: the time of a failed attempt, and of a wake-up's next run, is not kept.
-    """
+    """Return what has happened to an execution, as far as its rows tell, and what will; in order."""
     return sorted(_moments(story), key=lambda moment: moment.at)
 
 
@@ -46,11 +52,16 @@ def _moments(story: Story) -> Iterator[Moment]:
     yield Moment(execution.created_at, queued % {"step": execution.step, "queue": execution.queue})
     if execution.started_at is not None:
         yield Moment(execution.started_at, _("first run started"))
-    for attempt, at in attempts_begun(story.steps):
-        yield Moment(at, _("attempt %(attempt)d under way") % {"attempt": attempt})
+    yield from _run_moments(story)
+    copied = sum(step.is_copied for step in story.steps)
+    if copied:
+        hidden = story.step_count > len(story.steps)
+        yield Moment(execution.created_at, _copied(copied, is_all=not hidden))
+    for deed in story.deeds:
+        yield Moment(deed.at, deed.text(execution))
     for step in story.steps:
         yield from _step_moments(step, story)
-    due_at = execution.due_at if execution.status == ExecutionStatus.QUEUED else None
+    due_at = execution.told_due_at
     if due_at is not None and due_at > execution.created_at:
         yield Moment(due_at, _("queued again") if due_at <= now else _("due"))
     if execution.cancel_requested_at is not None:
@@ -63,6 +74,77 @@ def _moments(story: Story) -> Iterator[Moment]:
         yield Moment(execution.finished_at, execution.get_status_display())
 
 
+def _copied(number: int, *, is_all: bool) -> str:
+    """Return in words that steps were copied; of very many, only some are read."""
+    if not is_all:
+        return _("the outcomes of its first steps were copied from the execution that it was forked from")
+    return ngettext(
+        "the outcome of %(count)d step was copied from the execution that it was forked from",
+        "the outcomes of %(count)d steps were copied from the execution that it was forked from",
+        number,
+    ) % {"count": number}
+
+
+def _run_moments(story: Story) -> Iterator[Moment]:
+    """Yield when each run after the first began, and what failed it or took it away."""
+    execution = story.execution
+    if not story.attempts:
+        for attempt, at in attempts_begun(story.steps):
+            yield Moment(at, _("attempt %(attempt)d under way") % {"attempt": attempt})
+    for row in story.attempts:
+        words = {
+            "attempt": row.attempt,
+            "worker": owners.shown(row.worker),
+            "queued": duration(queue_seconds(row)),
+            "time": duration(run_seconds(row)),
+            "error": in_short(row),
+        }
+        if row.run > 1:
+            yield Moment(row.started_at, _run_began() % words)
+        if row.outcome in _ENDS:
+            yield Moment(_end_of(row, execution), _ENDS[RunOutcome(row.outcome)]() % words)
+    began = execution.run_started_at
+    if execution.status == ExecutionStatus.RUNNING and execution.fence > 1 and began is not None:
+        yield Moment(began, _run_began() % _of_current(execution))
+
+
+def _end_of(row: Attempt, execution: Execution) -> dt.datetime:
+    """Return when a run ended: not after the end of the execution, which the same transaction notes a moment before."""
+    if execution.finished_at is None or row.run != execution.fence:
+        return row.finished_at
+    return min(row.finished_at, execution.finished_at)
+
+
+def _of_current(execution: Execution) -> dict[str, Any]:
+    began, due = execution.run_started_at, execution.due_at
+    queued = 0.0 if began is None or due is None else seconds_between(due, began)
+    return {
+        "attempt": execution.attempt,
+        "worker": owners.shown(execution.lease_owner),
+        "queued": duration(queued),
+    }
+
+
+def in_short(attempt: Attempt) -> str:
+    """Return the error of a run in a line: the class without its module, and the message's first line."""
+    name = attempt.error_class.rpartition(".")[2]
+    message = first_line(attempt.message, _MESSAGE_LENGTH)
+    return f"{name}: {message}" if message else name
+
+
+def _run_began() -> str:
+    return _("attempt %(attempt)d: a run began on %(worker)s, after %(queued)s in the queue")
+
+
+#: What is told of the end of a run; a wait and the execution's own end are told by the step, and by the status.
+_ENDS = {
+    RunOutcome.FAILED: lambda: _("attempt %(attempt)d failed for good after %(time)s: %(error)s"),
+    RunOutcome.RETRIED: lambda: _("attempt %(attempt)d failed after %(time)s: %(error)s"),
+    RunOutcome.LOST: lambda: _("attempt %(attempt)d was lost after %(time)s: %(error)s"),
+    RunOutcome.RELEASED: lambda: _("%(worker)s gave it back after %(time)s"),
+}
+
+
 def attempts_begun(steps: Iterable[Step]) -> list[tuple[int, dt.datetime]]:
     """Return each attempt after the first with the time of its first new step: it has begun by then."""
     first: dict[int, dt.datetime] = {}
@@ -73,11 +155,14 @@ def attempts_begun(steps: Iterable[Step]) -> list[tuple[int, dt.datetime]]:
 
 
 def _step_moments(step: Step, story: Story) -> Iterator[Moment]:
-    values = {"step": step.name, "status": step.get_status_display()}
-    if step.kind == StepKind.STEP:
-        yield Moment(step.created_at, _('step "%(step)s" %(status)s') % values)
+    if step.is_copied:
+        return  # told of all together
+    kind = kinds.of(step.kind)
+    words = kind.words(step)
+    values = {**values_of(step, words, story.now), "status": step.get_status_display()}
+    yield Moment(step.created_at, words.begun % values)
+    if not kind.is_wait:
         return
-    yield Moment(step.created_at, _begun(step))
     child = story.child_of(step)
     if child is not None and child.started_at is not None:
         values |= {
@@ -89,25 +174,4 @@ def _step_moments(step: Step, story: Story) -> Iterator[Moment]:
         values["time"] = duration((step.finished_at - step.created_at).total_seconds())
         yield Moment(step.finished_at, _('step "%(step)s" %(status)s after %(time)s') % values)
     elif step.deadline_at is not None and not story.execution.is_final:
-        ends = _('step "%(step)s" ends') if step.kind == StepKind.SLEEP else _('step "%(step)s" times out')
-        yield Moment(step.deadline_at, ends % values)
-
-
-def _begun(step: Step) -> str:
-    values = {"step": step.name, "task": short_name(step.task), "event": step.task, "count": f"{step.total or 0:,}"}
-    match step.kind:
-        case StepKind.INVOKE:
-            text = _('step "%(step)s": %(task)s queued, waits for it; no worker is held')
-        case StepKind.START:
-            text = _('step "%(step)s": %(task)s queued; goes on')
-        case StepKind.MAP:
-            text = _('step "%(step)s": %(count)s %(task)s queued, waits for them; no worker is held')
-        case StepKind.GATHER:
-            text = _('step "%(step)s": waits for %(count)s started children; no worker is held')
-        case StepKind.SLEEP:
-            text = _('step "%(step)s": sleeps; no worker is held')
-        case StepKind.EVENT:
-            text = _('step "%(step)s": waits for the event "%(event)s"; no worker is held')
-        case _:
-            text = _('step "%(step)s": waits; no worker is held')
-    return text % values
+        yield Moment(step.deadline_at, words.ends % values)

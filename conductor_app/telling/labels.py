@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from conductor_app.models import Execution, Step
-from conductor_app.states import ExecutionStatus, StepKind, StepStatus
+from conductor_app.states import ExecutionStatus, StepStatus
+from conductor_app.telling.stops import document_of_hold, is_parked
+from conductor_app.transitions import kinds
 
 #: Shape before the word, so that a status never shows by colour alone.
 MARKS = {
@@ -20,6 +22,8 @@ MARKS = {
     ExecutionStatus.CANCELLED: "⊘",
 }
 RETRYING_MARK = "↻"
+#: Of what people keep from beginning.
+STOPPED_MARK = "‖"
 STEP_MARKS = {
     StepStatus.PENDING: "◐",
     StepStatus.SUCCEEDED: "✓",
@@ -43,19 +47,28 @@ class Label:
 def label(execution: Execution, now: dt.datetime, pending: Sequence[Step] = ()) -> Label:
     """Return the shape and the word for an execution's status.
 
-    ``retrying`` is a queued execution whose next attempt is due later, ``scheduled`` one whose first attempt is, and
-    ``sleeping`` one that waits for nothing but a sleep.
+    ``held`` is one that somebody holds, and ``paused`` one that is queued and parked since its task is paused.
+    ``retrying`` is a queued execution whose next attempt is due later, ``scheduled`` one whose first attempt is,
+    ``parked`` one that waits for a place of a limit, and ``sleeping`` one that waits for nothing but a sleep; see
+    ``Kind.status_word``.
     """
     status = ExecutionStatus(execution.status)
     word = status.value
+    # A run goes on to its next call.
+    if execution.is_held and status != ExecutionStatus.RUNNING:
+        return Label(STOPPED_MARK, "held")
+    if is_parked(execution) and not execution.is_parked:
+        return Label(STOPPED_MARK, "paused")
     if status == ExecutionStatus.QUEUED and execution.due_at is None:
         word = "held back"
+    elif execution.is_parked:
+        word = "parked"
     elif status == ExecutionStatus.QUEUED and execution.due_at is not None and execution.due_at > now:
         if execution.attempt > 1:
             return Label(RETRYING_MARK, "retrying")
         word = "scheduled"
-    if status == ExecutionStatus.WAITING and pending and all(step.kind == StepKind.SLEEP for step in pending):
-        word = "sleeping"
+    if status == ExecutionStatus.WAITING and len(words := {kinds.of(step.kind).status_word for step in pending}) == 1:
+        word = words.pop() or word
     return Label(MARKS[status], word)
 
 
@@ -79,7 +92,8 @@ def document(execution: Execution, now: dt.datetime, pending: Sequence[Step] = (
         "root": execution.root_id,
         "step_in_parent": execution.step or None,
         "worker": execution.lease_owner or None,
-        "due_at": execution.due_at if execution.status == ExecutionStatus.QUEUED else None,
+        "held": document_of_hold(execution),
+        "due_at": execution.told_due_at,
         "created_at": execution.created_at,
         "started_at": execution.started_at,
         "finished_at": execution.finished_at,

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from conductor_app.models import Execution, FailedExecution, Step
+from conductor_app.models import Execution, FailedExecution, PausedTask, Step
 from conductor_app.states import ExecutionStatus, StepStatus
 
 
@@ -34,6 +34,22 @@ class Census:
 
 
 @dataclass(frozen=True)
+class Parked:
+    """For which place of a limit an execution waits."""
+
+    limit: str
+    key: str
+    #: Of a number: how many places there are, and how many of them are taken. Of a rate, ``None`` and 0.
+    number: int | None
+    taken: int
+    #: Since when it waits, and how many wait before it.
+    since: dt.datetime
+    before: int
+    #: Some executions that have a place, the oldest first.
+    holders: tuple[uuid.UUID, ...] = ()
+
+
+@dataclass(frozen=True)
 class Situation:
     """The rows from which a headline is made."""
 
@@ -50,6 +66,10 @@ class Situation:
     app: str = ""
     #: How many executions workers are running in a queue that has not answered (``unanswered_queue``).
     at_work: int = 0
+    #: Where it waits for a place of a limit, if it was looked for.
+    parked: Parked | None = None
+    #: Why it does not begin although it is queued, if its task is paused.
+    paused: PausedTask | None = None
     #: Its direct children, counted; ``None`` if all of them are in ``tree``.
     counted: Census | None = None
 

@@ -10,13 +10,20 @@ from dataclasses import dataclass, field
 
 from django.db.models import QuerySet
 
-from conductor_app.models import Execution, FailedExecution, Step, database
+from conductor_app.models import Attempt, Execution, FailedExecution, Step, database
+from conductor_app.states import StepStatus
 from conductor_app.store import clock
+from conductor_app.telling.attempts import read_attempts
 from conductor_app.telling.failures import Cause, causes, read_failures
+from conductor_app.telling.forks import Forks, read_forks
+from conductor_app.telling.keys import conceal_predecessor, holder_of_key
+from conductor_app.telling.limits import with_limit
 from conductor_app.telling.mailbox import mailbox_of
+from conductor_app.telling.operations import Deed, read_deeds
 from conductor_app.telling.queues import with_queue
 from conductor_app.telling.situation import Situation
 from conductor_app.telling.steps import read_steps
+from conductor_app.telling.tags import tags_of_trees
 from conductor_app.telling.tree import (
     TREE_FIELDS,
     Branch,
@@ -49,6 +56,18 @@ class Story:
     child_counts: Mapping[uuid.UUID | None, int]
     #: How many events of each name were sent to it that no step has taken.
     mailbox: Mapping[str, int] = field(default_factory=dict)
+    #: Runs of the execution that have ended, in their order; the latest, if there are very many.
+    attempts: list[Attempt] = field(default_factory=list)
+    #: Those of its children.
+    attempts_of: Mapping[uuid.UUID, list[Attempt]] = field(default_factory=dict)
+    #: Those of its tree.
+    tags: Mapping[str, str] = field(default_factory=dict)
+    #: What people have done to it and to its root.
+    deeds: list[Deed] = field(default_factory=list)
+    #: What it was forked from, and what was forked from it.
+    forks: Forks = field(default_factory=Forks)
+    #: The open execution that has the unique key which it was given.
+    key_holder: uuid.UUID | None = None
 
     @property
     def now(self) -> dt.datetime:
@@ -63,6 +82,13 @@ class Story:
     def child_of(self, step: Step) -> Execution | None:
         """Return the child that stands behind a step, if it was read."""
         return self.tree.get(step.child_id) if step.child_id is not None else None
+
+    def error_of(self, step: Step) -> str | None:
+        """Return the stored error of a step; of one whose child has failed, the child's."""
+        if step.error or step.status != StepStatus.FAILED:
+            return step.error
+        child = self.child_of(step)
+        return None if child is None else child.error
 
     def branches(self) -> Branch:
         """Return the tree from its root, or from the highest ancestor that is still there."""
@@ -134,11 +160,13 @@ def tell(
         tree = {row.pk: row for row in read_with_ancestors(sorted(keys))}
     tree[execution.pk] = execution
     steps, waits = read_steps(execution, picked.lanes, preview, whole=whole)
+    attempts, attempts_of = read_attempts(execution, picked.lanes, whole=whole)
+    conceal_predecessor(execution, seen)
     if seen is not None:
         tree = as_seen(seen, execution, own, steps, tree)
     failures = read_failures(execution, own, tree, whole=whole)
     if not with_messages:
-        withhold(tree.values(), steps, failures.values())
+        withhold(tree.values(), steps, failures.values(), attempts)
     situation = Situation(
         execution=execution,
         now=now,
@@ -147,15 +175,21 @@ def tell(
         failures=failures,
         counted=picked.children.get(execution.pk),
     )
-    situation = with_queue(situation, seen)
+    situation = with_limit(with_queue(situation, seen), seen)
     return Story(
         execution=execution,
         situation=situation,
         steps=steps,
         step_count=max((step.step_count for step in steps), default=0),  # type: ignore[attr-defined]  # annotated
         waits=waits,
+        attempts=attempts,
+        attempts_of=attempts_of,
         causes=list(causes(execution, own, failures, tree)),
         node_count=max(picked.nodes, len(tree)),
         child_counts={key: census.total for key, census in picked.children.items()},
         mailbox=mailbox_of(execution.pk) if with_mailbox else {},
+        tags=tags_of_trees([execution.root_id], seen)[execution.root_id],
+        deeds=read_deeds(execution, seen),
+        forks=read_forks(execution, seen),
+        key_holder=holder_of_key(execution, seen),
     )

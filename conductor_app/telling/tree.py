@@ -33,11 +33,16 @@ TREE_FIELDS = (
     "lease_owner",
     "lease_expires_at",
     "due_at",
+    "dispatch_at",
     "dispatches",
     "cancel_requested_at",
     "cancel_reason",
+    "held_at",
+    "held_by",
+    "hold_reason",
     "created_at",
     "started_at",
+    "run_started_at",
     "finished_at",
 )
 #: Most executions of a tree that are read, beside those on the way from the root to the execution.

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from django.utils.translation import gettext as _
 
 from conductor_app.models import Execution, Step
-from conductor_app.states import ExecutionStatus, OnTimeout, StepKind
-from conductor_app.telling.hints import add_worker, send_hint, start_worker
+from conductor_app.states import ExecutionStatus
+from conductor_app.telling.hints import add_worker, start_worker
 from conductor_app.telling.labels import MARKS, label
 from conductor_app.telling.queues import is_unanswered
 from conductor_app.telling.situation import Headline, Situation
@@ -23,9 +23,8 @@ from conductor_app.telling.words import (
     short_name,
     since,
 )
-
-#: Kinds of steps for which an execution does not hold a worker.
-WAITING_KINDS = frozenset({StepKind.INVOKE, StepKind.MAP, StepKind.GATHER, StepKind.SLEEP, StepKind.EVENT})
+from conductor_app.transitions import kinds
+from conductor_app.transitions.kinds import Words
 
 
 @dataclass(frozen=True)
@@ -45,54 +44,51 @@ def awaited(situation: Situation) -> list[Awaited]:
     """Return what a waiting execution waits for, and what happens then, step by step."""
     if situation.execution.status != ExecutionStatus.WAITING:
         return []
-    return [_awaited(step, situation) for step in situation.pending if step.kind != StepKind.START]
+    return [_awaited(step, situation) for step in _awaited_steps(situation)]
+
+
+def _awaited_steps(situation: Situation) -> list[Step]:
+    """Return the undecided steps, without those for which nobody waits: a started child has its gather for that."""
+    return [step for step in situation.pending if kinds.of(step.kind).suspends]
 
 
 def _awaited(step: Step, situation: Situation) -> Awaited:
     child = situation.tree.get(step.child_id) if step.child_id is not None else None
-    if step.kind == StepKind.SLEEP:
-        return Awaited(step, _("The end of a sleep."), (_("It resumes by itself."),))
-    if step.kind == StepKind.EVENT:
-        what = _('The event "%(event)s".') % {"event": step.task}
-        then = [_("It resumes with the event's payload."), send_hint(step)]
-    elif step.kind in (StepKind.MAP, StepKind.GATHER):
-        what = _("%(children)s.") % {"children": _children(step)}
-        if step.kind == StepKind.MAP and step.max_parallel is not None:
-            values = {"children": _children(step), "limit": f"{step.max_parallel:,}"}
-            what = _("%(children)s, at most %(limit)s at once.") % values
-        then = [_resumes(_when_decided(step), (), situation.now)]
-        if step.kind == StepKind.MAP and step.fails_fast:
-            then.append(_("If one fails, ChildFailed is raised here, and the others are cancelled."))
-    else:
-        what = _("%(task)s, a child.") % {"task": short_name(step.task)}
-        then = [
-            _("When it succeeds, this execution resumes with its result."),
-            _("If it fails for good, ChildFailed is raised here: uncaught, it fails this execution, too."),
-        ]
+    words = kinds.of(step.kind).words(step)
+    values = values_of(step, words, situation.now)
+    then = [text % values for text in words.then]
+    if step.deadline_at is not None and words.at_deadline:
+        then.append(words.at_deadline % values)
+    return Awaited(step, words.what % values, tuple(then), child)
+
+
+def values_of(step: Step, words: Words, now: dt.datetime) -> dict[str, str]:
+    """Return what stands in the places of the words that are said of a step."""
+    values = {
+        "step": step.name,
+        "task": short_name(step.task),
+        "event": step.task,
+        "execution": str(step.execution_id),
+        "left": f"{step.remaining or 0:,}",
+        "total": f"{step.total or 0:,}",
+        "limit": f"{step.max_parallel or 0:,}",
+        "time": since(step.created_at, now),
+    }
     if step.deadline_at is not None:
-        then.append(_at_deadline(step) % dated(step.deadline_at, situation.now))
-    return Awaited(step, what, tuple(then), child)
-
-
-def _at_deadline(step: Step) -> str:
-    if step.kind == StepKind.EVENT:
-        return _("At %(instant)s (%(when)s) it times out: EventTimedOut is raised here.")
-    if step.on_timeout == OnTimeout.ABANDON:
-        return _("At %(instant)s (%(when)s) it times out: ChildTimedOut is raised here, and what still runs goes on.")
-    return _("At %(instant)s (%(when)s) it times out: ChildTimedOut is raised here, and what still runs is cancelled.")
+        values |= dated(step.deadline_at, now)
+    return {**values, "children": words.children % values}
 
 
 def waiting(situation: Situation) -> Headline:
     """Return what an execution waits for, since when, and when it resumes."""
     execution, now = situation.execution, situation.now
     mark = MARKS[ExecutionStatus.WAITING]
-    # A child that was started is awaited by its gather alone.
-    pending = [step for step in situation.pending if step.kind != StepKind.START]
+    pending = _awaited_steps(situation)
     if execution.cancel_requested_at is not None:
         return Headline(mark, _("Waiting, and cancelled at the next sweep."))
     if not pending:
         return Headline(mark, _("Waiting for nothing: what it waited for is decided. The sweeper wakes it."))
-    hints = tuple(send_hint(step) for step in pending if step.kind == StepKind.EVENT)
+    hints = tuple(hint for step in pending if (hint := _hint(step, now)))
     if len(pending) > 1:
         values = {
             "count": len(pending),
@@ -103,36 +99,20 @@ def waiting(situation: Situation) -> Headline:
         resumes = _resumes(_("when they are decided"), pending, now)
         return Headline(mark, f"{waits} {resumes}", hints)
     step = pending[0]
-    if step.kind == StepKind.SLEEP:
-        return Headline(mark, _sleeping(step, now))
-    if step.kind in (StepKind.MAP, StepKind.GATHER):
-        return Headline(mark, f"{_waiting_for_many(step, now)} {_resumes(_when_decided(step), pending, now)}")
-    if step.kind == StepKind.EVENT:
-        values = {"event": step.task, "step": step.name, "time": since(step.created_at, now)}
-        waits = _('Waiting for the event "%(event)s" (step "%(step)s") since %(time)s ago. No worker is held.') % values
-        resumes = _resumes(_("when the event is sent"), pending, now)
-        return Headline(mark, f"{waits} {resumes}", hints)
-    return _waiting_for_child(step, situation)
+    if kinds.of(step.kind).has_child:
+        return _waiting_for_child(step, situation)
+    return Headline(mark, _waiting_for(step, now), hints)
 
 
-def _sleeping(step: Step, now: dt.datetime) -> str:
-    if step.deadline_at is None:
-        return _('Sleeping (step "%(step)s"). No worker is held.') % {"step": step.name}
-    text = _('Sleeping (step "%(step)s") until %(instant)s (%(when)s). No worker is held.')
-    return text % {"step": step.name, **dated(step.deadline_at, now)}
+def _hint(step: Step, now: dt.datetime) -> str:
+    words = kinds.of(step.kind).words(step)
+    return words.hint % values_of(step, words, now)
 
 
-def _waiting_for_many(step: Step, now: dt.datetime) -> str:
-    values = {"children": _children(step), "step": step.name, "time": since(step.created_at, now)}
-    if step.kind == StepKind.GATHER:
-        return _("Waiting for %(children)s since %(time)s ago. No worker is held.") % values
-    if step.max_parallel is None:
-        return _('Waiting for %(children)s (step "%(step)s") since %(time)s ago. No worker is held.') % values
-    values["limit"] = f"{step.max_parallel:,}"
-    text = _(
-        'Waiting for %(children)s (step "%(step)s", at most %(limit)s at once) since %(time)s ago. No worker is held.'
-    )
-    return text % values
+def _waiting_for(step: Step, now: dt.datetime) -> str:
+    words = kinds.of(step.kind).words(step)
+    waits = words.waits % values_of(step, words, now)
+    return f"{waits} {_resumes(words.resumes, [step], now)}" if words.resumes else waits
 
 
 def _waiting_for_child(step: Step, situation: Situation) -> Headline:
@@ -146,10 +126,7 @@ def _waiting_for_child(step: Step, situation: Situation) -> Headline:
             values["running"] = f"{situation.at_work:,}"
             return Headline(mark, _not_yet_taken(step, values, now), (add_worker(situation, child.queue),))
         return Headline(mark, _not_taken(step, values, now), (start_worker(situation, child.queue),))
-    sentences = [
-        _('Waiting for %(task)s (step "%(step)s") since %(time)s ago. No worker is held.') % values,
-        _resumes(_("when that execution finishes"), [step], now),
-    ]
+    sentences = [_waiting_for(step, now)]
     if child is not None:
         # ``admin.text`` marks the word for translators.
         values = {"status": _(label(child, now).word), "attempt": attempt_of(child.attempt, child.max_attempts)}
@@ -187,20 +164,3 @@ def _resumes(condition: str, pending: Sequence[Step], now: dt.datetime) -> str:
         return _("It resumes %(condition)s.") % {"condition": condition}
     text = _("It resumes %(condition)s; times out at %(instant)s (%(when)s).")
     return text % {"condition": condition, **dated(min(deadlines), now)}
-
-
-def _when_decided(step: Step) -> str:
-    if step.fails_fast:
-        return _("once, when all have finished or one has failed")
-    return _("once, when all have finished")
-
-
-def _children(step: Step) -> str:
-    """Return whom a map or a gather waits for."""
-    values = {"task": short_name(step.task)}
-    is_map = step.kind == StepKind.MAP
-    if step.remaining is None or step.total is None:
-        return _("the %(task)s") % values if is_map else _("the started children")
-    values |= {"left": f"{step.remaining:,}", "total": f"{step.total:,}"}
-    text = _("%(left)s of %(total)s %(task)s") if is_map else _("%(left)s of %(total)s started children")
-    return text % values

@@ -8,19 +8,23 @@ from collections.abc import Collection, Iterable, Mapping
 from django.db.models import QuerySet
 
 from conductor_app.exceptions import Failure
-from conductor_app.models import Execution, FailedExecution, Step
+from conductor_app.models import Attempt, Execution, FailedExecution, Step
 from conductor_app.values.failures import dump_failure, load_failure
 
 
 def withhold(
-    executions: Iterable[Execution], steps: Iterable[Step] = (), failures: Iterable[FailedExecution] = ()
+    executions: Iterable[Execution],
+    steps: Iterable[Step] = (),
+    failures: Iterable[FailedExecution] = (),
+    attempts: Iterable[Attempt] = (),
 ) -> None:
     """Leave of the errors in rows that were read their classes alone."""
     rows: list[Execution | Step] = [*executions, *steps]
     for row in rows:
         if row.error:
             row.error = dump_failure(Failure(type=load_failure(row.error).type, message=""))
-    for failure in failures:
+    told: list[FailedExecution | Attempt] = [*failures, *attempts]
+    for failure in told:
         failure.message = failure.traceback = ""
 
 

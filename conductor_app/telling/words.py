@@ -21,6 +21,14 @@ def short_name(task: str) -> str:
     return task.rpartition(".")[2]
 
 
+def middle(text: str, limit: int) -> str:
+    """Return a name that has at most ``limit`` characters: of a longer one the beginning and the end."""
+    if len(text) <= limit:
+        return text
+    end = (limit - 1) // 2
+    return f"{text[: limit - 1 - end]}…{text[len(text) - end :]}"
+
+
 def duration(seconds: float) -> str:
     """Return a length of time in its largest unit: ``40 ms``, ``0.2 s``, ``12 s``, ``6 min``, ``3 h``, ``4 d``."""
     seconds = max(seconds, 0.0)
@@ -90,6 +98,11 @@ def attempt_of(attempt: int, max_attempts: int | None) -> str:
     if max_attempts is None:
         return _("attempt %(attempt)d") % {"attempt": attempt}
     return _("attempt %(attempt)d of %(allowed)d") % {"attempt": attempt, "allowed": max_attempts}
+
+
+def seconds_between(begin: dt.datetime, end: dt.datetime) -> float:
+    """Return how many seconds lie between two instants; none if a clock went backwards."""
+    return max((end - begin).total_seconds(), 0.0)
 
 
 def since(when: dt.datetime, now: dt.datetime) -> str:

@@ -9,10 +9,11 @@ from celery import Task
 from conductor_app.api import ExecutionRef, find
 from conductor_app.exceptions import class_path
 from conductor_app.models import Execution, FailedExecution, Step, database
-from conductor_app.states import CHILD_KINDS, ExecutionStatus, StepKind, StepStatus
+from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.store import clock
 from conductor_app.telling.headlines import headline
 from conductor_app.telling.situation import Situation
+from conductor_app.transitions import kinds
 from conductor_app.values.failures import load_failure, revive
 from conductor_app.values.payloads import round_trip
 from conductor_app.values.texts import shown
@@ -154,7 +155,8 @@ def assert_invoked(
     row = find(execution)
     children = list(Execution.objects.using(database()).filter(parent_id=row.pk, step=step).order_by("position"))
     if not children:
-        invoked = Step.objects.using(database()).filter(execution_id=row.pk, kind__in=[*CHILD_KINDS, StepKind.MAP])
+        with_children = kinds.those(lambda kind: kind.has_child or kind.has_children)
+        invoked = Step.objects.using(database()).filter(execution_id=row.pk, kind__in=with_children)
         raise _error(
             row, f'has invoked {_quoted(list(invoked.order_by("id").values_list("name", flat=True)))}, not "{step}"'
         )

@@ -7,7 +7,9 @@ waits ends the run, as in production; its outcome comes from the test, and the b
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+import datetime as dt
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
 
 from django.db import connections, transaction
@@ -29,11 +31,13 @@ from conductor_app.models import Execution, database
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
 from conductor_app.tasks.task import DurableTask
 from conductor_app.testing.outcomes import BodyError, Outcomes, StepCall, remember
-from conductor_app.transitions import Invocation, Together
+from conductor_app.transitions import Invocation, NewExecution, Together
 from conductor_app.transitions.leases import Lease
 from conductor_app.transitions.steps import ChildOutcome, Memory
+from conductor_app.values.arguments import check_instant
 from conductor_app.values.failures import dump_failure
-from conductor_app.values.payloads import loads, round_trip
+from conductor_app.values.limits import Limit
+from conductor_app.values.payloads import dump_options, loads, round_trip
 from conductor_app.values.texts import shown
 
 P = ParamSpec("P")
@@ -48,7 +52,9 @@ def run(
     steps: Mapping[str, object] | None = None,
     events: Mapping[str, object] | None = None,
     attempt: int = 1,
+    scheduled_at: dt.datetime | None = None,
     calls: list[StepCall] | None = None,
+    tags: dict[str, str] | None = None,
 ) -> R:
     """Run one durable body alone, and return its result or raise its error.
 
@@ -74,7 +80,9 @@ def run(
         events: Payloads of the events that the body waits for, by the step's name or the event's; ``EventTimedOut`` if
             it does not come in time.
         attempt: What ``ctx.attempt`` says, counted from 1.
+        scheduled_at: What ``ctx.scheduled_at`` says.
         calls: A list that gets a ``StepCall`` for each thing that the body does, in order.
+        tags: A dict that gets the tags of the tree, beside those that it has already.
 
     Returns:
         The body's result, after a JSON round trip.
@@ -90,12 +98,19 @@ def run(
     if isinstance(attempt, bool) or not isinstance(attempt, int) or attempt < 1:
         raise InvalidArgument(f"attempt must be an int from 1 on, got {shown(attempt)}.")
     outcomes = Outcomes(children or {}, steps or {}, events or {}, [] if calls is None else calls, _run)
-    result: R = _run(body, args, kwargs, outcomes, attempt)
+    outcomes.tags = {} if tags is None else tags
+    options = {} if scheduled_at is None else {"scheduled_at": check_instant(scheduled_at, "scheduled_at of run()")}
+    result: R = _run(body, args, kwargs, outcomes, attempt, options)
     return result
 
 
 def _run(
-    task: DurableTask[..., Any], args: list[Any], kwargs: Mapping[str, Any], outcomes: Outcomes, attempt: int = 1
+    task: DurableTask[..., Any],
+    args: list[Any],
+    kwargs: Mapping[str, Any],
+    outcomes: Outcomes,
+    attempt: int = 1,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
     new = task.new_execution(args, kwargs, {}, what=f"payload of {task.name}")
     execution = Execution(
@@ -107,7 +122,9 @@ def _run(
         status=ExecutionStatus.RUNNING,
         attempt=attempt,
         max_attempts=new.max_attempts,
+        options=dump_options(options),
     )
+    outcomes.tag(new.tags)
     memory: dict[str, Memory] = {}
     before: list[str] = []
     while True:
@@ -172,6 +189,9 @@ class _MemoryJournal:
     def check_held(self) -> None:
         pass
 
+    def begin(self, step: str) -> None:
+        pass
+
     def record(self, step: str, *, result: str | None = None, failure: Failure | None = None) -> Memory:
         status = StepStatus.SUCCEEDED if failure is None else StepStatus.FAILED
         error = None if failure is None else dump_failure(failure)
@@ -191,8 +211,17 @@ class _MemoryJournal:
     def start_child(self, wait: Invocation) -> Memory:
         return self._outcomes.start(wait)
 
-    def outcomes_of_map(self, step: str) -> list[ChildOutcome]:
-        return self._outcomes.maps[step]
+    def find_deadlock(self, wanted: Sequence[tuple[Limit, str]]) -> None:
+        """One body alone waits for nobody."""
+
+    def duplicate_of(self, children: Sequence[NewExecution]) -> None:
+        return None
+
+    def tag(self, tags: Mapping[str, str]) -> None:
+        self._outcomes.tag(tags)
+
+    def outcomes_of_map(self, remembered: Memory) -> list[ChildOutcome]:
+        return self._outcomes.maps[remembered.name]
 
 
 class _MemoryContext(ExecutionContext):
@@ -206,8 +235,9 @@ class _MemoryContext(ExecutionContext):
         self.body = task
         self._outcomes = outcomes
 
-    def step(self, step: str, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+    # Typed loosely: its caller is a body, which knows the class above.
+    def step(self, step: str, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
         return super().step(step, self._outcomes.function(step, fn), *args, **kwargs)
 
-    def atomic_step(self, step: str, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+    def atomic_step(self, step: str, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
         return super().atomic_step(step, self._outcomes.function(step, fn), *args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import logging
 from pathlib import PurePath
 
 from celery import Celery
@@ -13,10 +14,12 @@ from django.test.utils import _TestState
 
 from conductor_app.exceptions import NotATestDatabase
 from conductor_app.host import inline
-from conductor_app.models import database
+from conductor_app.models import Execution, database
 from conductor_app.store import clock, eager
 from conductor_app.transitions import dispatch
 from conductor_app.values.arguments import check_duration
+
+logger = logging.getLogger("conductor_app.testing")
 
 #: More runs than this in one call are taken for a loop.
 MAX_RUNS = 10_000
@@ -25,7 +28,8 @@ MAX_RUNS = 10_000
 def drain(app: Celery | None = None, *, max_runs: int = MAX_RUNS, any_database: bool = False) -> int:
     """Run all that is due, with all that follows from it, until nothing is.
 
-    Due times are respected: what sleeps, waits for its retry or its countdown stays where it is (see ``advance``).
+    Due times are respected: what sleeps, waits for its retry or its countdown stays where it is (see ``advance``). So
+    are holds and pauses: what is held, or of a paused task, is not run, and a line of the log says how many there are.
 
     Args:
         app: The Celery app whose tasks are run; the current one by default.
@@ -44,7 +48,16 @@ def drain(app: Celery | None = None, *, max_runs: int = MAX_RUNS, any_database: 
     if not any_database:
         _check_database()
     with eager.outside(), dispatch.inline():
-        return inline.run_until_idle(app_or_default(app), max_runs=max_runs)
+        runs = inline.run_until_idle(app_or_default(app), max_runs=max_runs)
+        _tell_of_held()
+    return runs
+
+
+def _tell_of_held() -> None:
+    executions = Execution.objects.using(database()).order_by()
+    held, paused = executions.held().count(), executions.of_paused_tasks().count()
+    if held or paused:
+        logger.warning("Not run: %d executions are held, and %d are of paused tasks.", held, paused)
 
 
 def advance(

@@ -4,15 +4,38 @@ from __future__ import annotations
 
 import datetime as dt
 import uuid
+from typing import Any
 
 from django.db import transaction
+from django.db.models import BooleanField, Q
+from django.db.models.lookups import Exact
 
 from conductor_app.conf import conductor_settings
 from conductor_app.models import Execution, database
 from conductor_app.states import ExecutionStatus
 from conductor_app.store import clock
 from conductor_app.store.locks import locked
-from conductor_app.transitions import guards, statements
+from conductor_app.store.moves import Move, Update
+from conductor_app.store.slots import Given, given
+from conductor_app.transitions import guards, parts
+
+_NEVER = dt.datetime(9999, 1, 1)  # noqa: DTZ001 - `clock.aware` makes it what the project stores
+#: Of one end, and of no other: a retry may have brought the next one meanwhile.
+_ANNOUNCED = Move(
+    Update(
+        "told",
+        Execution,
+        Q(
+            id=given(Execution, "id"),
+            fence=given(Execution, "fence"),
+            announce_at__isnull=False,
+            finished_at__lt=given(Execution, "finished_at", "ended_before"),
+        )
+        & Q(Exact(parts.STATUS, given(Execution, "status"))),
+        {"announce_at": None},
+    ),
+    may_be_lost=Q(Given("is_alone", BooleanField())),
+)
 
 
 def announced(execution: Execution, status: ExecutionStatus, *, is_alone: bool = False) -> bool:
@@ -27,18 +50,13 @@ def announced(execution: Execution, status: ExecutionStatus, *, is_alone: bool =
     Returns:
         ``False`` if it is noted already, or the execution was reopened since.
     """
-    # Two cancels may come with no run between them, and so with the same fence.
-    ended_at = execution.finished_at if execution.is_final else None
-
-    def work() -> bool:
-        if statements.are_at_hand():
-            return statements.announced(execution, status, ended_at, is_alone=is_alone)
-        rows = Execution.objects.using(database()).filter(pk=execution.pk, status=status, fence=execution.fence)
-        # SQLite compares texts, and has stored three digits of the second's fraction where Django writes six or none.
-        ended = rows if ended_at is None else rows.filter(finished_at__lt=ended_at + dt.timedelta(milliseconds=1))
-        return bool(ended.filter(announce_at__isnull=False).update(announce_at=None))
-
-    return guards.persist_briefly(work)
+    # Two cancels may come with no run between them, and so with the same fence. SQLite compares texts, and has stored
+    # three digits of the second's fraction where Django writes six or none.
+    ended_before = clock.aware(_NEVER)
+    if execution.is_final and execution.finished_at is not None:
+        ended_before = execution.finished_at + dt.timedelta(milliseconds=1)
+    end: dict[str, Any] = {"id": execution.pk, "status": status, "fence": execution.fence, "ended_before": ended_before}
+    return bool(guards.persist_briefly(lambda: _ANNOUNCED.make(database(), is_alone=is_alone, **end)))
 
 
 def announce_now(execution_id: uuid.UUID) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -15,11 +16,11 @@ from conductor_app.exceptions import (
 )
 from conductor_app.models import Execution, database
 from conductor_app.models.execution import ExecutionQuerySet
-from conductor_app.states import ExecutionStatus, StepStatus
+from conductor_app.states import ExecutionStatus, RunOutcome, StepStatus
 from conductor_app.store import clock
 from conductor_app.store.locks import locked
-from conductor_app.transitions import claiming, guards, running, steps, waking
-from conductor_app.transitions.leases import keeper
+from conductor_app.store.process import process
+from conductor_app.transitions import claiming, guards, parts, running, steps, succeeding, uniqueness, waking
 from conductor_app.values.failures import dump_failure
 from conductor_app.values.texts import clean_text
 
@@ -54,7 +55,7 @@ def cancel_running(
                 transaction.set_rollback(True, using=database())
                 return False
             execution.cancel_reason = row.cancel_reason
-            guards.leave_running(execution, **cancelled_values(execution, running=True), **kept)
+            guards.leave_running(execution, RunOutcome.CANCELLED, **cancelled_values(execution, running=True), **kept)
             with claiming.handing_off(hand_off):
                 after_cancel(execution)
         return True
@@ -64,18 +65,31 @@ def cancel_running(
             running.release(execution)
             return None
         with suppress(CancelExecution):  # it is to be cancelled again
-            running.succeed(execution, result, hand_off)
+            succeeding.succeed(execution, result, hand_off)
             return None
     return cancel_failure(execution)
 
 
-def request_cancel(execution_id: uuid.UUID, reason: str) -> bool:
-    """Flag an open execution; ``False`` if it is final. A running body notices at its next ``ctx`` call."""
+def request_cancel(execution_id: uuid.UUID, reason: str, note: Callable[[], object] = lambda: None) -> bool:
+    """Flag an open execution; ``False`` if it is final. A running body notices at its next ``ctx`` call.
+
+    Args:
+        execution_id: Which one.
+        reason: Stored and shown.
+        note: Called if this call has flagged it, and nobody before.
+    """
+
+    def work() -> bool:
+        if flag(execution_id, reason):
+            note()
+            return True
+        return _is_flagged(execution_id)
+
     guards.leave_if_locked(execution_id)
-    is_open = guards.persist_briefly(lambda: flag(execution_id, reason) or _is_flagged(execution_id))
+    is_open = guards.persist_briefly(work)
     if is_open:
         # A body of this process need not ask the database.
-        transaction.on_commit(lambda: keeper.note_cancel(execution_id), using=database(), robust=True)
+        transaction.on_commit(lambda: process.keeper.note_cancel(execution_id), using=database(), robust=True)
     return is_open
 
 
@@ -128,7 +142,11 @@ def cancel_flagged(execution_id: uuid.UUID) -> bool:
             # The step before the execution, as everywhere: somebody may just be sending the event.
             steps.end_waits(execution_id, _cancel_error(flagged))
             execution = locked(rows).first()
-            if execution is None or not rows.update(**cancelled_values(execution)):
+            if (
+                execution is None
+                or not uniqueness.lock_predecessor(execution)
+                or not rows.update(**cancelled_values(execution))
+            ):
                 transaction.set_rollback(True, using=database())
                 return False
             after_cancel(execution)
@@ -149,7 +167,7 @@ def expire(execution_id: uuid.UUID) -> bool:
         with transaction.atomic(using=database()):
             rows = Execution.objects.using(database()).filter(pk=execution_id).expired()
             execution = guards.take(rows)
-            if execution is None:
+            if execution is None or not uniqueness.lock_predecessor(execution):
                 return False
             execution.cancel_reason = EXPIRED
             if not rows.update(**cancelled_values(execution), cancel_reason=execution.cancel_reason):
@@ -167,7 +185,9 @@ def cancelled_values(execution: Execution, *, running: bool = False) -> dict[str
         "error": _cancel_error(execution),
         "finished_at": clock.now(),
         "announce_at": guards.announcement_instant(execution, running=running),
-        **guards.NOT_QUEUED,
+        **parts.FINAL,
+        **parts.NOT_QUEUED,
+        **({} if uniqueness.waits_for(execution) is None else uniqueness.NO_PREDECESSOR),
     }
 
 
@@ -182,4 +202,6 @@ def _cancel_error(execution: Execution) -> str:
 
 def after_cancel(execution: Execution) -> None:
     waking.settle_parent(execution, StepStatus.CANCELLED, error=_cancel_error(execution))
+    uniqueness.give_back(execution)
+    uniqueness.release_successor(execution)
     guards.send_signal(signals.execution_finished, execution, status=ExecutionStatus.CANCELLED)

@@ -2,41 +2,106 @@
 
 from __future__ import annotations
 
+import json
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
-from django.db import connections, transaction
-from django.db.models import F, QuerySet
+from django.db import transaction
+from django.db.models import BooleanField, F, Q
 from django.db.models.functions import Coalesce
 
 from conductor_app import signals
-from conductor_app.conf import conductor_settings
 from conductor_app.models import Execution, database
 from conductor_app.states import ExecutionStatus
-from conductor_app.store import clock, waits
-from conductor_app.store.statements import update_returning
-from conductor_app.transitions import dispatch, guards, statements
-from conductor_app.transitions.statements import CLAIM_FIELDS
+from conductor_app.store.moves import Move, Update
+from conductor_app.store.opened import is_transaction
+from conductor_app.store.slots import NOW, Given, given
+from conductor_app.transitions import dispatch, guards, parts, steps
+
+#: What a run needs to know of the execution that it claims, in the order of the model's fields (as ``from_db`` takes
+#: them); steps are read separately, and only if there can be any.
+CLAIM_FIELDS = (
+    "id",
+    "task",
+    "queue",
+    "priority",
+    "payload",
+    "status",
+    "attempt",
+    "max_attempts",
+    "parent_id",
+    "root_id",
+    "depth",
+    "step",
+    "position",
+    "fence",
+    "lease_owner",
+    "due_at",
+    "options",
+    "held_at",
+    "created_at",
+    "started_at",
+    "run_started_at",
+)
+
+_NAMED = Q(id=given(Execution, "id"), task=Coalesce(given(Execution, "task"), F("task")))
+#: As ``ExecutionQuerySet.claimable``.
+_CLAIMABLE = (
+    _NAMED
+    & parts.has_status(ExecutionStatus.QUEUED)
+    & parts.IS_LET
+    & (Q(deadline_at__isnull=True) | Q(deadline_at__gt=NOW) | Q(started_at__isnull=False))
+)
+#: Whether who runs an execution may be forgotten once it has been seen: then its body begins once more than its
+#: attempts say. Not the last attempt, nor what may be too late to begin again.
+_MAY_BEGIN_AGAIN = Q(deadline_at__isnull=True) & (Q(max_attempts__isnull=True) | Q(attempt__lt=F("max_attempts")))
 
 
-def claim(execution_id: uuid.UUID, owner: str, task: str | None = None, attempt: int | None = None) -> Execution | None:
+def _claim(where: Q, **more: Any) -> Move:
+    return Move(Update("claimed", Execution, where, parts.CLAIMED, returning=CLAIM_FIELDS), **more)
+
+
+_CLAIM = _claim(
+    _CLAIMABLE & Q(due_at__lte=NOW),
+    may_be_lost=Q(Given("is_alone", BooleanField())) & _MAY_BEGIN_AGAIN,
+    brings=steps.brought("claimed"),
+)
+_CLAIM_ATTEMPT = _claim(_CLAIMABLE & Q(due_at__isnull=False, attempt=given(Execution, "attempt")))
+_CLAIM_AGAIN = _claim(_NAMED & Q(lease_owner=given(Execution, "lease_owner", "owner"), status=ExecutionStatus.RUNNING))
+
+
+def claim(
+    execution_id: uuid.UUID,
+    owner: str,
+    task: str | None = None,
+    attempt: int | None = None,
+    *,
+    savepoint: bool = True,
+) -> Execution | None:
     """queued → running: take the lease for one run.
 
     Args:
+        savepoint: Whether a transaction around it stays usable if it fails.
         task: The task that a message names; a forged one may name another than the execution's.
-        attempt: The attempt that a plain task's message is about; see ``ExecutionQuerySet.claimable``.
+        attempt: The attempt that a plain task's message is about. Celery's own retry message comes by a worker's clock,
+            so being due does not count; being about this attempt does, or a copy of the last one's message would take
+            it early.
 
     Returns:
-        The execution with its new fence, or ``None``: it is not there, not due, cancelled, or another run has it.
+        The execution with its new fence, or ``None``: it is not there, not due, cancelled, held, of a paused task, or
+        another run has it.
     """
-    if attempt is None and statements.are_at_hand():
-        return _started(statements.claim(execution_id, owner, task))
-    named = Execution.objects.using(database()).filter(pk=execution_id)
-    if task is not None:
-        named = named.filter(task=task)
-    return _start(named.claimable(attempt), owner)
+    named = {"id": execution_id, "task": task, **parts.lease(owner)}
+    if attempt is not None:
+        return _started(_CLAIM_ATTEMPT.make(database(), attempt=attempt, **named))
+    rows = _CLAIM.make(database(), savepoint=savepoint, is_alone=is_transaction(database()), **named)
+    execution = _started([row[:-1] for row in rows])
+    if execution is not None and rows[0][-1] is not None:
+        execution.claimed_steps = json.loads(rows[0][-1])
+    return execution
 
 
 def claim_again(execution_id: uuid.UUID, owner: str, task: str | None = None) -> Execution | None:
@@ -49,30 +114,14 @@ def claim_again(execution_id: uuid.UUID, owner: str, task: str | None = None) ->
     Returns:
         The execution with its new fence, or ``None``: the claim had not been made.
     """
-    taken = Execution.objects.using(database()).filter(
-        pk=execution_id, status=ExecutionStatus.RUNNING, lease_owner=owner
-    )
-    return _start(taken if task is None else taken.filter(task=task), owner)
+    return _started(_CLAIM_AGAIN.make(database(), id=execution_id, task=task, **parts.lease(owner)))
 
 
-def _start(claimable: QuerySet[Execution], owner: str) -> Execution | None:
-    with waits.at_work(connections[database()]):
-        rows = update_returning(
-            claimable,
-            CLAIM_FIELDS,
-            status=ExecutionStatus.RUNNING,
-            fence=F("fence") + 1,
-            lease_owner=owner,
-            lease_expires_at=clock.after(conductor_settings().LEASE_SECONDS, skipping=False),
-            started_at=Coalesce("started_at", clock.now()),
-            **guards.NOT_QUEUED,
-        )
-    return _started(rows[0] if rows else None)
-
-
-def _started(execution: Execution | None) -> Execution | None:
-    if execution is not None:
-        guards.send_signal(signals.execution_started, execution)
+def _started(rows: Sequence[Sequence[Any]]) -> Execution | None:
+    if not rows:
+        return None
+    execution = Execution.from_db(database(), CLAIM_FIELDS, rows[0])
+    guards.send_signal(signals.execution_started, execution)
     return execution
 
 
@@ -120,7 +169,7 @@ class HandOff:
     def confirm(self, taken: Execution) -> None:
         """Note an execution that the write claimed which made it runnable."""
         self._confirm(taken)
-        _started(taken)
+        guards.send_signal(signals.execution_started, taken)
 
     def _confirm(self, taken: Execution) -> None:
         def note() -> None:

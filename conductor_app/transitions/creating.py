@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import uuid
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from django.db import IntegrityError
+from django.db import IntegrityError, transaction
+from django.db.models import BooleanField, Case, DateTimeField, DurationField, When
+from django.db.models.functions import Coalesce
 
 from conductor_app import signals
 from conductor_app.models import Execution, database
 from conductor_app.states import ExecutionStatus
 from conductor_app.store import clock, forks
-from conductor_app.store.opened import note_created, one_statement
-from conductor_app.transitions import dispatch, guards
+from conductor_app.store.moves import Insert, Move
+from conductor_app.store.opened import note_created
+from conductor_app.store.slots import NOW, AnyField, Given, Slot, after, given
+from conductor_app.transitions import dispatch, guards, parts, tagging, uniqueness
+from conductor_app.values.limits import Limit
+from conductor_app.values.uniqueness import Unique
 
 
 @dataclass(frozen=True)
@@ -36,45 +44,76 @@ class NewExecution:
     #: Seconds, or the instant, after which it must not start any more.
     expires: float | dt.datetime | None = None
     idempotency_key: str | None = None
+    #: Its unique key, and what is to be done if an open execution has that.
+    unique: Unique | None = None
+    #: Those of the tree that it is in.
+    tags: Mapping[str, str] = field(default_factory=dict)
+    #: The limits of its task, with its keys.
+    limits: Sequence[tuple[Limit, str]] = ()
 
 
 def create(new: NewExecution) -> tuple[Execution, bool]:
     """Store a root execution as queued, in the current transaction if there is one.
 
     Returns:
-        The execution, and whether it is new: the same id or idempotency key gives the existing one.
+        The execution, and whether it is new: the same id or idempotency key gives the existing one, and a unique key
+        that is taken may do so.
+
+    Raises:
+        DuplicateExecution: The unique key is taken. Nothing is stored.
     """
     forks.own()
     using = database()
-    row = queued_row(new)
+    row = timeless_row(new)
+    given = {name: getattr(row, name) for name in (*OWN, "idempotency_key")}
+    given |= parts.published(dispatch.first_publication(None))
     tries = 0
 
-    def insert() -> Execution | None:
-        """Return the execution that is there already."""
+    def store(predecessor: uuid.UUID | None = None) -> None:
+        more = times(new, is_held=predecessor is not None)
+        if new.unique is not None:
+            more |= _then(new, predecessor)
+            row.predecessor = predecessor
+        # By Django's cursor: the caller's tools are to see it.
+        with transaction.atomic(using=using) if new.tags else contextlib.nullcontext():
+            ((row.created_at, row.due_at, row.dispatch_at, row.deadline_at),) = (
+                _CREATE if new.unique is None else _CREATE_UNIQUE
+            ).make(using, at_once=False, **given, **more)
+            if new.tags:
+                tagging.insert(new.id, new.tags)
+
+    def insert() -> tuple[Execution, bool]:
+        """Return the execution, and whether this call has stored it."""
         nonlocal tries
         tries += 1
-        try:
-            with one_statement(using):
-                row.save(force_insert=True, using=using)
-        except IntegrityError:
-            existing = _find_existing(new)
-            if existing is None:
-                raise
-            # After a COMMIT that got no answer it is this one.
-            return existing if tries == 1 or existing.pk != new.id else None
-        return None
+        existing: Execution | None = None
+        if new.unique is None:
+            try:
+                store()
+            except IntegrityError:
+                existing = find_existing(new)
+                if existing is None:
+                    raise
+        else:
+            late = {"deadline_at": _deadline(new)}
+            existing = uniqueness.create(new.unique, row, store, lambda: find_existing(new), **late)
+        if existing is None:
+            return row, True
+        # After a COMMIT that got no answer it is this one.
+        return existing, tries > 1 and existing.pk == new.id
 
-    existing = guards.persist_briefly(insert)
-    if existing is not None:
-        return existing, False
-    note_created(using, row.pk)
-    if row.dispatch_at is not None and is_due(new):
-        dispatch.on_commit(row)
-    guards.send_signal(signals.execution_created, row)
-    return row, True
+    execution, is_new = guards.persist_briefly(insert)
+    if not is_new:
+        return execution, False
+    note_created(using, execution.pk)
+    if is_due(new) and execution.predecessor is None:
+        dispatch.on_commit(execution)
+    guards.send_signal(signals.execution_created, execution)
+    return execution, True
 
 
-def _find_existing(new: NewExecution) -> Execution | None:
+def find_existing(new: NewExecution) -> Execution | None:
+    """Return the execution that has this id or this idempotency key; ``None`` if there is none."""
     rows = Execution.objects.using(database())
     found = rows.filter(pk=new.id).first()
     if found is None and new.idempotency_key is not None:
@@ -84,36 +123,6 @@ def _find_existing(new: NewExecution) -> Execution | None:
 
 def is_due(new: NewExecution) -> bool:
     return new.eta is None and new.countdown <= 0
-
-
-def queued_row(
-    new: NewExecution,
-    parent: Execution | None = None,
-    step: str = "",
-    *,
-    position: int | None = None,
-    is_held: bool = False,
-) -> Execution:
-    """Return the row of an execution that is queued; it is not saved.
-
-    Args:
-        new: What it is to run.
-        parent: Its parent.
-        step: The parent's step.
-        position: Its place in the parent's map.
-        is_held: Whether it is not due, and its message not to be published, before a sibling ends.
-    """
-    due: Any = clock.after(max(new.countdown, 0)) if new.eta is None else new.eta
-    expires: Any = clock.after(new.expires) if isinstance(new.expires, (int, float)) else new.expires
-    row = timeless_row(new, parent, step, position=position)
-    row.deadline_at = expires
-    if not is_held:
-        row.due_at = due
-        row.dispatch_at = dispatch.first_instant(
-            due, is_due=is_due(new), root_id=None if parent is None else parent.root_id, ahead=position or 0
-        )
-    row.created_at = clock.now()
-    return row
 
 
 def timeless_row(
@@ -134,8 +143,92 @@ def timeless_row(
         step=step,
         position=position,
         idempotency_key=new.idempotency_key,
+        unique_key=None if new.unique is None else new.unique.key,
         options=new.options,
     )
+
+
+#: What a child says that its siblings in a map may say otherwise.
+OWN = ("id", "task", "queue", "priority", "payload", "max_attempts", "unique_key", "options")
+#: Of every child of the run that makes a move.
+CHILD: dict[str, Any] = {
+    "parent_id": given(Execution, "parent_id", "id"),
+    "root_id": given(Execution, "root_id"),
+    "depth": given(Execution, "depth"),
+    "step": given(Execution, "step"),
+    "created_at": NOW,
+}
+#: Of one that this process goes on with.
+CLAIMED: dict[str, Any] = {**parts.CLAIMED, "fence": 1, "due_at": NOW, "started_at": NOW}
+
+
+def timed(slot: Callable[[str, AnyField], Slot]) -> dict[str, Any]:
+    """Return the instants of a child as ``times`` gives them: when it is due, and after when it must not start."""
+    instant, span = DateTimeField(), DurationField()
+    due = Coalesce(slot("eta", instant), after(slot("due_in", span)))
+    published = parts.dispatch_at(slot("dispatch_in", span))
+    return {
+        "status": ExecutionStatus.QUEUED,
+        "due_at": due,
+        "dispatch_at": Case(When(slot("is_due", BooleanField()), then=published), default=due),
+        "deadline_at": Coalesce(slot("expires_at", instant), after(slot("expires_in", span))),
+    }
+
+
+def times(new: NewExecution, *, is_held: bool = False) -> dict[str, Any]:
+    """Return when a child is due, and must not start any more, for ``timed``.
+
+    Args:
+        is_held: Whether it is not due before a sibling ends.
+    """
+    seconds = new.expires if isinstance(new.expires, (int, float)) else None
+    return {
+        "is_due": is_due(new) and not is_held,
+        "eta": None if is_held else new.eta,
+        "due_in": None if is_held else clock.interval(max(new.countdown, 0)),
+        "expires_at": new.expires if seconds is None else None,
+        "expires_in": None if seconds is None else clock.interval(seconds),
+    }
+
+
+def has_times(new: NewExecution) -> bool:
+    """Tell whether anything else is to be known of when it may start than that it is due."""
+    return not is_due(new) or new.expires is not None
+
+
+def _then(new: NewExecution, predecessor: uuid.UUID | None) -> dict[str, Any]:
+    """Return whose end an execution waits for, and when it is due then at the earliest."""
+    is_later = predecessor is not None and not is_due(new)
+    return {
+        "predecessor": predecessor,
+        "then_at": new.eta if is_later else None,
+        "then_in": clock.interval(new.countdown) if is_later and new.countdown > 0 else None,
+    }
+
+
+def _deadline(new: NewExecution) -> Any:
+    """Return after when it must not start, for a write that is no move."""
+    return clock.after(new.expires) if isinstance(new.expires, (int, float)) else new.expires
+
+
+def _create(**more: Any) -> Move:
+    """Return the move that stores a root."""
+    values = {
+        **{name: given(Execution, name) for name in (*OWN, "idempotency_key")},
+        "root_id": given(Execution, "root_id", "id"),
+        "created_at": NOW,
+        **timed(Given),
+        **more,
+    }
+    told = ["created_at", "due_at", "dispatch_at", "deadline_at"]
+    return Move(Insert("created", Execution, values, returning=told))
+
+
+_CREATE = _create()
+_CREATE_UNIQUE = _create(
+    predecessor=given(Execution, "predecessor"),
+    due_then=Coalesce(Given("then_at", DateTimeField()), after("then_in")),
+)
 
 
 #: The fields in the order in which a model takes their values, which it does in half of the time that names take.

@@ -15,11 +15,11 @@ import datetime as dt
 import logging
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from celery import Celery, current_app
 from django.db import transaction
@@ -31,14 +31,13 @@ from conductor_app.conf import conductor_settings
 from conductor_app.models import Execution, database
 from conductor_app.store import clock, eager, forks, observing
 from conductor_app.store.ids import created_at
+from conductor_app.store.process import process
 from conductor_app.values.arguments import MESSAGE_OPTIONS, PLAIN_OPTIONS
 from conductor_app.values.payloads import loads
 
 logger = logging.getLogger(__name__)
 
 _is_inline: ContextVar[bool] = ContextVar("conductor_app_inline", default=False)
-#: How many blocks of ``inline(everywhere=True)`` this process is in.
-_inline_everywhere = 0
 
 #: Header of our own messages. It only tells a doorbell from a message that somebody else published by task name.
 HEADER = "conductor"
@@ -49,52 +48,21 @@ DOORBELL, DOORBELL_WITH_CALLBACKS, PLAIN = "doorbell", "doorbell, callbacks", "p
 BREAKER_SECONDS = 5.0
 #: Of executions that one commit queues, each thousand more is given another ``REDISPATCH_SECONDS`` to be started.
 REDISPATCH_CROWD = 1_000
-_broker_rests_until = 0.0
-
-
-class Broker(Protocol):
-    """The way of a message to the broker, as ``publish`` needs it."""
-
-    def send(self, execution: Execution, *, waits: bool) -> None:
-        """Send an execution's message, or raise what the broker's client does; ``waits`` as for ``publish``."""
-
-    def is_about_message(self, error: Exception) -> bool:
-        """Tell whether the broker is there, and takes other messages."""
-
-    def tried(self, error: Exception) -> str:
-        """Name the servers that an error is about."""
-
-
-#: That is ``host.publishing``, which it puts in here when the app is ready.
-broker: Broker | None = None
 
 #: Fields of a row that ``publish`` reads.
-DOORBELL_FIELDS = ("id", "task", "queue", "priority", "options", "root_id", "parent_id", "attempt")
-
-
-#: What a worker's broker was when it began: it stays that, and Celery takes long to look it up.
-_is_embedded: bool | None = None
-#: Whether this is a worker whose broker confirms messages: its runs do not wait for that.
-_runs_ahead = False
+DOORBELL_FIELDS = ("id", "task", "queue", "priority", "options", "root_id", "parent_id", "attempt", "held_at")
 
 
 def settle_broker(app: Celery) -> None:
     """Note the broker of this worker, and of the processes that it forks."""
-    global _is_embedded, _runs_ahead  # noqa: PLW0603
-    _is_embedded = is_embedded(app)
-    _runs_ahead = bool(app.conf.broker_transport_options.get("confirm_publish"))
-
-
-def forget_broker() -> None:
-    """Look the broker up again from now on: the worker has ended, and its process has not."""
-    global _is_embedded, _runs_ahead
-    _is_embedded, _runs_ahead = None, False
+    process.worker.is_embedded = is_embedded(app)
+    process.worker.runs_ahead = bool(app.conf.broker_transport_options.get("confirm_publish"))
 
 
 def is_embedded(app: Celery | None = None) -> bool:
     """Tell whether the broker is ``memory://``, so that workers are fed from the database."""
-    if app is None and _is_embedded is not None:
-        return _is_embedded
+    if app is None and process.worker.is_embedded is not None:
+        return process.worker.is_embedded
     conf = (app or current_app).conf
     url = conf.broker_write_url or conf.broker_url or ""
     if isinstance(url, (list, tuple)):
@@ -117,13 +85,12 @@ def inline(*, everywhere: bool = False) -> Iterator[None]:
     Args:
         everywhere: In all threads of this process, such as that of a live test server; else in this one.
     """
-    global _inline_everywhere  # noqa: PLW0603
     token = _is_inline.set(True)
-    _inline_everywhere += everywhere
+    process.inline_everywhere += everywhere
     try:
         yield
     finally:
-        _inline_everywhere -= everywhere
+        process.inline_everywhere -= everywhere
         _is_inline.reset(token)
 
 
@@ -133,7 +100,7 @@ def is_inline(root_id: uuid.UUID | None = None) -> bool:
     Args:
         root_id: The tree's root, if that is known.
     """
-    return _inline_everywhere > 0 or _is_inline.get() or eager.runs(root_id)
+    return process.inline_everywhere > 0 or _is_inline.get() or eager.runs(root_id)
 
 
 def first_instant(due: Combinable, *, is_due: bool, root_id: uuid.UUID | None = None, ahead: int = 0) -> Combinable:
@@ -175,20 +142,33 @@ def first_publication(root_id: uuid.UUID | None, ahead: int = 0) -> FirstPublica
     return FirstPublication(0, by=created_at(root_id))
 
 
-def on_commit(*executions: Execution) -> None:
-    """Publish ``executions`` when the current transaction is committed."""
-    told = [execution for execution in executions if not is_inline(execution.root_id)]
+def on_commit(*executions: Execution, confirmed_together: int = 1) -> None:
+    """Publish ``executions`` when the current transaction is committed, except for those that somebody holds.
+
+    See ``publish_all``.
+    """
+    # Not of one that is being created: that has not read the column.
+    on_hold = [vars(execution).get("held_at") is not None for execution in executions]
+    told = [
+        execution
+        for execution, is_held in zip(executions, on_hold, strict=True)
+        if not is_held and not is_inline(execution.root_id)
+    ]
     if told and not is_embedded():
-        transaction.on_commit(lambda: publish_all(told), using=database(), robust=True)
+        transaction.on_commit(lambda: publish_all(told, confirmed_together), using=database(), robust=True)
 
 
-def publish_all(executions: Iterable[Execution]) -> None:
+def publish_all(executions: Sequence[Execution], confirmed_together: int = 1) -> None:
     """Publish the messages of queued executions on one connection, until the broker refuses; the sweeper does the rest.
 
     Never raises, as ``publish``.
+
+    Args:
+        confirmed_together: Whoever waits for confirmations does so once for so many messages, with the last of them.
     """
-    for execution in executions:
-        is_published = publish(execution, waits=False) if _runs_ahead else publish(execution)
+    for number, execution in enumerate(executions, 1):
+        is_last = number % confirmed_together == 0 or number == len(executions)
+        is_published = publish(execution, waits=is_last and not process.worker.runs_ahead)
         if not is_published and is_broker_resting():
             return
 
@@ -205,17 +185,17 @@ def publish(execution: Execution, *, waits: bool = True) -> bool:
     Returns:
         Whether the broker took it, as far as is known by then.
     """
-    global _broker_rests_until  # noqa: PLW0603
     if is_broker_resting():
         return False
     forks.own()
+    broker = process.broker
     assert broker is not None, "conductor_app is not ready: django.setup() makes it so"
     try:
         with observing.acting_for(execution):
             broker.send(execution, waits=waits)
     except Exception as error:  # noqa: BLE001 - whatever the broker's client raises, the row is safe
         if not broker.is_about_message(error):
-            _broker_rests_until = time.monotonic() + BREAKER_SECONDS
+            process.broker_rests_until = time.monotonic() + BREAKER_SECONDS
         logger.warning(
             "Broker %s did not take the message (%s: %s). The execution %s is saved as queued and will be published "
             "when the broker is back.",
@@ -271,10 +251,9 @@ def options_of(execution: Execution) -> dict[str, Any]:
 
 def is_broker_resting() -> bool:
     """Tell whether the broker has just failed, so that nothing is published for a while."""
-    return time.monotonic() < _broker_rests_until
+    return time.monotonic() < process.broker_rests_until
 
 
 def reset_breaker() -> None:
     """Forget that the broker failed."""
-    global _broker_rests_until  # noqa: PLW0603
-    _broker_rests_until = 0.0
+    process.broker_rests_until = 0.0

@@ -13,11 +13,10 @@ from conductor_app.exceptions import (
     Failure,
 )
 from conductor_app.models import Execution, FailedExecution, database
-from conductor_app.states import ExecutionStatus, StepStatus
+from conductor_app.states import ExecutionStatus, RunOutcome, StepStatus
 from conductor_app.store import clock
-from conductor_app.transitions import claiming, guards, waking
+from conductor_app.transitions import attempts, claiming, guards, parts, uniqueness, waking
 from conductor_app.values.failures import dump_failure
-from conductor_app.values.texts import clean_text
 
 
 def fail(
@@ -42,7 +41,8 @@ def fail(
 
     def work() -> None:
         with transaction.atomic(using=database()):
-            guards.leave_running(execution, cancel_requested=False, **failed_values(execution, failure, running=True))
+            values = failed_values(execution, failure, running=True)
+            guards.leave_running(execution, RunOutcome.FAILED, failure, cancel_requested=False, **values)
             with claiming.handing_off(hand_off):
                 store_failure(execution, failure, step=step, child_id=child_id)
 
@@ -54,6 +54,7 @@ def failed_values(execution: Execution, failure: Failure, *, running: bool = Fal
     return {
         "status": ExecutionStatus.FAILED,
         "error": dump_failure(failure),
+        **parts.FINAL,
         "finished_at": clock.now(),
         "announce_at": guards.announcement_instant(execution, running=running),
     }
@@ -68,12 +69,11 @@ def store_failure(execution: Execution, failure: Failure, *, step: str = "", chi
         execution_id=execution.pk,
         task=execution.task,
         attempts=execution.attempt,
-        error_class=clean_text(failure.type, 255),
-        message=failure.message,
-        traceback=failure.traceback,
+        **attempts.parts_of(failure),
         step=step,
         root_cause_id=root_cause,
         failed_at=clock.now(),
     )
     waking.settle_parent(execution, StepStatus.FAILED)
+    uniqueness.release_successor(execution)
     guards.send_signal(signals.execution_finished, execution, status=ExecutionStatus.FAILED, failure=failure)

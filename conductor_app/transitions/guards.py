@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import uuid
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,21 +12,20 @@ from django.db.models import QuerySet
 from django.db.models.expressions import Combinable
 from django.dispatch import Signal
 
+from conductor_app import signals
 from conductor_app.conf import conductor_settings
 from conductor_app.exceptions import (
     CancelExecution,
+    Failure,
     LeaseLost,
+    ReleaseExecution,
 )
 from conductor_app.models import Execution, database
-from conductor_app.store import clock, locks, transactions
-from conductor_app.transitions import dispatch
+from conductor_app.states import RunOutcome
+from conductor_app.store import clock, locks, observing, transactions
+from conductor_app.transitions import attempts, dispatch, parts
 
 T = TypeVar("T")
-
-NO_LEASE: dict[str, Any] = {"lease_owner": "", "lease_expires_at": None}
-
-
-NOT_QUEUED: dict[str, Any] = {"dispatch_at": None, "dispatches": 0}
 
 
 def announcement_delay(execution: Execution, *, running: bool = False) -> float | None:
@@ -106,18 +106,29 @@ def is_mine(execution: Execution, **ended: Any) -> bool:
     return Execution.objects.using(database()).filter(pk=execution.pk, fence=execution.fence, **ended).exists()
 
 
-def leave_running(execution: Execution, *, cancel_requested: bool = True, is_late: bool = False, **values: Any) -> None:
-    """Take a running execution out of ``running``, if this run still holds it.
+def leave_running(
+    execution: Execution,
+    outcome: RunOutcome,
+    failure: Failure | None = None,
+    *,
+    step: str = "",
+    cancel_requested: bool = True,
+    **values: Any,
+) -> None:
+    """Take a running execution out of ``running``, if this run still holds it, and keep the run; in a transaction.
 
     Args:
+        outcome: How the run ends.
+        failure: What it has failed with.
+        step: The step that it waits for.
         cancel_requested: Whether the move is allowed for an execution that is to be cancelled.
-        is_late: Whether it is allowed if that is for its parent's timeout alone.
+        values: What else changes of the execution.
     """
     held = Execution.objects.using(database()).held_by(execution)
-    guarded = held
-    if not cancel_requested:
-        guarded = held.unasked() if is_late else held.filter(cancel_requested_at__isnull=True)
-    if guarded.update(**{**NO_LEASE, **values}):
+    guarded = held if cancel_requested else held.filter(cancel_requested_at__isnull=True)
+    if guarded.update(**{**parts.NO_LEASE, **values}):
+        attempts.keep(execution, outcome, failure, step=step)
+        send_signal(signals.run_ended, execution, outcome=outcome)
         return
     raise lease_lost(execution) if cancel_requested else refusal(execution)
 
@@ -128,6 +139,27 @@ def refusal(execution: Execution) -> CancelExecution | LeaseLost:
     if held.exists():
         return CancelExecution()
     return lease_lost(execution)
+
+
+def refusal_of_children(execution: Execution) -> CancelExecution | LeaseLost | ReleaseExecution:
+    """Return why a run could not store children: it is to end, and nothing of it is lost."""
+    held = Execution.objects.using(database()).held_by(execution)
+    flags = list(held.values_list("cancel_requested_at", flat=True))
+    if not flags:
+        return lease_lost(execution)
+    # If neither a cancel nor a hold is there any more, it begins again, too.
+    return ReleaseExecution() if flags[0] is None else CancelExecution()
+
+
+def why_held(execution: Execution) -> str:
+    """Return since when somebody holds an execution, and why, for a refusal."""
+    return why_stopped("held", execution.held_at, execution.held_by, execution.hold_reason)
+
+
+def why_stopped(how: str, since: dt.datetime | None, by: str | None, reason: str | None) -> str:
+    """Return what a refusal says of a hold or a pause."""
+    who = f", by {by}" if by else ""
+    return f"{how} since {since:%Y-%m-%d %H:%M:%S} UTC{who}: {reason}"
 
 
 def must_hold(execution: Execution) -> None:
@@ -165,8 +197,6 @@ def next_attempt(execution: Execution, **changed: Any) -> Execution:
 
 
 def send_signal(signal: Signal, execution: Execution, **details: Any) -> None:
-    """Send ``signal`` after the commit."""
-    if signal.has_listeners(execution.task):
-        transaction.on_commit(
-            lambda: signal.send_robust(sender=execution.task, execution=execution, **details), using=database()
-        )
+    """Send ``signal`` after the commit, and write its line in the log."""
+    if observing.is_noticed(signal, execution.task):
+        transaction.on_commit(lambda: observing.tell(signal, execution, **details), using=database())

@@ -8,11 +8,12 @@ from django.db import transaction
 from django.db.models import F
 
 from conductor_app.exceptions import ActionRefused
-from conductor_app.models import Execution, Step, database
-from conductor_app.states import ExecutionStatus, StepKind, StepStatus
+from conductor_app.models import Execution, PausedTask, Step, database
+from conductor_app.models.execution import PARKED_UNTIL
+from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.store import clock
 from conductor_app.store.locks import locked
-from conductor_app.transitions import dispatch, guards, waking
+from conductor_app.transitions import dispatch, guards, kinds, pausing, waking
 
 
 def hasten(execution_id: uuid.UUID) -> None:
@@ -20,7 +21,7 @@ def hasten(execution_id: uuid.UUID) -> None:
 
     Raises:
         Execution.DoesNotExist: There is none.
-        ActionRefused: It waits for no instant.
+        ActionRefused: It waits for no instant, or it is held.
     """
 
     def work() -> bool:
@@ -40,7 +41,9 @@ def _is_brought_forward(execution_id: uuid.UUID) -> bool:
         pk=execution_id,
         status=ExecutionStatus.QUEUED,
         due_at__gt=clock.now(),
+        due_at__lt=clock.aware(PARKED_UNTIL),
         cancel_requested_at__isnull=True,
+        held_at__isnull=True,
     )
     execution = locked(later).first()
     if execution is None:
@@ -53,21 +56,35 @@ def _is_brought_forward(execution_id: uuid.UUID) -> bool:
 def _end_sleeps(execution_id: uuid.UUID) -> bool:
     sleeps = Step.objects.using(database()).filter(
         execution_id=execution_id,
-        kind=StepKind.SLEEP,
+        kind__in=kinds.those(lambda kind: kind.is_until_instant),
         status=StepStatus.PENDING,
         execution__status=ExecutionStatus.WAITING,
+        execution__held_at__isnull=True,
     )
     names = list(sleeps.values_list("name", flat=True))
     ended = [waking.settle(execution_id, name, StepStatus.SUCCEEDED) for name in names]
     return any(ended)
 
 
+def _on_hold(execution: Execution) -> ActionRefused:
+    return ActionRefused(
+        f"Execution {execution.pk} is {guards.why_held(execution)}. Release it first.", reason="held: release it first"
+    )
+
+
 def _not_to_wake(execution: Execution) -> ActionRefused:
+    if execution.is_held:
+        return _on_hold(execution)
     why, reason = f"is {execution.status}", f"{execution.status}"
     if execution.status == ExecutionStatus.QUEUED:
         why, reason = "is queued and due already", "due already"
-        if execution.due_at is None:
+        if execution.predecessor is not None:
+            why = f"waits until execution {execution.predecessor}, which had the same unique key, has ended"
+            reason = "waiting for the end of another one"
+        elif execution.due_at is None:
             why, reason = "is held back until max_parallel of its map lets it go", "held back by max_parallel"
+        elif execution.is_parked:
+            why, reason = "waits for a place of a limit, which is handed to it when one is free", "parked by a limit"
         elif execution.cancel_requested_at is not None:
             why, reason = "is to be cancelled", "to be cancelled"
     elif execution.status == ExecutionStatus.WAITING:
@@ -87,7 +104,7 @@ def publish_again(execution_id: uuid.UUID) -> bool:
 
     Raises:
         Execution.DoesNotExist: There is none.
-        ActionRefused: It is not queued, not due, or to be cancelled.
+        ActionRefused: It is not queued, not due, held, of a paused task, or to be cancelled.
     """
 
     def work() -> Execution | None:
@@ -107,6 +124,15 @@ def publish_again(execution_id: uuid.UUID) -> bool:
 
 
 def _not_to_publish(execution: Execution) -> ActionRefused:
+    if execution.is_held:
+        return _on_hold(execution)
+    paused = PausedTask.objects.using(database()).filter(pk=execution.task).first()
+    if paused is not None and execution.status == ExecutionStatus.QUEUED:
+        return ActionRefused(
+            f"Execution {execution.pk} is of {execution.task}, which is {pausing.why_paused(paused)}. "
+            "Unpause it first.",
+            reason="of a paused task: unpause it first",
+        )
     why, reason = f"is {execution.status}", f"{execution.status}"
     if execution.status == ExecutionStatus.QUEUED:
         why, reason = "is queued, but not to be started now", "not due, to be cancelled, or expired"

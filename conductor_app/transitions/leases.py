@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
 import time
 import uuid
@@ -30,6 +29,7 @@ from conductor_app.models import Execution, database
 from conductor_app.states import ExecutionStatus
 from conductor_app.store import clock, own_connections, serving, sockets, waits
 from conductor_app.store.locks import RowsLocked, locked, waiting_at_most
+from conductor_app.store.process import process
 from conductor_app.store.transactions import persist_briefly
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,8 @@ class Lease:
         self.lost = False
         #: Somebody asked for it to be cancelled.
         self.cancel_requested = False
+        #: Somebody holds it: the run is to give it back.
+        self.on_hold = False
         self.renewed_at = time.monotonic()
         #: What the thread that runs the body waits for, in a statement of the body's own.
         self.body = waits.InBody(connections[database()])
@@ -109,7 +111,7 @@ class LeaseKeeper:
                 if lease.execution.pk == execution_id:
                     lease.cancel_requested = True
 
-    def reset_after_fork(self) -> None:
+    def forget(self) -> None:
         """Forget the parent process's leases: its thread does not exist in a forked child."""
         self.__init__()  # type: ignore[misc]
 
@@ -204,7 +206,7 @@ def end_unserved(overdue: Sequence[waits.Wait]) -> None:
 
 
 def renew(leases: list[Lease]) -> list[Lease]:
-    """Renew ``leases`` in the database and notice those that are lost or whose execution is to be cancelled.
+    """Renew ``leases`` in the database and notice those that are lost, or whose execution is to be cancelled or held.
 
     Returns:
         Those whose rows somebody else has locked; they are as they were.
@@ -214,9 +216,9 @@ def renew(leases: list[Lease]) -> list[Lease]:
     for lease in leases:
         mine |= Q(pk=lease.execution.pk, fence=lease.execution.fence, lease_owner=lease.execution.lease_owner)
     held = Execution.objects.using(using).filter(mine, status=ExecutionStatus.RUNNING)
-    columns = ("pk", "fence", "cancel_requested_at")
+    columns = ("pk", "fence", "cancel_requested_at", "held_at")
     with transaction.atomic(using=using):
-        flags = {(pk, fence): flag for pk, fence, flag in locked(held, skip=True).values_list(*columns)}
+        flags = {(pk, fence): asked for pk, fence, *asked in locked(held, skip=True).values_list(*columns)}
         Execution.objects.using(using).filter(pk__in=[pk for pk, _ in flags]).update(
             lease_expires_at=clock.after(conductor_settings().LEASE_SECONDS)
         )
@@ -225,12 +227,12 @@ def renew(leases: list[Lease]) -> list[Lease]:
         if _key(lease) in flags:
             lease.renewed_at, lease.locked_since = now, None
     passed_over = [lease for lease in leases if _key(lease) not in flags]
-    there = {(pk, fence): flag for pk, fence, flag in held.values_list(*columns)} if passed_over else {}
+    there = {(pk, fence): asked for pk, fence, *asked in held.values_list(*columns)} if passed_over else {}
     flags = {**there, **flags}
     for lease in leases:
         is_news = not lease.lost and _key(lease) not in flags
         lease.lost = _key(lease) not in flags
-        lease.cancel_requested = flags.get(_key(lease)) is not None
+        lease.cancel_requested, lease.on_hold = (flag is not None for flag in flags.get(_key(lease), (None, None)))
         if lease.lost:
             lease.renewed_at = now
         if is_news:
@@ -266,6 +268,4 @@ def _key(lease: Lease) -> tuple[uuid.UUID, int]:
     return (lease.execution.pk, lease.execution.fence)
 
 
-#: This process's keeper.
-keeper = LeaseKeeper()
-os.register_at_fork(after_in_child=keeper.reset_after_fork)
+process.keeper = LeaseKeeper()

@@ -16,7 +16,7 @@ from django.db import transaction
 from conductor_app.exceptions import Failure
 from conductor_app.models import Execution, database
 from conductor_app.models.execution import PUT_OFF_AT_FENCE
-from conductor_app.states import ExecutionStatus
+from conductor_app.states import ExecutionStatus, RunOutcome
 from conductor_app.store import clock
 from conductor_app.transitions import dispatch, guards
 from conductor_app.values.failures import dump_failure, load_failure
@@ -45,6 +45,8 @@ def put_off(execution: Execution, failure: Failure) -> float | None:
                 return None
             guards.leave_running(
                 execution,
+                RunOutcome.RELEASED,
+                failure,
                 status=ExecutionStatus.QUEUED,
                 cancel_requested=False,
                 error=noted,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import functools
 import uuid
 from collections.abc import Sequence
 from typing import Any
 
 from django.db import transaction
-from django.db.models import F, QuerySet
+from django.db.models import Case, DateTimeField, F, Q, QuerySet, TextField, Value, When
+from django.db.models.functions import Least
 
 from conductor_app import signals
 from conductor_app.conf import conductor_settings
@@ -17,11 +20,13 @@ from conductor_app.exceptions import (
     class_path,
 )
 from conductor_app.models import Execution, Step, database
-from conductor_app.models.stranded import waiting_for_nothing
-from conductor_app.states import LATE_REASON, ExecutionStatus, OnTimeout, StepKind, StepStatus
+from conductor_app.models.execution import IS_PAUSED, PARKED_AT
+from conductor_app.states import ExecutionStatus, OnTimeout, RunOutcome
 from conductor_app.store import clock, owners
 from conductor_app.store.locks import locked
-from conductor_app.transitions import cancelling, dispatch, failing, guards, statements, steps, waking
+from conductor_app.store.moves import Lock, Move, Update
+from conductor_app.store.slots import NOW, later
+from conductor_app.transitions import cancelling, dispatch, failing, guards, kinds, parts, pausing, steps, waking
 from conductor_app.values.failures import dump_failure
 
 
@@ -57,18 +62,23 @@ def lose(
             guards.send_signal(signals.execution_lost, execution)
             if execution.cancel_requested_at is not None:
                 # Queued for a moment, and not claimable: its children are to be locked before it.
-                guards.leave_running(execution, status=ExecutionStatus.QUEUED, **guards.queue_now(execution))
+                values = guards.queue_now(execution)
+                cause = worker_lost(execution, ended_by)
+                guards.leave_running(execution, RunOutcome.LOST, cause, status=ExecutionStatus.QUEUED, **values)
                 is_flagged.append(True)
                 return True
             cause = failure or worker_lost(execution, ended_by)
             used_up = not execution.has_attempts_left
             if failure is not None or used_up or not execution.runs_again:
-                guards.leave_running(execution, **failing.failed_values(execution, cause))
+                outcome = RunOutcome.LOST if failure is None else RunOutcome.FAILED
+                guards.leave_running(execution, outcome, cause, **failing.failed_values(execution, cause))
                 failing.store_failure(execution, cause)
                 return True
             delay = 0.0 if execution.attempt == 1 else float(min(2 ** min(execution.attempt - 2, 10), 60))
             guards.leave_running(
                 execution,
+                RunOutcome.LOST,
+                cause,
                 status=ExecutionStatus.QUEUED,
                 attempt=F("attempt") + 1,
                 error=dump_failure(cause),
@@ -116,7 +126,8 @@ def give_back(execution_id: uuid.UUID, owner: str) -> bool:
             execution = guards.take(rows.filter(lease_owner=owner))
             if execution is None:
                 return False
-            guards.leave_running(execution, status=ExecutionStatus.QUEUED, **guards.queue_now(execution))
+            values = guards.queue_now(execution)
+            guards.leave_running(execution, RunOutcome.RELEASED, status=ExecutionStatus.QUEUED, **values)
             dispatch.on_commit(execution)
         return True
 
@@ -139,26 +150,25 @@ def worker_lost(execution: Execution, ended_by: Failure | None = None) -> Failur
 
 
 def decide_overdue(step: Step) -> bool:
-    """Decide a pending step whose deadline has passed: a sleep ends well, anything else times out.
+    """Decide a pending step whose deadline has passed: see ``Kind.when_overdue``.
 
     Returns:
         ``False`` if the step was decided meanwhile.
     """
+    kind = kinds.of(step.kind)
 
     def work() -> bool:
         with transaction.atomic(using=database()):
-            status = StepStatus.SUCCEEDED if step.kind == StepKind.SLEEP else StepStatus.TIMED_OUT
             if step.timeout_seconds is not None and step.on_timeout == OnTimeout.CANCEL:
                 # The children's rows first, as everywhere. If one is just ending, this waits for its commit.
-                _cancel_late(step)
-            if not waking.settle(step.execution_id, step.name, status, only_overdue=True):
+                kind.cancel_late(step)
+            if not waking.settle(step.execution_id, step.name, kind.when_overdue, only_overdue=True):
                 transaction.set_rollback(True, using=database())
                 return False
-            if step.kind == StepKind.MAP:
-                steps.note_late(step)
+            kind.note_late(step)
         return True
 
-    guards.leave_if_locked(step.execution_id, with_children=step.kind == StepKind.MAP)
+    guards.leave_if_locked(step.execution_id, with_children=kind.has_children)
     if step.child_id is not None and _cancels_child(step):
         guards.leave_if_locked(step.child_id)
     return guards.persist_briefly(work)
@@ -174,7 +184,7 @@ def decide_overdue_together(overdue: Sequence[Step]) -> set[int]:
         The keys of the steps that it has decided.
     """
     using = database()
-    simple = [step for step in overdue if step.kind in _WAKES]
+    simple = [step for step in overdue if kinds.of(step.kind).wakes_alone]
 
     def work() -> set[int]:
         executions = Execution.objects.using(using)
@@ -188,7 +198,7 @@ def decide_overdue_together(overdue: Sequence[Step]) -> set[int]:
             late: dict[str, list[Any]] = {}
             for step in decided:
                 if _cancels_child(step):
-                    late.setdefault(_late(step), []).append(step.child_id)
+                    late.setdefault(steps.late_reason(step), []).append(step.child_id)
             for reason, keys in late.items():
                 cancelling.flag_all(executions.filter(pk__in=keys), reason)
             steps.settle_overdue([step.pk for step in decided])
@@ -198,67 +208,71 @@ def decide_overdue_together(overdue: Sequence[Step]) -> set[int]:
     return guards.persist_briefly(work, skips_locked=True) if simple else set()
 
 
-#: Kinds of steps whose end always wakes their execution, and nobody else.
-_WAKES = {StepKind.SLEEP, StepKind.EVENT, StepKind.INVOKE}
-
-
 def _lock_free(rows: QuerySet[Any]) -> set[Any]:
     return set(locked(rows, skip=True).values_list("pk", flat=True))
 
 
 def _cancels_child(step: Step) -> bool:
-    return step.kind != StepKind.MAP and step.child_id is not None and step.on_timeout == OnTimeout.CANCEL
+    return kinds.of(step.kind).has_child and step.child_id is not None and step.on_timeout == OnTimeout.CANCEL
 
 
-def _late(step: Step) -> str:
-    return f"{LATE_REASON}{step.timeout_seconds:g}s ended"
+#: What a message says, and what tells a first publication from another one; as it was before this one. In the order of
+#: the model's fields. A durable task's message needs no payload.
+_DISPATCHED = tuple(
+    field.attname
+    for field in Execution._meta.concrete_fields
+    if field.attname in (*dispatch.DOORBELL_FIELDS, "payload", "dispatches", "due_at", "dispatch_at")
+)
 
 
-def _cancel_late(step: Step) -> None:
-    reason = _late(step)
-    if step.kind == StepKind.MAP:
-        children = steps.children_of(step.execution_id, step.name)
-        waking.cancel_unstarted(children, reason)
-        cancelling.flag_all(children, reason)
-    elif step.child_id is not None:
-        cancelling.flag(step.child_id, reason)
+@functools.lru_cache(maxsize=64)
+def _taking(queues: tuple[str, ...] | None) -> Move:
+    """Return the move that takes executions of these queues, or of all, for publication."""
+    due = Q(status=ExecutionStatus.QUEUED.value, dispatch_at__lte=NOW)
+    payload = Case(When(options__contains='"plain"', then=F("payload")), default=Value(""), output_field=TextField())
+    is_paused = ("is_paused", parts.flag(Q(IS_PAUSED)))
+    lock = Lock(
+        "due",
+        Execution,
+        due if queues is None else due & Q(queue__in=queues),
+        finds=[*((name, payload) if name == "payload" else name for name in _DISPATCHED), is_paused],
+        order_by="dispatch_at",
+        limit="limit",
+        skips_locked=True,
+    )
+    # The pause first: MySQL assigns from left to right.
+    exponent: Any = Least(F("dispatches"), Value(5))
+    doubled = Value(1).bitleftshift(exponent)
+    on_hold = When(held_at__isnull=False, then=PARKED_AT)
+    values = {
+        "dispatch_at": Case(on_hold, default=later("pause", doubled), output_field=DateTimeField()),
+        "dispatches": F("dispatches") + 1,
+    }
+    return Move(lock, Update("taken", Execution, Q(), values, of="due"))
 
 
 def take_for_dispatch(limit: int, queues: list[str] | None = None) -> list[Execution]:
     """queued → queued: take executions whose message is to be published, so that no other sweeper publishes it too.
 
     The next publish is due after ``REDISPATCH_SECONDS``, doubled with each one up to 32 times: a busy queue is not
-    flooded with copies.
+    flooded with copies. What is held, or of a paused task, is parked instead.
     """
-    using = database()
-    pause = conductor_settings().REDISPATCH_SECONDS
-
-    def work() -> list[Execution]:
-        if statements.are_at_hand():
-            return statements.take_for_dispatch(limit, queues, pause)
-        with transaction.atomic(using=using):
-            rows = Execution.objects.using(using).to_dispatch()
-            if queues is not None:
-                rows = rows.filter(queue__in=queues)
-            taken = list(locked(rows, skip=True).only(*statements.DISPATCH_FIELDS)[:limit])
-            _load_payloads([row for row in taken if row.is_plain])
-            for dispatches in {row.dispatches for row in taken}:
-                Execution.objects.using(using).filter(
-                    pk__in=[row.pk for row in taken if row.dispatches == dispatches], status=ExecutionStatus.QUEUED
-                ).update(dispatch_at=clock.after(pause * 2 ** min(dispatches, 5)), dispatches=F("dispatches") + 1)
-        return taken
-
-    return guards.persist_briefly(work, skips_locked=True)
-
-
-def _load_payloads(executions: list[Execution]) -> None:
-    """Load what a plain task's message holds beside a doorbell's."""
-    if not executions:
-        return
-    keys = [execution.pk for execution in executions]
-    payloads = dict(Execution.objects.using(database()).filter(pk__in=keys).values_list("pk", "payload"))
-    for execution in executions:
-        execution.payload = payloads[execution.pk]
+    taking = _taking(None if queues is None else tuple(sorted(queues)))
+    pause = dt.timedelta(seconds=conductor_settings().REDISPATCH_SECONDS)
+    rows = guards.persist_briefly(lambda: taking.make(database(), limit=limit, pause=pause), skips_locked=True)
+    taken: list[Execution] = []
+    parked: dict[str, list[uuid.UUID]] = {}
+    for *columns, is_paused in rows:
+        execution = Execution.from_db(database(), _DISPATCHED, columns)
+        if execution.held_at is not None:
+            continue
+        if is_paused:
+            parked.setdefault(execution.task, []).append(execution.pk)
+        else:
+            taken.append(execution)
+    for task, execution_ids in parked.items():
+        pausing.park(task, execution_ids)
+    return taken
 
 
 def put_back(executions: list[Execution], delay: float) -> None:
@@ -302,50 +316,3 @@ def note_refusal(execution_id: uuid.UUID, failure: Failure) -> bool:
     """
     rows = Execution.objects.using(database()).filter(pk=execution_id, status=ExecutionStatus.QUEUED, error=None)
     return bool(guards.persist_briefly(lambda: rows.update(error=dump_failure(failure))))
-
-
-def wake_stranded(execution_id: uuid.UUID) -> bool:
-    """waiting → queued for an execution that waits for nothing. It should never be needed; the caller reports it.
-
-    A map that waits for children that it holds back itself lets some of them go instead.
-    """
-
-    def work() -> bool:
-        with transaction.atomic(using=database()):
-            waiting = Execution.objects.using(database()).filter(pk=execution_id)
-            is_stranded = waiting_for_nothing(waiting).exists()
-            counted = [] if is_stranded else steps.in_vain(execution_id=execution_id)
-            if not is_stranded and not counted:
-                return False
-            for name, error, outcome in steps.overlooked(execution_id):
-                waking.settle(execution_id, name, outcome, error=error)
-            for step in counted:
-                _recount(step)
-            if is_stranded:
-                waking.wake(execution_id)
-        return True
-
-    guards.leave_if_locked(execution_id)
-    return guards.persist_briefly(work)
-
-
-def _recount(step: Step) -> None:
-    """Count again what an undecided map or gather waits for, and decide it if that is nothing."""
-    # The row's lock first: whatever child has not counted it down by now is seen below as open.
-    if not locked(steps.of(step.execution_id, step.name).filter(status=StepStatus.PENDING)):
-        return
-    if step.kind == StepKind.GATHER:
-        # Those of its members that had ended have just been settled, and counted it down.
-        waking.settle(step.execution_id, step.name, StepStatus.SUCCEEDED)
-        return
-    children = steps.children_of(step.execution_id, step.name)
-    remaining = children.open().count()
-    if not remaining and step.total is not None and children.count() < step.total:
-        waking.settle(step.execution_id, step.name, StepStatus.CANCELLED, error=steps.deleted_error())
-        return
-    if not remaining:
-        # Which of them failed, the next run sees when it reads them.
-        waking.settle(step.execution_id, step.name, StepStatus.SUCCEEDED)
-        return
-    steps.set_remaining(step, remaining)
-    waking.release_held(children, step.max_parallel)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from django.db import transaction
+from django.db import IntegrityError, transaction
 from django.db.models import QuerySet
 
 from conductor_app import signals
@@ -15,9 +16,12 @@ from conductor_app.exceptions import (
     RetryRefused,
 )
 from conductor_app.models import Execution, FailedExecution, Step, database
-from conductor_app.states import CHILD_KINDS, ExecutionStatus, StepKind, StepStatus
-from conductor_app.transitions import dispatch, guards, sending, steps
+from conductor_app.states import FINAL_STATUSES, ExecutionStatus, StepStatus
+from conductor_app.store.opened import snapshot_level
+from conductor_app.transitions import dispatch, guards, kinds, parts, uniqueness
+from conductor_app.transitions.kinds import Next, Walk
 from conductor_app.values.payloads import loads
+from conductor_app.values.texts import shown
 
 #: How often an operator's retry looks again at a tree that changes while it is reopened.
 _REOPEN_TRIES = 5
@@ -25,9 +29,6 @@ _REOPEN_TRIES = 5
 _BATCH = 500
 #: How many of them are published by whoever asks for the retry, often a web request; a sweeper publishes the others.
 _PUBLISHED_AT_ONCE = 100
-
-#: What calls itself for each level of a tree: it yields the calls, and ``_walk`` sends it what they return.
-_Walk = Generator["_Walk", bool, bool]
 
 
 def reopen(execution_id: uuid.UUID, before_commit: Callable[[Execution], None] | None = None) -> None:
@@ -42,12 +43,19 @@ def reopen(execution_id: uuid.UUID, before_commit: Callable[[Execution], None] |
         before_commit: Called while the row is locked, so that nobody can end the execution before it returns.
 
     Raises:
-        RetryRefused: It is not failed or cancelled, or its parent has already seen the outcome.
+        RetryRefused: It is not failed or cancelled, its parent has already seen the outcome, or another open execution
+            has the unique key of one that is to run again.
     """
 
     def work() -> None:
         with transaction.atomic(using=database()):
             execution = Execution.objects.using(database()).get(pk=execution_id)
+            if execution.is_held:
+                raise RetryRefused(
+                    f"Execution {execution_id} is {guards.why_held(execution)}. Release it: it goes on, and need not "
+                    "be retried.",
+                    reason="held: release it",
+                )
             if execution.status not in (ExecutionStatus.FAILED, ExecutionStatus.CANCELLED):
                 raise RetryRefused(
                     f"Execution {execution_id} is {execution.status}. Only a failed or cancelled one can be retried.",
@@ -56,7 +64,7 @@ def reopen(execution_id: uuid.UUID, before_commit: Callable[[Execution], None] |
                 )
             if execution.parent_id is not None:
                 raise _refuse_child(execution)
-            _walk(_reopen(execution))
+            _walk(reopen_one(execution))
             if before_commit is not None:
                 before_commit(execution)
 
@@ -91,9 +99,9 @@ class _ChangedMeanwhile(Exception):  # a signal to look again, no error
     """What was read without a lock has changed before it could be written."""
 
 
-def _walk(first: _Walk) -> bool:
+def _walk(first: Walk) -> bool:
     """Run what calls itself, however deep the tree is: Python's own stack ends after some hundred levels."""
-    calls: list[_Walk] = [first]
+    calls: list[Walk] = [first]
     answer: Any = None
     while calls:
         try:
@@ -107,7 +115,7 @@ def _walk(first: _Walk) -> bool:
     return bool(answer)
 
 
-def _reopen(execution: Execution, *, is_held: bool = False) -> _Walk:
+def reopen_one(execution: Execution, *, is_held: bool = False) -> Walk:
     """Reopen one execution and what it failed on, the children first, as everywhere; tell whether it is open then.
 
     Rows are read without a lock and written by compare-and-set.
@@ -119,35 +127,17 @@ def _reopen(execution: Execution, *, is_held: bool = False) -> _Walk:
     Raises:
         _ChangedMeanwhile: One of them has changed in between.
     """
-    waits = False
-    must_run = False
-    for step in _blocking_steps(execution):
-        if step.kind == StepKind.MAP:
-            waits = (yield _reopen_map(step)) or waits
-        elif step.kind in CHILD_KINDS:
-            is_pending = yield _reopen_child(execution, step)
-            # Nothing waits for a started child alone: the body runs, and gathers again.
-            must_run = must_run or (is_pending and step.kind == StepKind.START)
-            waits = waits or is_pending
-        elif step.kind == StepKind.GATHER:
-            steps.forget(step)
-            must_run = True
-        elif step.kind == StepKind.EVENT:
-            steps.reopen(step)
-            waits = not sending.deliver(step) or waits
-        elif step.kind == StepKind.SLEEP:
-            steps.resume_sleep(step)
-            waits = True
-        else:
-            waits = waits or step.status == StepStatus.PENDING
-    waits = waits and not must_run
+    says: set[Next] = set()
+    for step in blocking_steps(execution):
+        says.add((yield kinds.of(step.kind).reopen(execution, step)))
+    waits = Next.WAIT in says and Next.RUN not in says
     if execution.has_kept_result:
         _adopt_result(execution)
         return False
     FailedExecution.objects.using(database()).filter(pk=execution.pk).delete()
-    values: dict[str, Any] = guards.NOT_QUEUED if waits else guards.queue_now(execution)
+    values: dict[str, Any] = parts.NOT_QUEUED if waits else guards.queue_now(execution)
     if is_held and not waits:
-        values = {"due_at": None, **guards.NOT_QUEUED}
+        values = {"due_at": None, **parts.NOT_QUEUED}
     status = ExecutionStatus.WAITING if waits else ExecutionStatus.QUEUED
     _change(execution, status=status, **_ANEW, **values)
     if not waits and not is_held:
@@ -157,7 +147,14 @@ def _reopen(execution: Execution, *, is_held: bool = False) -> _Walk:
 
 
 #: An operator asks for it now, so the caller's deadline for its start has lost its meaning.
-_ANEW: dict[str, Any] = {"attempt": 1, "finished_at": None, "announce_at": None, "deadline_at": None}
+#: A hold that it was cancelled under is over, too.
+_ANEW: dict[str, Any] = {
+    "attempt": 1,
+    "finished_at": None,
+    "announce_at": None,
+    "deadline_at": None,
+    **parts.RELEASED,
+}
 _NOT_CANCELLED: dict[str, Any] = {"error": None, "cancel_requested_at": None, "cancel_reason": ""}
 
 
@@ -172,66 +169,39 @@ def _adopt_result(execution: Execution) -> None:
 
 def _change(execution: Execution, **values: Any) -> None:
     rows = Execution.objects.using(database()).filter(pk=execution.pk, status=execution.status, fence=execution.fence)
-    if not rows.update(**_NOT_CANCELLED, **values):
-        raise _ChangedMeanwhile
+    with _taking(execution, execution.own_key if values["status"] not in FINAL_STATUSES else None) as key:
+        if not rows.update(**_NOT_CANCELLED, **key, **values):
+            raise _ChangedMeanwhile
 
 
-def _reopen_child(execution: Execution, step: Step) -> _Walk:
-    """Reopen the child behind a step; tell whether there is something to wait for."""
-    child = Execution.objects.using(database()).filter(pk=step.child_id).first() if step.child_id else None
-    if child is None:
-        raise RetryRefused(
-            f"The child of step {step.name!r} of execution {execution.pk} has been deleted, and its outcome with it. "
-            "Start a new execution instead.",
-            reason="a child of it has been deleted",
-        )
-    if child.status == ExecutionStatus.SUCCEEDED or not (yield _let_go_on(child)):
-        steps.adopt(step)
-        return False
-    steps.reopen(step)
-    return True
+@contextlib.contextmanager
+def _taking(execution: Execution, key: str | None) -> Iterator[dict[str, Any]]:
+    """Let an execution take its unique key again, with what is written of it.
 
-
-def _reopen_map(step: Step) -> _Walk:
-    """Reopen the children of a map that have no result; tell whether there is something to wait for.
-
-    There may be thousands, so those with nothing below them take some statements in all, and not some each.
+    Raises:
+        RetryRefused: Another open one has it.
     """
-    children = steps.children_of(step.execution_id, step.name)
-    if children.count() != step.total:
+    if key is None:
+        yield {}
+        return
+    try:
+        with transaction.atomic(using=database()):
+            yield {"unique_key": key}
+    except IntegrityError:
+        holder = uniqueness.holder_of(execution.task, key)
+        if holder is None and not snapshot_level(database()):  # it has just ended
+            raise _ChangedMeanwhile from None
+        who = "another open execution" if holder is None else f"execution {holder.pk} by now, which is {holder.status}"
         raise RetryRefused(
-            f"A child of step {step.name!r} of execution {step.execution_id} has been deleted, and its outcome with "
-            "it. Start a new execution instead.",
-            reason="a child of it has been deleted",
-        )
-    without_success = list(children.exclude(status=ExecutionStatus.SUCCEEDED).order_by("position"))
-    for child in without_success:
-        if child.has_kept_result:
-            yield _reopen(child)
-    undone = [child for child in without_success if not child.has_kept_result]
-    in_flight = sum(not child.is_final and child.due_at is not None for child in undone)
-    ended_on_steps = _ended_on_steps(children)
-    queued: list[Execution] = []
-    held: list[Execution] = []
-    for child in undone:
-        is_held = child.is_final and step.max_parallel is not None and in_flight >= step.max_parallel
-        in_flight += child.is_final and not is_held
-        if child.pk in ended_on_steps:
-            yield _let_go_on(child, is_held=is_held)
-        elif child.is_final:
-            (held if is_held else queued).append(child)
-    _withdraw_cancel(*[child.pk for child in undone if not child.is_final])
-    _queue_anew(queued)
-    _change_all(held, due_at=None, **guards.NOT_QUEUED)
-    if undone:
-        steps.reopen(step, remaining=len(undone))
-    else:
-        steps.adopt(step)
-    return bool(undone)
+            f"The unique key {shown(key)} of execution {execution.pk} belongs to {who}. Wait for its end or cancel it, "
+            "and retry then.",
+            reason="its unique key belongs to another execution",
+            holder_id=None if holder is None else holder.pk,
+        ) from None
 
 
-def _ended_on_steps(children: QuerySet[Execution]) -> set[uuid.UUID]:
-    """Return which of ``children`` have ended and may have steps behind their end; see ``_blocking_steps``."""
+def ended_on_steps(children: QuerySet[Execution]) -> set[uuid.UUID]:
+    """Return which of ``children`` have ended and may have steps behind their end; see ``blocking_steps``."""
     using = database()
     ended = children.exclude(status=ExecutionStatus.SUCCEEDED).filter(finished_at__isnull=False).order_by()
     failed = FailedExecution.objects.using(using).filter(execution__in=ended.values("pk")).exclude(step="")
@@ -242,41 +212,44 @@ def _ended_on_steps(children: QuerySet[Execution]) -> set[uuid.UUID]:
     return {*failed.order_by().values_list("pk", flat=True), *cancelled.values_list("execution_id", flat=True)}
 
 
-def _queue_anew(executions: list[Execution]) -> None:
+def queue_anew(executions: list[Execution]) -> None:
     """failed, cancelled → queued, for children without steps behind their end."""
     published, others = executions[:_PUBLISHED_AT_ONCE], executions[_PUBLISHED_AT_ONCE:]
     if published:
-        _change_all(published, **guards.queue_now(published[0]))
+        change_all(published, **guards.queue_now(published[0]))
     if others:
-        _change_all(others, **guards.queue_for_sweeper(others[0]))
+        change_all(others, **guards.queue_for_sweeper(others[0]))
     for execution in published:
         execution.attempt = 1
     dispatch.on_commit(*published)
 
 
-def _change_all(executions: list[Execution], **values: Any) -> None:
+def change_all(executions: list[Execution], **values: Any) -> None:
     """Queue failed and cancelled siblings, each only if it is as it was read; see ``_change``."""
     rows = Execution.objects.using(database())
     for start in range(0, len(executions), _BATCH):
-        alike: dict[tuple[Any, int], list[uuid.UUID]] = defaultdict(list)
+        alike: dict[tuple[Any, int, str | None], list[Execution]] = defaultdict(list)
         for execution in executions[start : start + _BATCH]:
-            alike[execution.status, execution.fence].append(execution.pk)
-        for (status, fence), ids in alike.items():
+            alike[execution.status, execution.fence, execution.own_key].append(execution)
+        for (status, fence, key), same in alike.items():
+            ids = [execution.pk for execution in same]
             FailedExecution.objects.using(database()).filter(pk__in=ids).delete()
             as_read = rows.filter(pk__in=ids, status=status, fence=fence)
-            if as_read.update(**_NOT_CANCELLED, **_ANEW, **values, status=ExecutionStatus.QUEUED) != len(ids):
+            with _taking(same[0], key) as own:
+                changed = as_read.update(**_NOT_CANCELLED, **_ANEW, **own, **values, status=ExecutionStatus.QUEUED)
+            if changed != len(ids):
                 raise _ChangedMeanwhile
 
 
-def _let_go_on(child: Execution, *, is_held: bool = False) -> _Walk:
+def let_go_on(child: Execution, *, is_held: bool = False) -> Walk:
     """Let a child without a success go on; tell whether there is something to wait for."""
     if child.is_final:
-        return (yield _reopen(child, is_held=is_held))
-    _withdraw_cancel(child.pk)
+        return (yield reopen_one(child, is_held=is_held))
+    withdraw_cancel(child.pk)
     return True
 
 
-def _withdraw_cancel(*execution_ids: uuid.UUID) -> None:
+def withdraw_cancel(*execution_ids: uuid.UUID) -> None:
     """Let open executions go on, and lock their rows, so that their ends find the step that is reopened for them.
 
     Raises:
@@ -289,12 +262,13 @@ def _withdraw_cancel(*execution_ids: uuid.UUID) -> None:
             raise _ChangedMeanwhile
 
 
-def _blocking_steps(execution: Execution) -> list[Step]:
+def blocking_steps(execution: Execution) -> list[Step]:
     """Return the steps on which an execution ended: a failed one's failing step, a cancelled one's open ones.
 
-    A child's failure that the body caught is no reason for the end, and stays as it is remembered.
+    A child's failure that the body caught is no reason for the end, and stays as it is remembered. So does what was
+    copied from another execution: the child behind it is not this one's.
     """
-    remembered = Step.objects.using(database()).filter(execution_id=execution.pk)
+    remembered = Step.objects.using(database()).filter(execution_id=execution.pk, fence__gt=0)
     if execution.status == ExecutionStatus.FAILED:
         failure = FailedExecution.objects.using(database()).filter(pk=execution.pk).first()
         failing = list(remembered.filter(name=failure.step)) if failure is not None and failure.step else []
@@ -305,7 +279,7 @@ def _blocking_steps(execution: Execution) -> list[Step]:
         if step.finished_at is None
         or (execution.finished_at and step.finished_at >= execution.finished_at)
         # It was decided just before the execution, and by nothing but its end.
-        or (step.status == StepStatus.CANCELLED and step.kind in (StepKind.SLEEP, StepKind.EVENT))
+        or (step.status == StepStatus.CANCELLED and kinds.of(step.kind).ends_with_execution)
     ]
 
 
@@ -315,6 +289,8 @@ def _with_gather(step: Step) -> list[Step]:
     gather = Step.objects.using(database()).filter(pk=step.group_id).first() if step.group_id else None
     if gather is None or gather.status == StepStatus.PENDING:
         return [step]
-    members = Step.objects.using(database()).filter(execution_id=step.execution_id, name__in=loads(gather.result))
+    members = Step.objects.using(database()).filter(
+        execution_id=step.execution_id, name__in=loads(gather.result), fence__gt=0
+    )
     undone = members.exclude(status__in=[StepStatus.PENDING, StepStatus.SUCCEEDED])
     return [gather, *undone]

@@ -1,6 +1,7 @@
 """Find and record what an execution remembers.
 
-The only writer of the table ``Step``, except for ``transitions.statements``, which writes several tables at once.
+The only writer of the table ``Step``, except for ``transitions.waits``, of what one kind of step alone needs, and for
+moves (``store.moves``), which write several tables at once.
 """
 
 from __future__ import annotations
@@ -15,10 +16,8 @@ from django.db.models import (
     Case,
     DateTimeField,
     F,
-    OuterRef,
     Q,
     QuerySet,
-    Subquery,
     TextField,
     UUIDField,
     Value,
@@ -26,21 +25,21 @@ from django.db.models import (
 )
 
 from conductor_app.exceptions import Failure, OutcomeLost
-from conductor_app.models import Execution, Step, database
+from conductor_app.models import CopiedOutcome, Execution, Step, database
 from conductor_app.models.execution import ExecutionQuerySet
 from conductor_app.states import (
     CHILD_KINDS,
     FINAL_STATUSES,
-    OPEN_STATUSES,
+    LATE_REASON,
     ExecutionStatus,
-    OnTimeout,
     StepKind,
     StepStatus,
 )
 from conductor_app.store import clock
 from conductor_app.store.statements import Literal, update_returning
-from conductor_app.values.failures import dump_failure, read_failure
-from conductor_app.values.payloads import dumps, read_result
+from conductor_app.transitions import kinds
+from conductor_app.values.failures import read_failure
+from conductor_app.values.payloads import read_result
 
 
 class Memory(NamedTuple):
@@ -56,6 +55,7 @@ class Memory(NamedTuple):
     #: Stored text; of the child for one that stands for a child.
     result: str | None
     error: str | None
+    #: Of the run that recorded it; 0 if it was copied.
     fence: int
     #: Of a map or gather: how many children it has.
     total: int | None = None
@@ -87,12 +87,7 @@ class Memory(NamedTuple):
 
     def lost(self, what: str) -> OutcomeLost:
         """Return the error to raise when something is gone that was recorded."""
-        held_by = "has been deleted or changed"
-        if self.kind in CHILD_KINDS:
-            child = "the child that held it" if self.child_id is None else f"the child {self.child_id}, which held it,"
-            held_by = f"{child} has been deleted or changed"
-        elif self.kind in (StepKind.MAP, StepKind.GATHER):
-            held_by = "a child that held a part of it has been deleted or changed"
+        held_by = kinds.of(self.kind).held_by(self.child_id)
         return OutcomeLost(
             f"Step '{self.name}' was recorded as {self.status}, and its {what} is gone: {held_by}. A replay cannot go "
             "on without it. Restore what is missing and retry the execution, or start a new one.",
@@ -127,6 +122,41 @@ MEMORY_FIELDS = (
 )
 
 
+#: A claim brings no more steps, and none with more bytes of results and errors: PostgreSQL takes no field of 1 GB. The
+#: run reads them then.
+_BROUGHT_STEPS, _BROUGHT_BYTES = 1_000, 16_384
+
+
+def brought(claimed: str) -> str:
+    """Return the query by which the claim of an execution brings its steps on PostgreSQL, as text for ``memory_of``.
+
+    Args:
+        claimed: The name of the write that has claimed it. One that is claimed for the first time has no steps.
+    """
+    table, executions = Step._meta.db_table, Execution._meta.db_table
+    columns = {
+        name: f"child.{name.removeprefix('child__')}" if name.startswith("child__") else f"{table}.{name}"
+        for name in MEMORY_FIELDS
+    }
+    sizes = [f"COALESCE(OCTET_LENGTH({columns[name]}), 0)" for name in columns if name.endswith(("result", "error"))]
+    return f"""
+        CASE WHEN {claimed}.fence > 1 THEN (
+            SELECT CASE WHEN COUNT(*) <= {_BROUGHT_STEPS} AND COALESCE(BOOL_AND(is_short), TRUE) THEN COALESCE(
+                json_agg(json_build_array({", ".join(columns)}) ORDER BY step_id) FILTER (WHERE is_short), '[]'
+            )::text END
+            FROM (
+                SELECT
+                    {table}.id AS step_id, {", ".join(f"{source} AS {name}" for name, source in columns.items())},
+                    {" + ".join(sizes)} <= {_BROUGHT_BYTES} AS is_short
+                FROM {table} LEFT JOIN {executions} AS child ON child.id = {table}.child_id
+                WHERE {table}.execution_id = {claimed}.id
+                ORDER BY {table}.id
+                LIMIT {_BROUGHT_STEPS + 1}
+            ) AS remembered
+        ) END
+    """  # noqa: S608 - names of our own tables and columns
+
+
 def memory_of(rows: Iterable[Sequence[Any]]) -> dict[str, Memory]:
     """Return what an execution remembers, by ``MEMORY_FIELDS`` of its steps in the order in which they were opened."""
     return {
@@ -138,19 +168,16 @@ def memory_of(rows: Iterable[Sequence[Any]]) -> dict[str, Memory]:
             payload_digest=row[4],
             child_id=row[5] if row[5] is None or isinstance(row[5], uuid.UUID) else uuid.UUID(row[5]),
             timeout_seconds=row[6],
-            result=row[9] if row[1] in CHILD_KINDS else row[7],
-            # A child's failure is read from the child; why it was cancelled, or a step failed, from the step.
-            error=row[10] if row[5] is not None and row[2] == StepStatus.FAILED else row[8],
+            # Read from the child, unless it was copied from the source of this fork.
+            result=row[9] if row[7] is None and row[1] in CHILD_KINDS else row[7],
+            # A child's failure, too; why it was cancelled, or a step failed, is read from the step.
+            error=row[10] if row[8] is None and row[2] == StepStatus.FAILED else row[8],
             fence=row[11],
             total=row[12],
             attempt=row[13],
         )
         for row in rows
     }
-
-
-#: Kinds of steps for which a run ends.
-_SUSPENDING_KINDS = frozenset({StepKind.INVOKE, StepKind.MAP, StepKind.GATHER, StepKind.SLEEP, StepKind.EVENT})
 
 
 def woken_by(execution: Execution, memory: dict[str, Memory]) -> str | None:
@@ -160,7 +187,7 @@ def woken_by(execution: Execution, memory: dict[str, Memory]) -> str | None:
     anything else lies between the two runs (another attempt, a shutdown, a lost worker, an operator), nothing is said.
     """
     last = next(reversed(memory.values()), None) if memory else None
-    if last is None or last.kind not in _SUSPENDING_KINDS or last.is_pending:
+    if last is None or not kinds.of(last.kind).suspends or last.is_pending:
         return None
     follows = last.fence == execution.fence - 1 and last.attempt == execution.attempt
     return last.name if follows else None
@@ -186,16 +213,20 @@ class ChildOutcome:
         return self.status not in FINAL_STATUSES
 
 
-def recall_map(execution_id: uuid.UUID, name: str) -> list[ChildOutcome]:
+def recall_map(execution_id: uuid.UUID, remembered: Memory) -> list[ChildOutcome]:
     """Return the children of a map in the order of their payloads, in one query."""
-    rows = children_of(execution_id, name)
+    rows: QuerySet[Any] = children_of(execution_id, remembered.name)
+    key = "pk"
+    if remembered.fence == 0:
+        copied = CopiedOutcome.objects.using(database())
+        rows, key = copied.filter(step__execution_id=execution_id, step__name=remembered.name), "child_id"
     return [
         ChildOutcome(row[0], row[1] or 0, ExecutionStatus(row[2]), row[3], row[4])
-        for row in rows.order_by("position").values_list("pk", "position", "status", "result", "error")
+        for row in rows.order_by("position").values_list(key, "position", "status", "result", "error")
     ]
 
 
-def _insert(
+def insert(
     execution: Execution, name: str, kind: StepKind, *, status: StepStatus = StepStatus.PENDING, **values: Any
 ) -> Step:
     """Insert a step of the run that holds ``execution``."""
@@ -211,139 +242,9 @@ def _insert(
     )
 
 
-def _deadline(timeout: float | None) -> Any:
+def deadline(timeout: float | None) -> Any:
+    """Return when a timeout ends that begins now."""
     return None if timeout is None else clock.after(timeout)
-
-
-def record(execution: Execution, name: str, *, result: str | None = None, failure: Failure | None = None) -> None:
-    """Insert the outcome of a function that ``ctx.step`` ran; call it while the execution's row is locked."""
-    _insert(
-        execution,
-        name,
-        StepKind.STEP,
-        status=StepStatus.SUCCEEDED if failure is None else StepStatus.FAILED,
-        result=result,
-        error=None if failure is None else dump_failure(failure),
-        finished_at=clock.now(),
-    )
-
-
-def open_invocation(
-    execution: Execution,
-    name: str,
-    child: Execution,
-    *,
-    payload_digest: str,
-    timeout: float | None,
-    on_timeout: OnTimeout,
-    kind: StepKind = StepKind.INVOKE,
-) -> None:
-    """Insert the pending step that ``child`` will settle; in the transaction that inserts the child."""
-    _insert(
-        execution,
-        name,
-        kind,
-        task=child.task,
-        payload_digest=payload_digest,
-        child_id=child.pk,
-        timeout_seconds=timeout,
-        on_timeout=on_timeout,
-        deadline_at=_deadline(timeout),
-    )
-
-
-def open_map(
-    execution: Execution,
-    name: str,
-    *,
-    task: str,
-    payload_digest: str,
-    total: int,
-    timeout: float | None,
-    on_timeout: OnTimeout,
-    max_parallel: int | None,
-    fails_fast: bool,
-) -> None:
-    """Insert the step that the last of ``total`` children will settle; without children it is settled already."""
-    _insert(
-        execution,
-        name,
-        StepKind.MAP,
-        status=StepStatus.PENDING if total else StepStatus.SUCCEEDED,
-        task=task,
-        payload_digest=payload_digest,
-        total=total,
-        remaining=total,
-        max_parallel=max_parallel,
-        fails_fast=fails_fast,
-        timeout_seconds=timeout,
-        on_timeout=on_timeout,
-        deadline_at=_deadline(timeout) if total else None,
-        finished_at=None if total else clock.now(),
-    )
-
-
-def open_gather(execution: Execution, name: str, members: Sequence[str], *, fails_fast: bool) -> Step:
-    """Insert the step that waits for the undecided ones of ``members``, and settle it at once if nothing is awaited.
-
-    The members are locked: one that is just being decided is either counted here as decided, or counts this down.
-    """
-    using = database()
-    gather = _insert(
-        execution,
-        name,
-        StepKind.GATHER,
-        total=len(members),
-        remaining=len(members),
-        fails_fast=fails_fast,
-        result=dumps(list(members), "members"),
-    )
-    rows = Step.objects.using(using).filter(execution_id=execution.pk, name__in=members)
-    gather.remaining = rows.filter(status=StepStatus.PENDING).update(group=gather)
-    failed: dict[str, Step] = {}
-    if fails_fast:
-        undone = rows.exclude(status__in=[StepStatus.PENDING, StepStatus.SUCCEEDED])
-        failed = {step.name: step for step in undone.only("name", "status", "error", "child_id")}
-    values: dict[str, Any] = {"remaining": gather.remaining}
-    first = next((failed[name] for name in members if name in failed), None)
-    if first is not None:
-        gather.status = first.status
-        values.update(status=first.status, error=first.error, child_id=first.child_id, finished_at=clock.now())
-    elif not gather.remaining:
-        gather.status = StepStatus.SUCCEEDED
-        values.update(status=StepStatus.SUCCEEDED, finished_at=clock.now())
-    Step.objects.using(using).filter(pk=gather.pk).update(**values)
-    return gather
-
-
-def open_sleep(execution: Execution, name: str, until: Any) -> None:
-    """Insert the pending step that the sweeper settles at the instant ``until``."""
-    _insert(
-        execution,
-        name,
-        StepKind.SLEEP,
-        deadline_at=until,
-    )
-
-
-def open_event(execution: Execution, name: str, event: str, *, timeout: float | None) -> Step:
-    """Insert the pending step that an event of the name ``event`` will settle."""
-    return _insert(
-        execution,
-        name,
-        StepKind.EVENT,
-        task=event,
-        timeout_seconds=timeout,
-        deadline_at=_deadline(timeout),
-    )
-
-
-def awaiting(execution_id: uuid.UUID, event: str) -> Step | None:
-    """Return the oldest pending step that waits for an event of this name, as of now."""
-    pending = Step.objects.using(database()).filter(
-        execution_id=execution_id, kind=StepKind.EVENT, task=event, status=StepStatus.PENDING
-    )
-    return pending.order_by("id").only("id", "execution_id", "name").first()
 
 
 def settle(
@@ -371,8 +272,9 @@ def settle(
 
 
 def settle_overdue(keys: Sequence[int]) -> None:
-    """Decide pending steps past their deadline whose rows the current transaction has locked: sleeps end well."""
-    slept = When(kind=StepKind.SLEEP, then=Value(StepStatus.SUCCEEDED.value))
+    """Decide pending steps past their deadline whose rows the current transaction has locked."""
+    end_well = kinds.those(lambda kind: kind.when_overdue == StepStatus.SUCCEEDED)
+    slept = When(kind__in=end_well, then=Value(StepStatus.SUCCEEDED.value))
     Step.objects.using(database()).filter(pk__in=keys).update(
         status=Case(slept, default=Value(StepStatus.TIMED_OUT.value)), error=None, finished_at=clock.now()
     )
@@ -430,26 +332,6 @@ def awaiting_gather(execution_id: uuid.UUID, name: str) -> int | None:
     return found.values_list("group_id", flat=True).first()
 
 
-def members_beside(execution_id: uuid.UUID, name: str, gather: int) -> ExecutionQuerySet:
-    """Return the children of the undecided members of a gather, except the step ``name``."""
-    members = Step.objects.using(database()).filter(
-        execution_id=execution_id, group_id=gather, status=StepStatus.PENDING
-    )
-    keys = list(members.exclude(name=name).values_list("child_id", flat=True))
-    return Execution.objects.using(database()).filter(pk__in=[key for key in keys if key is not None])
-
-
-def note_late(step: Step) -> None:
-    """Freeze which children of a map that has just timed out are late; call it while the step's row is locked.
-
-    A child that has ended and is not committed yet is late too: it has still to count the map down, and will be told
-    that it is decided.
-    """
-    children = children_of(step.execution_id, step.name)
-    positions = list(children.open().order_by("position").values_list("position", flat=True))
-    Step.objects.using(database()).filter(pk=step.pk).update(result=dumps(positions, "positions"))
-
-
 def is_pending(execution_id: uuid.UUID, name: str) -> bool:
     """Tell whether a step is still undecided, as of now."""
     return of(execution_id, name).filter(status=StepStatus.PENDING).exists()
@@ -461,106 +343,32 @@ def reopen(step: Step, *, remaining: int | None = None) -> None:
     Args:
         remaining: Of a map: how many children it waits for.
     """
-    deadline = _deadline(step.timeout_seconds)
     values: dict[str, Any] = {} if remaining is None else {"remaining": remaining, "child_id": None, "result": None}
     Step.objects.using(database()).filter(pk=step.pk).update(
-        status=StepStatus.PENDING, error=None, finished_at=None, deadline_at=deadline, **values
+        status=StepStatus.PENDING, error=None, finished_at=None, deadline_at=deadline(step.timeout_seconds), **values
     )
 
 
 def end_waits(execution_id: uuid.UUID, error: str) -> None:
-    """Decide the sleep or event for which an execution waited that is cancelled: nobody else will.
+    """Decide for what an execution waited that is cancelled, where nobody else will: a sleep, an event.
 
     Its children decide their steps when they end, which a child that is late may do with a result.
     """
-    waits = Step.objects.using(database()).filter(
-        execution_id=execution_id, kind__in=[StepKind.SLEEP, StepKind.EVENT], status=StepStatus.PENDING
-    )
+    alone = kinds.those(lambda kind: kind.ends_with_execution)
+    waits = Step.objects.using(database()).filter(execution_id=execution_id, kind__in=alone, status=StepStatus.PENDING)
     waits.update(status=StepStatus.CANCELLED, error=error, finished_at=clock.now())
 
 
-def resume_sleep(step: Step) -> None:
-    """Make a sleep that a cancel has ended pending again, until the same instant: for an operator's retry."""
+def resume(step: Step) -> None:
+    """Make a step that a cancel has ended pending again, with the same deadline: for an operator's retry."""
     Step.objects.using(database()).filter(pk=step.pk).update(status=StepStatus.PENDING, error=None, finished_at=None)
 
 
-def forget(step: Step) -> None:
-    """Delete a gather: the next run waits for its members again."""
-    Step.objects.using(database()).filter(pk=step.pk).delete()
-
-
-def adopt(step: Step) -> None:
+def adopt(step: Step, **values: Any) -> None:
     """Take the results of children that succeeded after their parent had given up: for an operator's retry."""
-    values: dict[str, Any] = {"result": None, "child_id": None} if step.kind == StepKind.MAP else {}
     Step.objects.using(database()).filter(pk=step.pk).update(
         status=StepStatus.SUCCEEDED, error=None, finished_at=clock.now(), **values
     )
-
-
-def overlooked(execution_id: uuid.UUID) -> list[tuple[str, str | None, StepStatus]]:
-    """Return pending invocations whose child has ended or is gone, each with the error and outcome to settle it with.
-
-    No transition leaves one behind; an UPDATE or DELETE by hand does.
-    """
-    pending = Step.objects.using(database()).filter(
-        execution_id=execution_id, kind__in=sorted(CHILD_KINDS), status=StepStatus.PENDING
-    )
-    found = []
-    for name, status, error in pending.values_list("name", "child__status", "child__error"):
-        if status is None:
-            found.append((name, deleted_error(), StepStatus.CANCELLED))
-        elif status in FINAL_STATUSES:
-            outcome = StepStatus(status)
-            found.append((name, error if outcome == StepStatus.CANCELLED else None, outcome))
-    return found
-
-
-def deleted_error() -> str:
-    """Return the error with which a step is decided whose child was deleted before it had ended, as stored text."""
-    return dump_failure(Failure(type="Cancelled", message="Cancelled: its row was deleted"))
-
-
-def in_vain(
-    limit: int | None = None, *, execution_id: uuid.UUID | None = None, root_id: uuid.UUID | None = None
-) -> list[Step]:
-    """Return undecided maps and gathers that are waited for while no child of theirs is in flight.
-
-    No transition leaves one behind; an UPDATE or DELETE by hand does. A child that a map holds back is not in flight:
-    those that end let it go.
-    """
-    waited_for = Step.objects.using(database()).filter(
-        status=Literal(StepStatus.PENDING.value), execution__status=ExecutionStatus.WAITING
-    )
-    if execution_id is not None:
-        waited_for = waited_for.filter(execution_id=execution_id)
-    if root_id is not None:
-        waited_for = waited_for.filter(execution__root_id=root_id)
-    is_open = Q(status__in=sorted(OPEN_STATUSES))
-    children = Execution.objects.using(database()).filter(
-        is_open,
-        ~Q(status=ExecutionStatus.QUEUED) | Q(due_at__isnull=False),
-        parent=OuterRef("execution_id"),
-        step=OuterRef("name"),
-        position__isnull=False,
-    )
-    # By execution and not by group: an index has the execution.
-    members = Step.objects.using(database()).filter(
-        execution=OuterRef("execution_id"),
-        group=OuterRef("pk"),
-        status=StepStatus.PENDING,
-        child__status__in=sorted(OPEN_STATUSES),
-    )
-    found: list[Step] = []
-    for kind, in_flight in ((StepKind.MAP, children), (StepKind.GATHER, members)):
-        # One row of each, not EXISTS: PostgreSQL would make that a join, and read all open executions for it.
-        counted = waited_for.filter(kind=kind).annotate(in_flight=Subquery(in_flight.values("pk")[:1]))
-        found += counted.filter(in_flight=None)[:limit]
-    return found
-
-
-def set_remaining(step: Step, remaining: int) -> None:
-    """Set the count of an undecided map or gather right."""
-    Step.objects.using(database()).filter(pk=step.pk, status=StepStatus.PENDING).update(remaining=remaining)
 
 
 def overdue(limit: int, known: Sequence[int] = (), root_id: uuid.UUID | None = None) -> list[Step]:
@@ -592,7 +400,13 @@ def next_deadline_in(seconds: float, since: float) -> float | None:
 
 
 def pending_maps(execution_id: uuid.UUID) -> list[Step]:
-    """Return the maps of an execution that are undecided."""
+    """Return the steps of an execution that are undecided and stand for many children."""
+    many = kinds.those(lambda kind: kind.has_children)
     return list(
-        Step.objects.using(database()).filter(execution_id=execution_id, kind=StepKind.MAP, status=StepStatus.PENDING)
+        Step.objects.using(database()).filter(execution_id=execution_id, kind__in=many, status=StepStatus.PENDING)
     )
+
+
+def late_reason(step: Step) -> str:
+    """Return why a child is cancelled that is late for a step."""
+    return f"{LATE_REASON}{step.timeout_seconds:g}s ended"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from typing import Any
 
-from django.db import transaction
-from django.db.models import Case, F, QuerySet, Value, When
+from django.db.models import BooleanField, Case, F, Q, QuerySet, TextField, Value, When
 from django.db.models.expressions import Combinable
 
 from conductor_app import signals
@@ -14,10 +14,71 @@ from conductor_app.exceptions import Failure
 from conductor_app.models import Execution, Step, database
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
 from conductor_app.store import clock
-from conductor_app.store.locks import locked
+from conductor_app.store.moves import Lock, Update
+from conductor_app.store.slots import Found, Given, given
 from conductor_app.store.statements import update_returning
-from conductor_app.transitions import claiming, dispatch, guards, steps
+from conductor_app.store.texts import Column
+from conductor_app.transitions import claiming, dispatch, guards, kinds, parts, steps, uniqueness
 from conductor_app.values.failures import dump_failure
+
+#: What a claim changes of a parent that is known here.
+_CHANGED = ("id", "status", "fence", "due_at", "run_started_at")
+_WAS_WAITING, _IS_CLAIMED, _WAS_KNOWN = (Found("found", name) for name in ("was_waiting", "is_claimed", "was_known"))
+
+
+def wake_by(where: Q) -> tuple[Lock, Update]:
+    """waiting → queued, or → running if this process goes on with it; as a part of moves.
+
+    A parent that is just suspending either commits first, and is found waiting, or comes after this, and finds its step
+    settled. It is written whatever it does: at REPEATABLE READ, a suspension that has not seen the settled step has to
+    fail and be run again.
+
+    Args:
+        where: Which execution.
+    """
+
+    is_waiting = Q(status=ExecutionStatus.WAITING)
+    is_claimed = is_waiting & Q(Given("is_claimed", BooleanField())) & parts.IS_LET
+    is_known = Q(fence=given(Execution, "fence", "known"))
+    # It travels only to a run that does not have it.
+    payload = Case(When(Q(_IS_CLAIMED) & ~Q(_WAS_KNOWN), then=F("payload")), default=None, output_field=TextField())
+    columns: list[Column] = [("payload", payload) if name == "payload" else name for name in claiming.CLAIM_FIELDS]
+    lock = Lock(
+        "found",
+        Execution,
+        where,
+        finds=[
+            ("was_waiting", parts.flag(is_waiting)),
+            ("is_claimed", parts.flag(is_claimed)),
+            ("was_known", parts.flag(is_known)),
+        ],
+    )
+    update = Update(
+        "parent",
+        Execution,
+        Q(),
+        parts.either(Execution, (_IS_CLAIMED, parts.CLAIMED), (_WAS_WAITING, parts.QUEUED)),
+        of="found",
+        returning=[*columns, ("is_claimed", _IS_CLAIMED), ("was_known", _WAS_KNOWN)],
+    )
+    return lock, update
+
+
+def woken(row: Sequence[Any], known: Execution | None, offer: claiming.HandOff | None) -> tuple[Execution | None, bool]:
+    """Return the parent as ``wake_by`` tells of it, ``None`` if it is not woken, and whether it is claimed here.
+
+    Args:
+        known: As its last run in this process had it, if there was one.
+        offer: Who claims it.
+    """
+    *columns, is_claimed, was_known = row
+    if is_claimed is None:
+        return None, False
+    if is_claimed and was_known and known is not None and offer is not None:
+        # No other run had it since, so whatever else a run reads is as it was.
+        changed = {name: columns[claiming.CLAIM_FIELDS.index(name)] for name in _CHANGED}
+        return known.copied(**changed, lease_owner=offer.owner), True
+    return Execution.from_db(database(), claiming.CLAIM_FIELDS, columns), bool(is_claimed)
 
 
 def settle_parent(child: Execution, status: StepStatus, *, error: str | None = None) -> None:
@@ -27,7 +88,7 @@ def settle_parent(child: Execution, status: StepStatus, *, error: str | None = N
     if child.position is None:
         settle(child.parent_id, child.step, status, error=error, root_id=child.root_id)
     else:
-        _settle_map(child, child.parent_id, status, error=error)
+        kinds.of(StepKind.MAP).child_ended(child, status, error=error)
 
 
 def settle(
@@ -46,70 +107,28 @@ def settle(
     """
     gather = None if status == StepStatus.SUCCEEDED else steps.awaiting_gather(execution_id, name)
     if gather is not None:
-        return _settle_failed_member(
+        return kinds.of(StepKind.START).member_failed(
             execution_id, name, status, error, gather=gather, only_overdue=only_overdue, root_id=root_id
         )
     step = steps.settle(execution_id, name, status, error=error, only_overdue=only_overdue)
     if step is None:
         return False
-    _pass_on(step, execution_id, status, error=error, root_id=root_id)
+    pass_on(step, execution_id, status, error=error, root_id=root_id)
     return True
 
 
-def _pass_on(
+def pass_on(
     step: Step, execution_id: uuid.UUID, status: StepStatus, *, error: str | None, root_id: uuid.UUID | None
 ) -> None:
     """Tell whoever waits for a step that has just been decided."""
-    if step.kind != StepKind.START:
+    kind = kinds.of(step.kind)
+    if kind.suspends:
         wake(execution_id, root_id)
-    elif step.group_id is not None:
-        gather = Step.objects.using(database()).filter(pk=step.group_id)
-        _count_down(gather, status, child_id=step.child_id, error=error, root_id=root_id)
+    else:
+        kind.pass_on(step, status, error=error, root_id=root_id)
 
 
-def _settle_failed_member(
-    execution_id: uuid.UUID,
-    name: str,
-    status: StepStatus,
-    error: str | None,
-    *,
-    gather: int,
-    only_overdue: bool,
-    root_id: uuid.UUID | None,
-) -> bool:
-    """Decide a started child's step, its gather, and the steps of those that need not start any more."""
-    with transaction.atomic(using=database()):
-        # Children before steps, as everywhere.
-        reason = f"its sibling {name} {status}"
-        siblings = cancel_unstarted(steps.members_beside(execution_id, name, gather), reason)
-        step = steps.settle(execution_id, name, status, error=error, only_overdue=only_overdue)
-        if step is None:
-            transaction.set_rollback(True, using=database())
-            return False
-        # The cause first: it is what the gather raises.
-        _pass_on(step, execution_id, status, error=error, root_id=root_id)
-        for row in siblings:
-            steps.settle(execution_id, row.step, StepStatus.CANCELLED, error=row.error)
-    return True
-
-
-def _settle_map(child: Execution, parent_id: uuid.UUID, status: StepStatus, *, error: str | None) -> None:
-    # Children before steps: the sibling that is let go, or those that are cancelled, may be changing just now, and
-    # whoever changes one of them then asks for the step.
-    counted = steps.of(parent_id, child.step)
-    if status != StepStatus.SUCCEEDED and counted.filter(status=StepStatus.PENDING, fails_fast=True).exists():
-        with transaction.atomic(using=database()):
-            cancel_unstarted(steps.children_of(parent_id, child.step), f"its sibling {_name(child)} {status}")
-            if not _count_down(counted, status, child_id=child.pk, error=error, root_id=child.root_id):
-                # The map was decided by something else just before, which is to say what becomes of its children.
-                transaction.set_rollback(True, using=database())
-        return
-    if child.get_options().get("throttled") and not _is_held(child):
-        _release_sibling(child)
-    _count_down(counted, status, child_id=child.pk, error=error, root_id=child.root_id)
-
-
-def _count_down(
+def count_down(
     counted: QuerySet[Step],
     status: StepStatus,
     *,
@@ -117,50 +136,11 @@ def _count_down(
     error: str | None,
     root_id: uuid.UUID | None,
 ) -> bool:
+    """Count one child of a map or gather as ended, and wake the execution if that decides it."""
     step = steps.count_down(counted, status, child_id=child_id, error=error)
     if step is not None and step.status != StepStatus.PENDING:
         wake(step.execution_id, root_id)
     return step is not None
-
-
-def _is_held(child: Execution) -> bool:
-    """Tell whether a child that is ending had never been let go; a running one had."""
-    return child.status == ExecutionStatus.QUEUED and child.due_at is None
-
-
-def release_held(children: QuerySet[Execution], count: int | None) -> None:
-    """held → queued, for so many children of a map of which none is in flight; the audit's repair.
-
-    Past rows that others have locked: a transition that ends one of them lets another go.
-    """
-    for execution in list(locked(_held(children), skip=True)[:count]):
-        _release(execution)
-
-
-def _held(children: QuerySet[Execution]) -> QuerySet[Execution]:
-    held = children.filter(status=ExecutionStatus.QUEUED, due_at__isnull=True, cancel_requested_at__isnull=True)
-    return held.order_by("position")
-
-
-def _release_sibling(child: Execution) -> None:
-    """held → queued: a place in the map is free."""
-    held = _held(Execution.objects.using(database()).filter(parent_id=child.parent_id, step=child.step))
-    # Past those that other ending siblings are just letting go; then wait for these, lest one of them gives up.
-    found = locked(held, skip=True).first() or locked(held).first()
-    if found is not None:
-        _release(found)
-
-
-def _release(execution: Execution) -> None:
-    """held → queued, for a row that is locked or that nobody else can change."""
-    Execution.objects.using(database()).filter(
-        pk=execution.pk, status=ExecutionStatus.QUEUED, due_at__isnull=True
-    ).update(**guards.queue_now(execution))
-    dispatch.on_commit(execution)
-
-
-def _name(child: Execution) -> str:
-    return f"{child.step}[{child.position}]"
 
 
 def cancel_unstarted(children: QuerySet[Execution], reason: str) -> list[Execution]:
@@ -168,14 +148,16 @@ def cancel_unstarted(children: QuerySet[Execution], reason: str) -> list[Executi
     failure = dump_failure(Failure(type="Cancelled", message=f"Cancelled: {reason}"))
     cancelled = update_returning(
         children.filter(status=ExecutionStatus.QUEUED, started_at__isnull=True),
-        ("id", "task", "root_id", "parent_id", "step", "attempt", "error"),
+        ("id", "task", "root_id", "parent_id", "step", "attempt", "error", "created_at", "options"),
         status=ExecutionStatus.CANCELLED,
         error=failure,
         cancel_reason=reason,
         finished_at=clock.now(),
-        **guards.NOT_QUEUED,
+        **parts.FINAL,
+        **parts.NOT_QUEUED,
     )
     for row in cancelled:
+        uniqueness.release_successor(row)
         guards.send_signal(signals.execution_finished, row, status=ExecutionStatus.CANCELLED)
     return cancelled
 

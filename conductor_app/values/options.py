@@ -10,10 +10,14 @@ import datetime as dt
 import difflib
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
+from zoneinfo import ZoneInfo
 
 from conductor_app.exceptions import InvalidArgument, InvalidArgumentType
+from conductor_app.values.limits import Limit
 from conductor_app.values.retries import RetryPolicy
+from conductor_app.values.schedules import OPTIONS as SCHEDULE_OPTIONS
+from conductor_app.values.tags import TagSource, check_tags
 
 
 class RoutingOptions(TypedDict, total=False):
@@ -28,7 +32,7 @@ class RoutingOptions(TypedDict, total=False):
 
 
 class CallOptions(RoutingOptions, total=False):
-    """Options of ``apply_async`` beside ``idempotency_key``; durations are seconds."""
+    """Options of ``apply_async`` beside ``OF_A_ROOT``; durations are seconds."""
 
     countdown: float | dt.timedelta | None
     eta: dt.datetime | str | None
@@ -36,6 +40,7 @@ class CallOptions(RoutingOptions, total=False):
     time_limit: float | None
     soft_time_limit: float | None
     headers: Mapping[str, Any] | None
+    tags: Mapping[str, str] | None
     ignore_result: bool | None
     add_to_parent: bool | None
     serializer: str | None
@@ -72,6 +77,22 @@ class TaskOptions(RoutingOptions, total=False):
     default_retry_delay: float
     #: What each run of the body is inside of; see ``scopes``.
     around: Callable[..., AbstractContextManager[object]] | None
+    #: Of the tree that an execution is in.
+    tags: TagSource | None
+    #: How many executions may run, be open or start; see ``limits.Limit``.
+    limits: Collection[Limit]
+    #: Which argument, or function of the arguments, is the unique key; and what becomes of a call whose key is taken.
+    unique: str | Callable[..., str | None] | None
+    on_conflict: Literal["return", "refuse", "replace"] | None
+    # When it is started by itself; see ``schedules``.
+    cron: str | None
+    tz: str | ZoneInfo | None
+    overlap: Literal["skip", "queue", "allow", "replace"] | None
+    catch_up: Literal["none", "last", "all"] | None
+    schedule: str | None
+    # How long trees of it are kept; see ``retention``.
+    keep: float | dt.timedelta | None
+    keep_failed: float | dt.timedelta | None
     # Celery's own.
     bind: bool
     typing: bool
@@ -122,6 +143,8 @@ _PASSED_ON = frozenset(
         *("correlation_id", "message_id", "timestamp", "user_id", "app_id", "type", "cluster_id"),
     )
 )
+#: Of a call that stores a root: which execution it may be answered with.
+OF_A_ROOT = ("idempotency_key", "unique_key", "on_conflict", "debounce", "debounce_max")
 #: What a chord hands on to its body, together with its own options.
 OF_A_CHORD = ("interval", "max_retries", "eager", "propagate")
 _CALL_OPTIONS = frozenset(CallOptions.__annotations__)
@@ -133,7 +156,7 @@ _HINTS_AT_A_CALL = {
     "timeout": "A run is limited by time_limit=, the time until it starts by expires=; both are seconds.",
     "deadline": "The time until it starts is limited by expires=, in seconds.",
     "delay": 'Did you mean "countdown"?',
-    **dict.fromkeys(RetryPolicy.__dataclass_fields__, "It is an option of @durable_task."),
+    **dict.fromkeys((*RetryPolicy.__dataclass_fields__, *SCHEDULE_OPTIONS), "It is an option of @durable_task."),
 }
 _HINTS_AT_THE_DECORATOR = {
     "timeout": "A run is limited by time_limit=, a child by the timeout= of ctx.invoke; both are seconds.",
@@ -141,15 +164,20 @@ _HINTS_AT_THE_DECORATOR = {
     "retry": 'Did you mean "max_retries"?',
     "max_attempts": 'Did you mean "max_retries"? It does not count the first attempt.',
     "retry_delay": 'Did you mean "default_retry_delay"?',
+    "crontab": 'Did you mean "cron"? It is a text such as "0 9 * * 1-5".',
+    "timezone": 'Did you mean "tz"?',
     "countdown": "It is an option of apply_async.",
     "eta": "It is an option of apply_async.",
     "idempotency_key": "It is an option of apply_async.",
+    "unique_key": 'Did you mean "unique"? It names the argument that is the key, or is a function of the arguments.',
+    "debounce": "It is an option of apply_async.",
+    "debounce_max": "It is an option of apply_async.",
     "concurrency": "A worker's --concurrency limits the tasks of its queues; give this task its own with queue=.",
 }
 
 
 def check_call_options(
-    options: Mapping[str, Any], call: str, *, also: Collection[str] = ("idempotency_key",), hint: str = ""
+    options: Mapping[str, Any], call: str, *, also: Collection[str] = OF_A_ROOT, hint: str = ""
 ) -> None:
     """Refuse an option of a call that nobody would ever look at.
 
@@ -157,7 +185,7 @@ def check_call_options(
         options: Those of ``apply_async``, or of a signature.
         call: How the call is named in the error.
         also: Further names that are known here.
-        hint: What to say of ``idempotency_key`` where it is not known.
+        hint: What to say of ``OF_A_ROOT`` where they are not known.
 
     Raises:
         InvalidArgumentType: One is not known; the message names the nearest one.
@@ -173,7 +201,7 @@ def check_call_options(
     for name in unknown:
         if name in stamps or ("reply_to" in options and name in OF_A_CHORD):
             continue
-        advice = hint if name == "idempotency_key" else _HINTS_AT_A_CALL.get(name)
+        advice = hint if name in OF_A_ROOT else _HINTS_AT_A_CALL.get(name)
         advice = advice or _did_you_mean(name, known)
         if advice or not is_lenient:
             raise InvalidArgumentType(f'{call} has no option "{name}". {advice}'.rstrip())
@@ -189,6 +217,7 @@ def check_callbacks(options: Mapping[str, Any], app: Any, is_durable: Callable[[
 
     Raises:
         InvalidArgumentType: An option of one is not known.
+        InvalidArgumentType, InvalidArgument, TooManyTags: Its tags cannot be stored.
     """
     for name in ("link", "link_error", "chain", "chord"):
         _check_signatures(options.get(name), app, is_durable)
@@ -201,6 +230,8 @@ def _check_signatures(found: Any, app: Any, is_durable: Callable[[object], bool]
         given, arguments = each.get("options") or {}, each.get("kwargs") or {}
         if is_durable(app.tasks.get(each["task"])):
             check_call_options(given, f"The signature of {each['task']}")
+            if given.get("tags") is not None:
+                check_tags(given["tags"], f"tags of the signature of {each['task']}")
         for nested in (
             *(given.get(name) for name in ("link", "link_error", "chain", "chord")),
             # What groups, chains and chords consist of.

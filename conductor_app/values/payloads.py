@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext, suppress
 from typing import Any
 
 from kombu.utils.json import JSONEncoder
@@ -31,16 +32,23 @@ def dumps(value: Any, what: str, limit: int | None = None) -> str:
     return _encode(value, what, limit)
 
 
-def dump_call(args: list[Any], kwargs: Mapping[str, Any], limit: int | None = None) -> str:
+def dump_call(args: list[Any], kwargs: Mapping[str, Any], limit: int | None = None, what: str = "payload") -> str:
     """Return a task's arguments as stored text, ``[args, kwargs]``; errors name the part that the caller wrote.
+
+    Args:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        limit: Most bytes of the text; ``None`` for no limit.
+        what: How they are called in an error.
 
     Raises:
         NotSerializable, PayloadTooLarge: As for ``dumps``.
     """
     if _is_short(args) and _is_short(kwargs.values()) and all(type(name) is str for name in kwargs):
         types = (*map(type, args), *map(type, kwargs.values()))  # 1 is True, and is not stored as that
-        return _dump_short_call(tuple(args), tuple(kwargs.items()), types, limit)
-    return _dump_call(args, dict(kwargs), limit)
+        with nullcontext() if what == "payload" else suppress(NotSerializable, PayloadTooLarge):
+            return _dump_short_call(tuple(args), tuple(kwargs.items()), types, limit)
+    return _dump_call(args, dict(kwargs), limit, what)
 
 
 #: Values that a text of so many characters at most says are remembered with it: a replay stores them again and again.
@@ -60,11 +68,11 @@ def _dump_short_call(args: tuple[Any, ...], kwargs: tuple[Any, ...], types: tupl
     return _dump_call(list(args), dict(kwargs), limit)
 
 
-def _dump_call(args: list[Any], kwargs: dict[str, Any], limit: int | None) -> str:
-    validate(kwargs, "payload", limit)
+def _dump_call(args: list[Any], kwargs: dict[str, Any], limit: int | None, what: str = "payload") -> str:
+    validate(kwargs, what, limit)
     if args:
-        validate(args[0] if len(args) == 1 else args, "payload", limit)
-    return _encode([args, kwargs], "payload", limit)
+        validate(args[0] if len(args) == 1 else args, what, limit)
+    return _encode([args, kwargs], what, limit)
 
 
 def _encode(value: Any, what: str, limit: int | None) -> str:

@@ -16,6 +16,7 @@ from conductor_app.engine import sweeper
 from conductor_app.host import publishing
 from conductor_app.models import Execution
 from conductor_app.store import clock
+from conductor_app.store.process import process
 from conductor_app.transitions import dispatch
 from project.celery import app
 from tests.app import plain, scenarios
@@ -122,7 +123,7 @@ def messages_in_queue() -> int:
 def test_a_run_does_not_wait_for_a_confirmation_and_gets_over_a_connection_that_was_closed_meanwhile(
     worker: Any, broker: Proxy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(dispatch, "_runs_ahead", True)
+    process.worker.runs_ahead = True
     monkeypatch.setattr(publishing, "PUBLISH_SECONDS", 60.0)
     with broker_at(broker.url), caplog.at_level(logging.WARNING):
         first = scenarios.echo.delay(value=1)

@@ -10,7 +10,7 @@ from celery import states
 from conductor_app import api, transitions
 from conductor_app.exceptions import Failure
 from conductor_app.models import Execution
-from conductor_app.transitions import dispatch
+from conductor_app.store.process import process
 from project.celery import app
 from tests.app import scenarios
 from tests.app.ledger import count
@@ -26,6 +26,7 @@ from tests.support.messages import (
     ring,
 )
 from tests.support.polling import wait_until
+from tests.support.process import NotingBroker, given_back
 from tests.support.watching import only, wait_for_body, wait_for_status
 
 pytestmark = pytest.mark.usefixtures("recorded")
@@ -34,12 +35,10 @@ OTHER_QUEUE = f"{app.conf.task_default_queue}-other"
 
 
 @needs_a_broker
-def test_lost_messages_of_parents_and_children_are_published_again(
-    worker: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lost_messages_of_parents_and_children_are_published_again(worker: Any) -> None:
     started = worker(conductor={"REDISPATCH_SECONDS": 0.5})
-    with monkeypatch.context() as patched:
-        patched.setattr(dispatch, "publish", lambda _execution: True)
+    with given_back():
+        process.broker = NotingBroker()
         results = [scenarios.pass_through.delay(value=value) for value in range(3)]
     assert [api.get_result(result, timeout=30) for result in results] == [0, 1, 2]
     assert set(Execution.objects.values_list("attempt", flat=True)) == {1}

@@ -47,6 +47,9 @@ def test_a_worker_serves_what_all_its_processes_have_counted(worker: Any, pool: 
     assert found[f"conductor_executions_total succeeded {parent}"] == 4
     assert found[f"conductor_suspensions_total {parent}"] == 12
     assert found[f"conductor_run_seconds_count {child}"] == 12
+    assert found[f"conductor_run_ends_total suspended {parent}"] == 12
+    assert found[f"conductor_run_ends_total succeeded {child}"] == 12
+    assert found[f"conductor_execution_seconds_count {parent}"] == 4
     wait_until(lambda: scraped(started).get("conductor_sweep_seconds_count", 0) >= 2)
     assert found["conductor_wakeups_healed_total"] == 0
 
@@ -63,5 +66,6 @@ def test_a_killed_process_is_counted_and_takes_no_counts_with_it(worker: Any, tm
     found = scraped(started)
     assert found[f"conductor_runs_lost_total {task}"] == 1
     assert found[f"conductor_retries_total {task}"] == 1
+    assert found[f"conductor_run_ends_total lost {task}"] == 1
     assert found[f"conductor_executions_total succeeded {scenarios.echo.name}"] == 1
     assert only(scenarios.lingers).attempt == 2

@@ -156,7 +156,7 @@ def test_a_forged_message_uses_up_no_attempt(worker: Any) -> None:
     started = worker(pool="prefork", concurrency=1, conductor={**PATIENT, "REDISPATCH_SECONDS": 2})
     ring(due.id, endings.before_start_raises)
     ring(due.id, endings.call_checks, headers={"tenant": "b"}, args=[7], kwargs={"nonsense": 1})
-    wait_until(lambda: started.log.count("not queued, not due, or another run has it") >= 2)
+    wait_until(lambda: started.log.count("not queued, not due, held, of a paused task, or another run has it") >= 2)
     now = endings.call_checks.apply_async(kwargs={"value": 1}, headers={"tenant": "a"})
     ring(now.id, endings.call_checks, headers={"tenant": "b"}, args=[7], kwargs={"nonsense": 1})
     for result in (due, now):

@@ -16,6 +16,7 @@ from conductor_app.exceptions import ExecutionCancelled, ExecutionFailed
 from conductor_app.host.inline import run_until_idle
 from conductor_app.models import Execution
 from conductor_app.store import clock
+from conductor_app.store.process import process
 from project.celery import app
 from tests.app import canvas, origin, scenarios
 from tests.app.ledger import count, note
@@ -95,13 +96,13 @@ def test_a_result_backend_that_is_away_does_not_stop_executions(db: None, monkey
 
     monkeypatch.setattr(app.backend, "store_result", refuse)
     monkeypatch.setattr(announcements, "SLOW_SECONDS", 0)
-    monkeypatch.setattr(announcements, "_rests_until", 0.0)
+    process.results_rest_until = 0.0
     running = [scenarios.pass_through.delay(value=value) for value in range(3)]
     run_until_idle(app)
     assert [api.get_result(result, timeout=0) for result in running] == [0, 1, 2]
     assert len(calls) == 1  # and then it was left alone
     monkeypatch.undo()
-    monkeypatch.setattr(announcements, "_rests_until", 0.0)
+    process.results_rest_until = 0.0
     Execution.objects.filter(announce_at__isnull=False).update(announce_at=clock.now())
     run_until_idle(app)
     assert [result.get(timeout=PATIENCE) for result in running] == [0, 1, 2]

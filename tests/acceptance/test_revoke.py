@@ -175,6 +175,23 @@ def test_terminating_where_nothing_can_be_killed_cancels_all_the_same(worker: An
 
 
 @results.needs_broker
+def test_a_worker_that_hears_a_revoke_late_does_not_undo_the_retry(worker: Any) -> None:
+    deaf = worker(pool="solo", concurrency=1)
+    running = stops.returns_when_told.delay()
+    wait_until(lambda: count("body", running.id), 40)
+    worker(concurrency=1)
+    napping = scenarios.naps.delay(86_400)
+    wait_until(lambda: status(napping) == "waiting", 40)
+    app.control.revoke(napping.id)
+    wait_until(lambda: status(napping) == "cancelled", 40)
+    api.retry(napping)
+    wait_until(lambda: status(napping) == "waiting", 40)
+    note(None, "go")
+    wait_until(lambda: f"revoke of execution {napping.id} was heard too late" in deaf.log, 40)
+    assert status(napping) == "waiting"
+
+
+@results.needs_broker
 def test_a_foreign_message_that_was_revoked_before_it_became_an_execution_never_does(worker: Any) -> None:
     started = worker(concurrency=1)
     running = stops.returns_when_told.delay()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -56,7 +57,7 @@ def sets(status: str) -> Statement:
 
     def is_the_one(sql: str, params: tuple[Any, ...]) -> bool:
         assignments, where, _condition = sql.partition(" WHERE ")
-        if f"status = '{status}'" in sql:
+        if re.search(rf"\bstatus\W? = '{status}'", assignments):
             return True
         return bool(where) and sql.startswith("UPDATE") and status in params[: assignments.count("%s")]
 

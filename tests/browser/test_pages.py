@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 from django.urls import NoReverseMatch, reverse
 
 from conductor_app import api
-from conductor_app.models import Event, Execution, FailedExecution, Step
+from conductor_app.models import Event, Execution, FailedExecution, Operation, Step
 from tests.app import operators, origin, scenarios
+from tests.browser import axe
 from tests.browser.conftest import Tab
 from tests.support.polling import wait_until
 from tests.support.worker import Worker
@@ -23,8 +22,6 @@ pytestmark = pytest.mark.django_db(transaction=True)
 STOCK = {("label-title-only", "#searchbar")}
 #: And the links of the bread crumbs differ from the text around them by too little colour.
 CONTEXT = {"exclude": [".breadcrumbs"]}
-#: In the dark, what depends on colours; the rest is the same page.
-COLOURS = {"runOnly": {"type": "rule", "values": ["color-contrast", "link-in-text-block"]}}
 
 
 def change(model: str, pk: Any) -> str:
@@ -59,6 +56,8 @@ def paths(worker: Callable[..., Worker]) -> dict[str, str]:
         "steps": changelist("step"),
         "events": changelist("event"),
         "failures": changelist("failedexecution"),
+        "operations": changelist("operation"),
+        "schedules": changelist("schedule"),
         "succeeded": change("execution", done.id),
         "failed": change("execution", failed.id),
         "sleeping": change("execution", asleep.id),
@@ -69,13 +68,20 @@ def paths(worker: Callable[..., Worker]) -> dict[str, str]:
         "cancelled": change("execution", cancelled.id),
         "step": change("step", Step.objects.filter(execution=failed.id).first().pk),
         "event": change("event", Event.objects.first().pk),
+        "operation": change("operation", Operation.objects.first().pk),
         "failure": change("failedexecution", FailedExecution.objects.get(pk=failed.id).pk),
         "cancel": reverse(act, args=[child.pk, "cancel"]),
         "send": reverse(act, args=[asking.id, "send"]),
         "retry": reverse(act, args=[failed.id, "retry"]),
+        "compare": reverse("admin:conductor_app_execution_compare", args=[failed.id]),
         "rerun": reverse(act, args=[done.id, "rerun"]),
     }
-    for name, url_name in [("overview", "execution_overview"), ("causes", "failedexecution_causes")]:
+    for name, url_name in [
+        ("overview", "execution_overview"),
+        ("workers", "execution_workers"),
+        ("slow", "execution_slow"),
+        ("causes", "failedexecution_causes"),
+    ]:
         try:
             found[name] = reverse(f"admin:conductor_app_{url_name}")
         except NoReverseMatch:
@@ -85,16 +91,8 @@ def paths(worker: Callable[..., Worker]) -> dict[str, str]:
 
 def violations(page: Any, **options: Any) -> list[str]:
     """What axe-core finds on a page, one line for each element."""
-    import axe_playwright_python
-
-    page.evaluate(Path(axe_playwright_python.__file__).with_name("axe.min.js").read_text())
-    found = page.evaluate(f"axe.run({json.dumps(CONTEXT)}, {json.dumps({'resultTypes': ['violations'], **options})})")
-    return [
-        f"{violation['id']}: {node['target']} {node.get('failureSummary', '').splitlines()[1:2]} {node['html'][:160]}"
-        for violation in found["violations"]
-        for node in violation["nodes"]
-        if (violation["id"], node["target"][0]) not in STOCK
-    ]
+    found = axe.violations(page, CONTEXT, **options)
+    return [f"{rule}: {target} {text}" for rule, target, text in found if (rule, target) not in STOCK]
 
 
 def test_a_page_is_loaded_again_in_its_place(worker: Callable[..., Worker], tab: Callable[..., Tab]) -> None:
@@ -129,7 +127,7 @@ def test_every_page_is_readable_by_all_and_has_nothing_inline(
             assert violations(page) == []
             fits_a_narrow_screen(page)
         with subtests.test(msg=f"{name}, dark"):
-            assert violations(dark.open(path), **COLOURS) == []
+            assert violations(dark.open(path), **axe.COLOURS) == []
         light.complaints.clear()
 
 

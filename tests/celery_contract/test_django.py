@@ -10,8 +10,9 @@ from celery import signals
 from celery.fixups.django import DjangoWorkerFixup
 from django.core.exceptions import EmptyResultSet
 from django.db import connection, connections, transaction
-from django.db.models import F
-from django.db.models.sql import UpdateQuery
+from django.db.models import F, Q, Value
+from django.db.models.lookups import Exact
+from django.db.models.sql import Query, UpdateQuery
 from django.dispatch import Signal
 
 from conductor_app.models import Execution, FailedExecution
@@ -217,3 +218,29 @@ def test_a_block_that_is_left_by_hand_is_rolled_back() -> None:
     error = RuntimeError("left open")
     block.__exit__(type(error), error, None)
     assert (connection.in_atomic_block, Execution.objects.count()) == (False, 0)
+
+
+@pytest.mark.django_db
+def test_conditions_and_values_compile_to_texts_about_columns_alone() -> None:
+    """Of them ``store.texts`` makes statements, in which constants and slots take the places of ``%s``."""
+    query = Query(Execution, alias_cols=False)
+    where = Q(pk=Value(1)) & Q(Exact(F("status"), "queued")) & (Q(attempt__lt=F("max_attempts")) | Q(error=None))
+    compiler = query.get_compiler(using=connection.alias)
+    sql, params = compiler.compile(query.build_where(where))
+    assert connection.ops.quote_name("conductor_app_execution") not in sql
+    assert sql.count("%s") == len(params) == 2
+    assert "queued" in params
+    value = (F("fence") + 1).resolve_expression(query, allow_joins=False, for_save=True)
+    sql, params = compiler.compile(value)
+    assert (sql.replace(" ", ""), list(params)) == (f"({connection.ops.quote_name('fence')}+%s)", [1])
+
+
+def test_what_follows_a_lock_is_told_by_the_operations_of_a_database() -> None:
+    assert connection.ops.for_update_sql(no_key=False, skip_locked=True).split() == ["FOR", "UPDATE", "SKIP", "LOCKED"]
+
+
+@pytest.mark.django_db
+def test_named_parameters_reach_the_driver_and_a_percent_sign_is_doubled() -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT %(text)s, '100 %%', %(text)s", {"text": "50 %", "unused": 1})
+        assert cursor.fetchone() == ("50 %", "100 %", "50 %")

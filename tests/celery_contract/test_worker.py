@@ -22,8 +22,10 @@ from celery.events.state import State
 from celery.exceptions import Ignore, TaskRevokedError
 from celery.worker import control, pidbox
 from celery.worker import state as worker_state
+from celery.worker.autoscale import Autoscaler, WorkerComponent
+from celery.worker.consumer import Consumer as CeleryConsumer
 from celery.worker.request import Request, create_request_cls
-from kombu import Connection
+from kombu import Connection, Consumer, Queue
 
 
 @pytest.fixture
@@ -198,6 +200,20 @@ def test_a_pool_tells_its_size() -> None:
 def test_a_worker_tells_which_queues_it_consumes(app: Celery) -> None:
     app.amqp.queues.select(["contract"])
     assert list(app.amqp.queues.consume_from) == ["contract"]
+
+
+def test_a_consumer_names_its_queues_and_an_autoscaler_its_most_processes(app: Celery) -> None:
+    """The queues that remote commands have added or cancelled are the consumer's alone."""
+    with app.connection_for_read() as connection, connection.channel() as channel:
+        consumer: Any = Consumer(channel, [app.amqp.queues["contract"]], auto_declare=False)
+        consumer.add_queue(Queue("added"))
+        consumer.cancel_by_queue("contract")
+        assert [queue.name for queue in consumer.queues] == ["added"]
+    pool: Any = SimpleNamespace(num_processes=1)
+    scaler = Autoscaler(pool, max_concurrency=4, min_concurrency=1)
+    assert scaler.max_concurrency == 4
+    assert "w.autoscaler" in inspect.getsource(WorkerComponent.create)
+    assert "self.task_consumer" in inspect.getsource(CeleryConsumer.add_task_queue)
 
 
 def test_an_event_of_an_unknown_type_is_a_state() -> None:

@@ -119,7 +119,8 @@ def matches(want: str, got: str, flags: int = _FLAGS) -> bool:
 @contextlib.contextmanager
 def session() -> Iterator[Session]:
     """A session whose modules, tasks and receivers of Celery's signals are gone afterwards."""
-    tasks, modules, names = set(app.tasks), set(sys.modules), dict(decorator._defined_at)
+    tasks, modules = set(app.tasks), set(sys.modules)
+    names = [(known, dict(known)) for known in (decorator._defined_at, decorator._scheduled_at)]
     finalizers = set(_state._on_app_finalizers)
     receivers = [(signal, list(signal.receivers)) for signal in vars(signals).values() if isinstance(signal, Signal)]
     try:
@@ -130,8 +131,9 @@ def session() -> Iterator[Session]:
         for name in set(sys.modules) - modules:
             if getattr(sys.modules[name], "__doc_page__", False):
                 del sys.modules[name]
-        decorator._defined_at.clear()
-        decorator._defined_at.update(names)
+        for known, before in names:
+            known.clear()
+            known.update(before)
         _state._on_app_finalizers.intersection_update(finalizers)
         for signal, known in receivers:
             signal.receivers[:] = known

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import re
 import shlex
 import tomllib
 from importlib import import_module
@@ -83,7 +84,7 @@ def test_each_block_says_what_it_is(page: str) -> None:
         elif block.language == "cron":
             for line in block.text.splitlines():
                 command = line.split(None, 5)[5].replace(".venv/bin/python", "python")
-                for part in command.split(" && "):
+                for part in re.split(r" && | \| ", command):
                     check_command(part, str(block))
 
 
@@ -92,7 +93,7 @@ def test_each_command_exists_with_its_options(page: str) -> None:
     for block in blocks(page):
         if block.language == "console":
             for command, _output in commands(block):
-                for part in command.split(" && "):
+                for part in re.split(r" && | \| ", command):
                     check_command(part, str(block))
 
 

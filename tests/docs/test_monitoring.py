@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import logging.config
 import re
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics_core import Metric
 
 from conductor_app import tracing
+from conductor_app.logs import NOTHING
 from conductor_app.metrics import MAX_ROWS, DatabaseCollector, EngineMetrics
 from tests.docs.pages import blocks, prose, read
 
@@ -37,12 +41,23 @@ def _place(rows: list[tuple[str, str]], metric: Metric) -> int:
     return rows.index((name(metric), metric.type))
 
 
-@pytest.mark.django_db
-def test_the_alerts_are_about_metrics_that_exist() -> None:
-    (alerts,) = [block.text for block in blocks(PAGE) if block.language == "yaml"]
-    named = set(re.findall(r"\bconductor_(?!app\b)\w+", alerts))
-    assert named
-    assert named <= {name(metric) for metric in metrics()}
+def test_the_logging_of_the_page_can_be_set_up_and_knows_every_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = [block.text for block in blocks(PAGE) if block.is_settings and "LOGGING" in block.text]
+    shown: dict[str, Any] = {}
+    exec(block, shown)
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    level = root.level
+    try:
+        logging.config.dictConfig(shown["LOGGING"])
+        (handler,) = root.handlers
+    finally:
+        root.setLevel(level)
+    record = logging.LogRecord("any", logging.INFO, __file__, 1, "hello", None, None)
+    assert handler.filter(record)
+    assert handler.format(record).endswith("INFO any [ ] hello")
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \| [A-Z]", prose(PAGE).partition("## Logs")[2], re.MULTILINE)
+    assert set(re.findall(r"\w+", " ".join(rows))) >= set(NOTHING)
 
 
 def test_every_attribute_of_a_span_is_on_the_page() -> None:

@@ -19,15 +19,17 @@ from conductor_app.engine import claims
 from conductor_app.exceptions import Failure
 from conductor_app.models import Execution
 from conductor_app.store import clock
+from conductor_app.store.process import process
 from conductor_app.telling import story
 from conductor_app.telling.headlines import headline
 from conductor_app.telling.mailbox import mailbox_of, unclaimed
-from conductor_app.transitions import AwaitEvent, dispatch
+from conductor_app.transitions import AwaitEvent
 from conductor_app.values.failures import load_failure
 from tests.app import scenarios
 from tests.docs.pages import ROOT, prose
 from tests.support import executions
 from tests.support.bodies import durable, failure, run
+from tests.support.process import NotingBroker
 
 PAGE = "docs/howto/troubleshooting.md"
 #: So much of a text of the source has to be fixed, or it would match anything.
@@ -204,8 +206,8 @@ def _shape(text: str) -> str:
 
 
 @pytest.fixture
-def _alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(dispatch, "publish", lambda execution: True)
+def _alone() -> Iterator[None]:
+    process.broker = NotingBroker()
     yield
     clock.reset()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from django.contrib import admin
-from django.contrib.auth.models import User
+from django.contrib.auth.models import Permission, User
 from django.core.cache import cache
 from django.db import connection
 from django.db.models import F
@@ -27,6 +27,7 @@ from tests.support import executions
 
 LISTS = {model: f"/admin/conductor_app/{model}/" for model in ("execution", "step", "event", "failedexecution")}
 OVERVIEW = "/admin/conductor_app/execution/overview/"
+WORKERS = "/admin/conductor_app/execution/workers/"
 ECHO = executions.TASK
 HOSTILE = '"><script>alert(1)</script>\x1b\u202e'
 
@@ -81,12 +82,54 @@ def test_a_row_tells_how_far_an_execution_has_come(staff: Client) -> None:
     for name in ("validate", "pick", "pack"):
         transitions.record_step(parent, name, result="1")
     executions.invoke(parent, "charge")
-    assert "3 steps, waiting for charge" in text_of(staff, LISTS["execution"])
+    assert "waiting for charge 3 steps" in text_of(staff, LISTS["execution"])
 
 
 def test_a_row_tells_at_which_step_an_execution_failed(staff: Client) -> None:
     failed_tree()
-    assert "1 step, failed at child" in text_of(staff, LISTS["execution"])
+    assert "failed at child" in text_of(staff, LISTS["execution"])
+
+
+def test_a_row_tells_why_to_who_may_see_messages(staff: Client, client: Client) -> None:
+    fail(executions.running(), "card declined", "shop.CardDeclined")
+    transitions.retry_later(executions.running(), executions.FAILURE, 3_600)
+    executions.queued(queue="payments")
+    api.cancel(executions.queued().pk, "wrong order")
+    shown = text_of(staff, LISTS["execution"])
+    for words in ("CardDeclined: card declined", "ValueError: card declined", "in queue payments", "wrong order"):
+        assert words in shown
+    ben = User.objects.create_user("ben", is_staff=True)
+    ben.user_permissions.set(Permission.objects.filter(codename="view_execution"))
+    client.force_login(ben)
+    shown = text_of(client, LISTS["execution"])
+    assert "CardDeclined" in shown
+    assert "card declined" not in shown
+
+
+def test_a_long_name_is_shortened_in_the_middle(staff: Client) -> None:
+    task = f"shop.tasks.{'recalculate_' * 9}stock"
+    executions.queued(task=task)
+    page = staff.get(LISTS["execution"]).content.decode()
+    assert f'<bdi title="{task}">recalculate_re…lculate_stock</bdi>' in page
+
+
+@pytest.mark.parametrize(
+    ("query", "title"),
+    [
+        ("", "Executions"),
+        ("?status__exact=failed&task=shop.tasks.charge", "Executions: failed, shop.tasks.charge"),
+    ],
+)
+def test_a_list_has_a_title_of_its_own(staff: Client, query: str, title: str) -> None:
+    assert f"<title>{title} |" in staff.get(f"{LISTS['execution']}{query}").content.decode()
+
+
+def test_the_lists_lead_to_who_waits_for_a_task(staff: Client) -> None:
+    parent, child = executions.family()
+    address = f"{LISTS['step']}?status__exact=pending&task={child.task}"
+    assert address.replace("&", "&amp;") in staff.get(f"{LISTS['execution']}?task={child.task}").content.decode()
+    page = staff.get(address).content.decode()
+    assert f"/execution/{parent.pk}/change/" in page
 
 
 @pytest.mark.parametrize(
@@ -121,7 +164,7 @@ def test_a_row_shows_when_how_long_which_attempt_and_who(staff: Client) -> None:
         in page
     )
     shown = text_of(staff, LISTS["execution"])
-    assert f"echo {execution.pk} 0 steps - 1/4 5 min ago 3 min test@host" in shown
+    assert f"echo …{str(execution.pk)[-8:]} 0 steps 5 min ago 3 min test@host" in shown
     assert f'title="{ECHO}"' in page
 
 
@@ -191,9 +234,12 @@ def test_the_choices_of_tasks_and_queues_come_from_celery(staff: Client) -> None
     executions.queued(task="shop.tasks.unknown", queue="unknown")
     with CaptureQueriesContext(connection) as queries:
         page = staff.get(LISTS["execution"]).content.decode()
-    assert f"?task={ECHO}" in page
-    assert "?task=celery." not in page
-    assert "?task=shop.tasks.unknown" not in page
+    # They are too many to be listed, so a box finds them.
+    assert f'<option value="{ECHO}">' in page
+    assert '<option value="celery.' not in page
+    assert "shop.tasks.unknown" not in page.partition("<datalist")[2].partition("</datalist>")[0]
+    assert 'form="cd-filter-task-form"' in page
+    assert '<form method="get" id="cd-filter-task-form">' in page
     assert "?queue=celery" in page
     assert not any("DISTINCT" in query["sql"] for query in queries)
     # What an address asks for is shown as chosen, known or not.
@@ -351,7 +397,7 @@ class Strict(html.parser.HTMLParser):
         self.offences += [f"{tag} {value}" for value in given.values() if (value or "").startswith("javascript:")]
 
 
-@pytest.mark.parametrize("address", [*LISTS.values(), OVERVIEW, "/admin/conductor_app/"])
+@pytest.mark.parametrize("address", [*LISTS.values(), OVERVIEW, WORKERS, "/admin/conductor_app/"])
 def test_pages_obey_a_strict_content_security_policy(staff: Client, address: str) -> None:
     failed_tree()
     page = staff.get(address).content.decode()
@@ -361,7 +407,7 @@ def test_pages_obey_a_strict_content_security_policy(staff: Client, address: str
     assert 'href="/static/conductor_app/admin.css"' in page or address.endswith("conductor_app/")
 
 
-@pytest.mark.parametrize("address", [*LISTS.values(), OVERVIEW])
+@pytest.mark.parametrize("address", [*LISTS.values(), OVERVIEW, WORKERS])
 def test_a_page_loads_itself_again_if_it_is_told_to(staff: Client, address: str) -> None:
     assert "Refresh" not in staff.get(address).headers
     answer = staff.get(address, {"refresh": "15"})

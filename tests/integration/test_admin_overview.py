@@ -188,7 +188,7 @@ def test_failures_are_for_those_who_may_see_them(client: Client, db: None) -> No
     assert "a secret" in client.get(URL).content.decode()
 
 
-def test_it_takes_eight_queries_and_none_of_our_own_for_ten_seconds(client: Client, db: None) -> None:
+def test_it_takes_ten_queries_and_none_of_our_own_for_ten_seconds(client: Client, db: None) -> None:
     user = User.objects.create_user("ben", is_staff=True)
     permissions = Permission.objects.filter(codename__in=["view_execution", "view_failedexecution"])
     user.user_permissions.add(*permissions)
@@ -201,7 +201,7 @@ def test_it_takes_eight_queries_and_none_of_our_own_for_ten_seconds(client: Clie
         client.get(URL)
     with CaptureQueriesContext(connection) as second:
         client.get(URL)
-    assert len(first) <= 8
+    assert len(first) <= 10
     assert not any("conductor_app_" in query["sql"] and "auth_" not in query["sql"] for query in second)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,13 +12,16 @@ from django.db import connection, transaction
 from django.test import Client
 
 from conductor_app.admin import causes, changelist, figures, filters, paginator
-from conductor_app.models import Execution
+from conductor_app.models import Execution, Tag
 from tests.integration.test_query_plans import EVENTS, EXECUTIONS, FAILURES, STEPS, open_ids  # noqa: F401
+from tests.support.command import told
 
 pytestmark = [
     pytest.mark.django_db,
     pytest.mark.skipif(connection.vendor == "mysql", reason="looks into PostgreSQL and SQLite"),
 ]
+
+TAGS = Tag._meta.db_table
 
 trusts_the_index = pytest.mark.skipif(
     connection.vendor == "sqlite", reason="SQLite has no statistics, and reads all that has the task"
@@ -54,9 +57,17 @@ def filled(open_ids: dict[str, Any], django_db_blocker: Any) -> Iterator[dict[st
             f"""INSERT INTO {EVENTS} (execution_id, name, key, payload, taken_at, created_at)
             SELECT id, 'approved', 'mail-7', '1', finished_at, created_at FROM {EXECUTIONS}"""
         )
+        number = "row_number() OVER (ORDER BY id)"
+        for key, value in (("order", f"{number}"), ("tenant", f"{number} % 10")):
+            text = "text" if connection.vendor == "postgresql" else "TEXT"
+            cursor.execute(
+                f"INSERT INTO {TAGS} (root_id, key, value) "
+                f"SELECT id, '{key}', CAST({value} AS {text}) FROM {EXECUTIONS}"
+            )
         if connection.vendor == "postgresql":
-            cursor.execute(f"ANALYZE {FAILURES}, {EVENTS}")
+            cursor.execute(f"ANALYZE {FAILURES}, {EVENTS}, {TAGS}")
         yield open_ids
+        cursor.execute(f"DELETE FROM {TAGS}")
         cursor.execute(f"DELETE FROM {EVENTS}")
         cursor.execute(f"DELETE FROM {FAILURES}")
 
@@ -96,6 +107,12 @@ def _bounds(monkeypatch: pytest.MonkeyPatch) -> None:
         "execution/?q=key:order-7",
         pytest.param("execution/?q=task", marks=trusts_the_index),
         "execution/?q=none",
+        "execution/?tag=order%3D7",
+        "execution/?tag=tenant%3D7",
+        "execution/?tag=tenant%3D7&status__exact=waiting",
+        "execution/?tag=tenant%3D7&status__exact=succeeded",
+        "execution/?tag=tenant%3Dnone",
+        "execution/json/?tag=tenant%3D7",
         "execution/?o=2.-3",
         "execution/json/?queue=none",
         "execution/overview/",
@@ -133,21 +150,21 @@ def test_a_page_reads_a_bounded_number_of_rows(client: Client, filled: dict[str,
             connection.connection.set_progress_handler(None, 0)
         assert 100 * len(ticks) <= MOST_STEPS
         return
-    for sql, plan in _plans(client, address):
+    for sql, plan in _plans(lambda: client.get(address).status_code == 200):
         read = max(_rows(node) for node in _nodes(plan))
         assert read <= MOST_ROWS, f"{read} rows are read by {sql}"
 
 
-def _plans(client: Client, address: str) -> Iterator[tuple[str, Any]]:
+def _plans(look: Callable[[], object]) -> Iterator[tuple[str, Any]]:
     statements: list[tuple[str, Any]] = []
 
     def note(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
-        if any(table in sql for table in (EXECUTIONS, STEPS, FAILURES, EVENTS)):
+        if any(table in sql for table in (EXECUTIONS, STEPS, FAILURES, EVENTS, TAGS)):
             statements.append((sql, params))
         return execute(sql, params, many, context)
 
     with connection.execute_wrapper(note):
-        assert client.get(address).status_code == 200
+        assert look()
     assert statements
     for sql, params in statements:
         with transaction.atomic(), connection.cursor() as cursor:
@@ -169,3 +186,19 @@ def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def test_the_tables_are_as_full_as_these_tests_believe(filled: dict[str, Any]) -> None:
     assert Execution.objects.count() > 10 * MOST_ROWS
+
+
+def test_a_command_finds_the_trees_with_a_rare_tag_by_its_index(filled: dict[str, Any]) -> None:
+    words = ("ls", "--json", "--tag", "order=7", "--tag", "tenant=7")
+    if connection.vendor == "sqlite":
+        ticks: list[int] = []
+        connection.connection.set_progress_handler(lambda: ticks.append(1), 100)
+        try:
+            assert len(told(*words).json["executions"]) == 1
+        finally:
+            connection.connection.set_progress_handler(None, 0)
+        assert 100 * len(ticks) <= MOST_STEPS
+        return
+    for sql, plan in _plans(lambda: told(*words).json["executions"]):
+        read = max(_rows(node) for node in _nodes(plan))
+        assert read <= 1_000, f"{read} rows are read by {sql}"

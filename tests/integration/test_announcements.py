@@ -16,7 +16,8 @@ from django.db import OperationalError, connection, transaction
 
 from conductor_app import ExecutionContext, api
 from conductor_app.engine import announcements, outcomes, sweeper
-from conductor_app.host import revocations
+from conductor_app.host.news import Revocation
+from conductor_app.host.revocations import Revoker
 from conductor_app.models import Execution
 from conductor_app.store import clock
 from project.celery import app
@@ -51,14 +52,14 @@ def test_a_revoke_that_comes_too_late_changes_no_result(task: Any, payload: Any,
     result = ended(task, **payload)
     told = AsyncResult(result.id).result
     app.backend.mark_as_revoked(result.id, reason="revoked", store_result=True)  # as Celery 5.6 does
-    revocations.cancel_named(result.id)
+    Revoker().cancel(Revocation(result.id))
     assert (reload(result).status, AsyncResult(result.id).state) == (status, state)
     assert repr(AsyncResult(result.id).result) == repr(told)
 
 
 def test_a_revoke_in_time_is_a_cancel_and_celery_is_told_of_that() -> None:
     result = scenarios.echo.delay(value=7)
-    revocations.cancel_named(result.id)
+    Revoker().cancel(Revocation(result.id))
     sweeper.sweep(publish=False)
     assert reload(result).status == "cancelled"
     assert isinstance(AsyncResult(result.id).result, TaskRevokedError)
@@ -71,7 +72,7 @@ def test_a_result_backend_that_fails_does_not_keep_others_from_being_cancelled(m
         raise ConnectionRefusedError("the result backend is away")
 
     monkeypatch.setattr(app.backend, "mark_as_done", refuse)
-    revocations.cancel_named(result.id)
+    Revoker().cancel(Revocation(result.id))
 
 
 def test_a_result_that_is_gone_is_a_failure_to_celery() -> None:

@@ -24,11 +24,11 @@ tenant: ContextVar[str] = ContextVar("tenant", default="nobody")
 @pytest.fixture(autouse=True)
 def as_it_was() -> Iterator[None]:
     token = tenant.set("nobody")
-    language, zone, decimals = translation.get_language(), timezone.get_current_timezone(), decimal.getcontext().copy()
+    language, decimals = translation.get_language(), decimal.getcontext().copy()
     yield
     tenant.reset(token)
     translation.activate(language)
-    timezone.activate(zone)
+    timezone.deactivate()  # not the one before: whoever changes TIME_ZONE next would have that one still
     decimal.setcontext(decimals)
     clock.reset()
 

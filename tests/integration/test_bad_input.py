@@ -1048,16 +1048,16 @@ def test_a_step_needs_a_callable() -> None:
     check(refused(lambda ctx: ctx.atomic_step("a", None)), InvalidArgumentType, text)  # type: ignore[arg-type]
 
 
-def test_an_async_function_is_no_step() -> None:
+def test_a_coroutine_in_a_result_is_not_awaited() -> None:
     text = (
-        'result of ctx.step("a") is a coroutine. Return what it returns: asgiref.sync.async_to_sync calls an async '
+        'result of ctx.step("a")[0] is a coroutine. Return what it returns: asgiref.sync.async_to_sync calls an async '
         "function."
     )
 
     def call(ctx: ExecutionContext) -> None:
         made = []
         try:
-            ctx.step("a", lambda: made.append(coroutine()) or made[0])
+            ctx.step("a", lambda: made.append(coroutine()) or made)
         finally:
             made[0].close()
 

@@ -12,7 +12,8 @@ from django_celery_results.models import TaskResult
 from conductor_app import ExecutionContext, api
 from conductor_app.engine import calls
 from conductor_app.exceptions import IdempotencyConflict
-from conductor_app.host import revocations
+from conductor_app.host.news import Revocation
+from conductor_app.host.revocations import Revoker
 from conductor_app.models import Execution
 from conductor_app.store.ids import derive_namesake_id, namesakes_range
 from tests.app.scenarios import echo
@@ -82,7 +83,7 @@ def test_a_revoked_id_cancels_all_that_was_called_by_it() -> None:
         frozen.delay()
     other = echo.apply_async((1,), countdown=60)
     assert sorted(calls.named(frozen.id)) == sorted(execution.pk for execution in executions(echo)[:3])
-    revocations.cancel_named(frozen.id)
+    Revoker().cancel(Revocation(frozen.id))
     assert [execution.status for execution in executions(echo)] == ["cancelled"] * 3 + ["queued"]
     assert calls.named(other.id) == [uuid.UUID(other.id)]
 

@@ -18,9 +18,8 @@ from conductor_app.models import Execution, FailedExecution, Step
 from conductor_app.states import ExecutionStatus, OnTimeout
 from conductor_app.store import clock, transactions
 from conductor_app.store.ids import new_root_id
-from conductor_app.transitions import Gather, HandOff, Map, Sleep, dispatch, waking
-from conductor_app.transitions.leases import keeper
-from conductor_app.transitions.suspending import Wait
+from conductor_app.store.process import process
+from conductor_app.transitions import AwaitEvent, Gather, HandOff, Map, Sleep, Wait, dispatch, waking
 from tests.app.scenarios import echo
 from tests.support.executions import (
     FAILURE,
@@ -32,6 +31,7 @@ from tests.support.executions import (
     fresh,
     invocation,
     invoke,
+    map_of,
     mapping,
     napping,
     new,
@@ -40,6 +40,7 @@ from tests.support.executions import (
     starting,
     step_of,
 )
+from tests.support.process import NotingBroker
 
 
 @pytest.fixture(autouse=True)
@@ -50,17 +51,16 @@ def transactional_db(django_db_setup: None, django_db_blocker: Any) -> Iterator[
 
 
 @pytest.fixture(autouse=True)
-def published(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def published() -> list[Any]:
     """The ids of executions whose messages were published, in the place of a broker."""
-    ids: list[Any] = []
-    monkeypatch.setattr(dispatch, "publish", lambda execution: ids.append(execution.pk) or True)
-    return ids
+    process.broker = broker = NotingBroker()
+    return broker.ids
 
 
 @pytest.fixture(params=[True, False], ids=["embedded", "broker"])
-def embedded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+def embedded(request: pytest.FixtureRequest) -> bool:
     """Once as with ``memory://``, once as with a broker server."""
-    monkeypatch.setattr(dispatch, "is_embedded", lambda app=None: request.param)
+    process.worker.is_embedded = request.param
     return bool(request.param)
 
 
@@ -524,7 +524,7 @@ def fails_once(act: Callable[..., Any]) -> Callable[..., Any]:
 def test_a_lost_answer_takes_no_lease_from_a_run_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     mine, others = running(), running()
     Execution.objects.filter(pk=others.pk).update(lease_owner="another@host/1")
-    with keeper.hold(mine):
+    with process.keeper.hold(mine):
         for execution in (mine, others):
             with monkeypatch.context() as patched:
                 patched.setattr(transitions, "claim", fails_once(transitions.claim))
@@ -592,3 +592,31 @@ def test_a_message_of_others_that_cannot_be_stored_fails_as_any_tasks(
             echo(value=1)
     finally:
         echo.pop_request()
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize(
+    "wait_for",
+    [
+        lambda run: Sleep("nap", seconds=60),
+        lambda run: AwaitEvent("event", "approved", None),
+        invocation,
+        lambda run: map_of(run, 2),
+    ],
+    ids=["a sleep", "an event", "a child", "a map"],
+)
+def test_a_suspension_that_is_shown_is_one_transaction(
+    wait_for: Callable[[Execution], Wait], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process may die after each commit: with one before that, an attempt would be lost."""
+    run = running()
+    commits: list[str] = []
+    commit = connection._commit
+
+    def noted() -> None:
+        commits.append(fresh(run).status)
+        commit()
+
+    monkeypatch.setattr(connection, "_commit", noted)
+    assert transitions.suspend(run, wait_for(run), before_commit=lambda: None)
+    assert commits == ["waiting"]

@@ -20,10 +20,12 @@ from conductor_app.exceptions import CancelExecution, LeaseLost
 from conductor_app.models import Execution
 from conductor_app.states import ALLOWED_MOVES, FINAL_STATUSES, ExecutionStatus
 from conductor_app.store.errors import is_conflict
-from conductor_app.transitions import Pending, dispatch, steps, waking
+from conductor_app.store.process import process
+from conductor_app.transitions import Pending, steps, waking
 from tests.support import history
 from tests.support.executions import OWNER, committing, families
 from tests.support.polling import wait_until
+from tests.support.process import NotingBroker
 
 #: What a user may set, or forget to set, in ``DATABASES["default"]["OPTIONS"]``.
 OPTIONS: dict[str, list[dict[str, Any]]] = {
@@ -127,11 +129,9 @@ def end_children(pairs: list[tuple[Execution, Execution]], part: int) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS[connection.vendor], ids=lambda options: str(options or "our options"))
-def test_everything_ends_once(
-    transactional_db: None, monkeypatch: pytest.MonkeyPatch, settings: Any, options: dict[str, Any]
-) -> None:
+def test_everything_ends_once(transactional_db: None, settings: Any, options: dict[str, Any]) -> None:
     settings.CONDUCTOR = {**settings.CONDUCTOR, "LEASE_SECONDS": 60}
-    monkeypatch.setattr(dispatch, "publish", lambda execution: True)
+    process.broker = NotingBroker()
     pairs = families(FAMILIES)
     with Crew(options) as crew:
         for number in range(2):

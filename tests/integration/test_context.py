@@ -26,6 +26,7 @@ from conductor_app.exceptions import (
 )
 from conductor_app.models import Execution
 from conductor_app.store import clock
+from conductor_app.store.process import process
 from conductor_app.transitions import steps
 from conductor_app.transitions.leases import Lease
 from tests.app import scenarios
@@ -434,8 +435,8 @@ def test_waiting_for_a_result_inside_a_body_is_refused() -> None:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> Callable[[], list[str]]:
-    monkeypatch.setattr("conductor_app.body.misuse._told_of_calls", set())
+def told(caplog: Any) -> Callable[[], list[str]]:
+    process.told_of_calls = set()
     return lambda: [text for record in caplog.records if "outside of a step" in (text := record.getMessage())]
 
 

@@ -19,13 +19,13 @@ from conductor_app.engine import sweeper
 from conductor_app.host import publishing
 from conductor_app.models import Execution
 from conductor_app.store import clock
+from conductor_app.store.process import Worker, process
 from conductor_app.transitions import dispatch
 from conductor_app.values.payloads import dump_options
 from tests.support.executions import TASK, committing, fresh, invoke, new, queued, running
 
 pytestmark = pytest.mark.messaging
 #: As it is without the fixture ``broker``.
-is_embedded = dispatch.is_embedded
 
 
 @pytest.fixture(autouse=True)
@@ -36,12 +36,9 @@ def transactional_db(django_db_setup: None, django_db_blocker: Any) -> Iterator[
 
 
 @pytest.fixture(autouse=True)
-def broker(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def broker() -> Iterator[None]:
     """As with a broker server, one that has not failed yet."""
-    monkeypatch.setattr(dispatch, "is_embedded", lambda app=None: False)
-    dispatch.reset_breaker()
-    yield
-    dispatch.reset_breaker()
+    process.worker.is_embedded = False
 
 
 class Messages(list[Any]):
@@ -149,8 +146,8 @@ def test_celerys_options_are_in_every_message(sent: Messages) -> None:
         assert sent_options["headers"] == {"trace": "abc", "conductor": "doorbell"}
 
 
-def test_an_exchange_takes_the_place_of_the_queue(sent: Messages, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "is_embedded", lambda _app=None: False)
+def test_an_exchange_takes_the_place_of_the_queue(sent: Messages) -> None:
+    process.worker.is_embedded = False
     queued(options=dump_options({"exchange": "orders", "routing_key": "new"}))
     options = sent[-1][2]
     assert (options["exchange"], options["routing_key"]) == ("orders", "new")
@@ -176,8 +173,8 @@ def test_a_savepoint_that_is_undone_sends_nothing(sent: Messages) -> None:
     assert len(sent) == 1
 
 
-def test_nobody_publishes_into_the_memory_of_a_web_process(sent: Messages, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "is_embedded", lambda app=None: True)
+def test_nobody_publishes_into_the_memory_of_a_web_process(sent: Messages) -> None:
+    process.worker.is_embedded = True
     queued()
     assert sent == []
 
@@ -239,7 +236,7 @@ class Pool:
 def ahead(monkeypatch: pytest.MonkeyPatch) -> Pool:
     """Runs do not wait for confirmations, as in a worker whose RabbitMQ sends them."""
     pool = Pool()
-    monkeypatch.setattr(dispatch, "_runs_ahead", True)
+    process.worker.runs_ahead = True
     monkeypatch.setattr(publishing, "_unconfirmed", lambda app, pid: pool)
     return pool
 
@@ -357,17 +354,15 @@ def test_rabbitmq_is_asked_after_a_pause_whether_the_connection_lives(
 @pytest.mark.parametrize("confirms", [True, False])
 def test_a_worker_knows_whether_its_broker_confirms(confirms: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CELERY_BROKER_URL", raising=False)  # to Celery it says more than any app does
-    monkeypatch.setattr(dispatch, "_is_embedded", None)
-    monkeypatch.setattr(dispatch, "_runs_ahead", None)
-    monkeypatch.setattr(dispatch, "is_embedded", is_embedded)
+    process.worker = Worker()
     other = Celery(broker="amqp://nowhere", set_as_current=False)
     other.conf.broker_transport_options = {"confirm_publish": confirms}
     dispatch.settle_broker(other)
-    assert dispatch._runs_ahead is confirms
-    assert is_embedded() is False
+    assert process.worker.runs_ahead is confirms
+    assert dispatch.is_embedded() is False
     other = Celery(broker="memory://", set_as_current=False)
     dispatch.settle_broker(other)
-    assert is_embedded() is True
+    assert dispatch.is_embedded() is True
 
 
 def test_producers_that_wait_for_no_confirmation_are_apart_from_the_apps_own() -> None:
@@ -450,7 +445,7 @@ def test_embedded_is_what_has_no_broker_server(url: Any, write_url: Any, embedde
             broker_url = url
             broker_write_url = write_url
 
-    assert is_embedded(App()) is embedded
+    assert dispatch.is_embedded(App()) is embedded
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from django.db.models import F
 
 from conductor_app import ExecutionContext, api, testing, transitions
 from conductor_app.exceptions import BlockingCallInTask, NotATestDatabase
-from conductor_app.host import publishing
 from conductor_app.models import Event, Execution, FailedExecution, Step
 from conductor_app.store import clock, eager
 from conductor_app.store.ids import new_root_id
@@ -37,6 +36,7 @@ from tests.support.executions import (
     running,
     starting,
 )
+from tests.support.process import note_published
 
 pytestmark = pytest.mark.django_db
 
@@ -212,12 +212,8 @@ def test_what_a_body_sweeps_or_drains_is_by_the_databases_own_time() -> None:
     assert Execution.objects.filter(pk=done.pk).exists()
 
 
-def test_what_a_body_starts_is_published_and_its_own_tree_is_not(
-    monkeypatch: pytest.MonkeyPatch, django_capture_on_commit_callbacks: Any
-) -> None:
-    published: list[Any] = []
-    monkeypatch.setattr(dispatch, "is_embedded", lambda app=None: False)
-    monkeypatch.setattr(publishing, "send", lambda execution, waits: published.append(str(execution.pk)))
+def test_what_a_body_starts_is_published_and_its_own_tree_is_not(django_capture_on_commit_callbacks: Any) -> None:
+    published = note_published()
     other = napping()
 
     @durable
@@ -229,7 +225,7 @@ def test_what_a_body_starts_is_published_and_its_own_tree_is_not(
 
     with django_capture_on_commit_callbacks(execute=True):
         result = body.apply()
-    assert published == [result.get(), str(other.pk)]
+    assert [str(pk) for pk in published] == [result.get(), str(other.pk)]
     assert reload(result.get()).status == "queued"
 
 

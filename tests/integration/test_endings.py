@@ -10,18 +10,19 @@ from celery.signals import task_postrun
 from django.db import DatabaseError, IntegrityError, OperationalError, connection, transaction
 
 from conductor_app import ExecutionContext, transitions
-from conductor_app.engine import claims, draining, hand_off
-from conductor_app.engine.process import process
+from conductor_app.engine import claims
 from conductor_app.engine.run import RunEnded
 from conductor_app.exceptions import InvokeInsideTransaction, StepFailed, UncleanConnection
 from conductor_app.host import durable_runs
 from conductor_app.models import Execution
+from conductor_app.store.process import process
 from conductor_app.testing import run as run_alone
 from conductor_app.transitions.dispatch import DOORBELL, HEADER
 from project.celery import app
 from tests.app import endings
 from tests.app.ledger import count, note
 from tests.support.bodies import class_name, durable, failure, reload, run
+from tests.support.process import PoolGate
 
 pytestmark = pytest.mark.django_db
 
@@ -109,12 +110,10 @@ def test_a_base_exception_is_retried_where_an_exception_would_be() -> None:
 
 
 @pytest.mark.parametrize("ending", [SystemExit, KeyboardInterrupt])
-def test_a_worker_that_shuts_down_gives_a_body_back_that_it_ends(
-    monkeypatch: pytest.MonkeyPatch, ending: type[BaseException]
-) -> None:
+def test_a_worker_that_shuts_down_gives_a_body_back_that_it_ends(ending: type[BaseException]) -> None:
     @durable(max_retries=0)
     def ends(ctx: ExecutionContext) -> None:
-        monkeypatch.setattr(draining, "is_draining", lambda: True)
+        process.worker.is_draining = lambda: True
         raise ending
 
     result = ends.delay()
@@ -123,9 +122,9 @@ def test_a_worker_that_shuts_down_gives_a_body_back_that_it_ends(
     assert (reload(result).status, reload(result).attempt, reload(result).lease_owner) == ("queued", 1, "")
 
 
-def test_what_becomes_of_a_killed_process_is_the_main_processs_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_becomes_of_a_killed_process_is_the_main_processs_to_say() -> None:
     """A revoke, or the hard time limit."""
-    monkeypatch.setattr(process, "is_told_to_end", lambda: True)
+    process.is_told_to_end = lambda: True
 
     @durable
     def ends(ctx: ExecutionContext) -> None:
@@ -191,7 +190,7 @@ def test_a_delivery_without_a_claim_comes_to_nobodys_ears_and_says_why(caplog: p
     caplog.set_level("INFO", "conductor_app.execution")
     outcome = delivered(endings.before_start_raises, result)
     assert isinstance(outcome.info.retval, RunEnded)
-    assert "dropped: not queued, not due, or another run has it" in caplog.text
+    assert "dropped: not queued, not due, held, of a paused task, or another run has it" in caplog.text
     assert count("before_start") == 0
 
 
@@ -230,8 +229,8 @@ def test_a_run_that_changes_nothing_does_not_loop(monkeypatch: pytest.MonkeyPatc
 
 def test_a_process_whose_claims_fail_although_the_database_answers_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "_answers_others", lambda: True)
-    monkeypatch.setattr(claims, "_failed_claims", 0)
-    monkeypatch.setattr(type(hand_off.gate), "is_own_process", True)
+    process.failed_claims = 0
+    process.worker.gate = PoolGate()
     error = DatabaseError("spoilt")
     some = Execution().pk
     for _ in range(claims.MAX_FAILED_CLAIMS - 1):
@@ -241,7 +240,7 @@ def test_a_process_whose_claims_fail_although_the_database_answers_ends(monkeypa
 
 
 def test_an_outage_ends_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(hand_off.gate), "is_own_process", True)
+    process.worker.gate = PoolGate()
     monkeypatch.setattr(claims, "_answers_others", lambda: False)
     for error in (OperationalError(2013, "Lost connection"), DatabaseError("spoilt")) * claims.MAX_FAILED_CLAIMS:
         assert str(claims.not_claimed(Execution().pk, error)) == "abandoned: the database is away"

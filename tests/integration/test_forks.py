@@ -20,6 +20,7 @@ from conductor_app import ExecutionContext, transitions
 from conductor_app.exceptions import WrongThread
 from conductor_app.models import Execution
 from conductor_app.store import forks
+from conductor_app.store.process import process
 from tests.app import scenarios
 from tests.support.bodies import durable, run
 from tests.support.executions import committing, new, queued
@@ -159,7 +160,7 @@ def test_a_fork_has_pools_without_connections(pool: Any) -> None:
     assert [*pool._dirty, *pool._resource.queue] == before, "the parent goes on with its own"
 
 
-def test_a_process_that_nobody_told_of_its_fork_finds_out(monkeypatch: pytest.MonkeyPatch, pool: Any) -> None:
+def test_a_process_that_nobody_told_of_its_fork_finds_out(pool: Any) -> None:
     """uWSGI's forks call no hooks."""
     queued()
     before = [*pool._dirty, *pool._resource.queue]
@@ -168,7 +169,7 @@ def test_a_process_that_nobody_told_of_its_fork_finds_out(monkeypatch: pytest.Mo
         # As if the hooks had not been called.
         connection.ensure_connection()
         pool._dirty.update(resource for resource in before if isinstance(resource, Connection))
-        monkeypatch.setattr(forks, "_pid", os.getppid())
+        process.pid = os.getppid()
         forks.own()
         assert connection.connection is None
         assert not pool._dirty

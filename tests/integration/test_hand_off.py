@@ -29,18 +29,20 @@ from conductor_app.host.request import DurableRequest
 from conductor_app.host.sweeper_thread import SweeperThread
 from conductor_app.models import Execution, Step
 from conductor_app.store import clock, owners
-from conductor_app.transitions import dispatch, statements
-from conductor_app.transitions.leases import keeper
+from conductor_app.store.moves import Move
+from conductor_app.store.process import Gate, process
+from conductor_app.transitions import dispatch
 from project.celery import app
 from tests.app import plain, scenarios
 from tests.support import history, invariants
 from tests.support.bodies import durable, reload
 from tests.support.executions import OWNER, claimed, committing, fresh, invocation, napping, queued, running, step_of
+from tests.support.process import note_published
 
 NODE = "node@test"
 
 
-class OpenGate(hand_off.Gate):
+class OpenGate(Gate):
     """A worker's, with the pool's bodies in its own process."""
 
     is_open_now = True
@@ -62,18 +64,15 @@ def transactional_db(django_db_setup: None, django_db_blocker: Any) -> Iterator[
 
 
 @pytest.fixture(autouse=True)
-def published(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def published() -> list[Any]:
     """The ids of executions whose messages were published, in the place of a broker."""
-    ids: list[Any] = []
-    monkeypatch.setattr(dispatch, "publish", lambda execution: ids.append(execution.pk) or True)
-    monkeypatch.setattr(dispatch, "is_embedded", lambda app=None: False)
-    return ids
+    return note_published()
 
 
 @pytest.fixture(autouse=True)
 def gate(monkeypatch: pytest.MonkeyPatch) -> OpenGate:
     gate = OpenGate()
-    monkeypatch.setattr(hand_off, "gate", gate)
+    process.worker.gate = gate
     # On a busy machine, two seconds are soon over.
     monkeypatch.setattr(hand_off, "MAX_SECONDS", 60.0)
     return gate
@@ -408,7 +407,7 @@ def test_a_run_without_an_outcome_has_no_traceback_to_copy() -> None:
 def answer_lost(monkeypatch: pytest.MonkeyPatch, number: int) -> Iterator[None]:
     """Let a transaction, counted from 1, be committed and the answer get lost."""
     commits: list[int] = []
-    commit, fetch = connection.commit, statements._fetch
+    commit, make = connection.commit, Move.make
 
     def lose() -> None:
         commits.append(1)
@@ -419,15 +418,16 @@ def answer_lost(monkeypatch: pytest.MonkeyPatch, number: int) -> Iterator[None]:
         commit()
         lose()
 
-    def fetch_and_lose(*args: Any, **values: Any) -> Any:
-        rows = fetch(*args, **values)
-        if not connection.in_atomic_block:
-            lose()
+    def make_and_lose(*args: Any, **values: Any) -> Any:
+        known = len(commits)
+        rows = make(*args, **values)
+        if not connection.in_atomic_block and len(commits) == known:
+            lose()  # a single statement, which has committed itself
         return rows
 
     with monkeypatch.context() as patched:
         patched.setattr(connection, "commit", commit_and_lose)
-        patched.setattr(statements, "_fetch", fetch_and_lose)
+        patched.setattr(Move, "make", make_and_lose)
         yield
     assert len(commits) >= number
 
@@ -445,7 +445,7 @@ def test_a_claim_whose_commit_got_no_answer_is_taken_up(monkeypatch: pytest.Monk
 
 def test_a_claim_of_another_run_in_this_process_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     execution = running()
-    with keeper.hold(execution):
+    with process.keeper.hold(execution):
         assert claims._claimed_unheard(execution, OWNER) is None
     assert fresh(execution).fence == 1
     taken = claims._claimed_unheard(execution, OWNER)
@@ -548,9 +548,9 @@ def test_the_setting_turns_it_off(settings: Any) -> None:
     assert not shared_gate().is_open()
 
 
-def test_commands_that_change_what_a_worker_may_run_close_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_that_change_what_a_worker_may_run_close_the_gate() -> None:
     gate = shared_gate()
-    monkeypatch.setattr(hand_off, "gate", gate)
+    process.worker.gate = gate
     called: list[Any] = []
     commands._closing_the_gate(lambda state, **kwargs: called.append(kwargs))(None, task_name="x")
     assert (called, gate.is_open()) == ([{"task_name": "x"}], False)
@@ -600,6 +600,13 @@ def delivery_of(row: Execution, pid: int) -> DurableRequest:
     return request
 
 
+def sweeper_of_node() -> SweeperThread:
+    """The sweeper's thread of a worker without a pool, which is fed nothing, however long a sweep takes."""
+    thread = SweeperThread(SimpleNamespace(app=app, hostname=NODE), Shutdown())
+    thread._feed = SimpleNamespace(fill=lambda: None)  # type: ignore[assignment]
+    return thread
+
+
 #: More than a process id can be, so that nobody has it.
 DEAD = 2**22 + 77
 
@@ -608,7 +615,7 @@ def test_a_message_that_is_gone_with_its_process_is_published_again_at_once_and_
     """The process died before it claimed anything."""
     row = queued()
     Execution.objects.filter(pk=row.pk).update(dispatch_at=clock.after(3_600))
-    sweeper = SweeperThread(SimpleNamespace(app=app, hostname=NODE), Shutdown())
+    sweeper = sweeper_of_node()
     sweeper._embedded = False
     for expected in ([row.pk], []):
         del published[:]
@@ -620,7 +627,7 @@ def test_a_message_that_is_gone_with_its_process_is_published_again_at_once_and_
 
 
 def test_a_second_worker_of_ones_name_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
-    sweeper = SweeperThread(SimpleNamespace(app=app, hostname=NODE), Shutdown())
+    sweeper = sweeper_of_node()
     later = time.monotonic() + 10_000
     claimed(queued(), owners.lease_owner(NODE, DEAD))
     claimed(queued(), "another@host/0badcafe/1")
@@ -640,7 +647,7 @@ def test_what_a_dead_process_had_not_begun_costs_no_attempt(
 ) -> None:
     """And what it ran does, whatever was delivered to it, and whichever report comes first."""
     gate = shared_gate()
-    monkeypatch.setattr(hand_off, "gate", gate)
+    process.worker.gate = gate
     owner = owners.lease_owner(NODE, DEAD)
     parent = running()
     unbegun, begun = claimed(queued(), owner), claimed(queued(), owner)
@@ -653,9 +660,9 @@ def test_what_a_dead_process_had_not_begun_costs_no_attempt(
         gate.show(begun.pk)
     if is_delivered:
         delivery_of(unbegun, DEAD)._report_death()
-    news.news.process_ended(DEAD)
+    news.news().process_ended(DEAD)
     assert gate.running_in(DEAD) is None
-    sweeper = SweeperThread(SimpleNamespace(app=app, hostname=NODE), Shutdown())
+    sweeper = sweeper_of_node()
     sweeper._next_sweep = float("inf")
     sweeper._tick()
     rows = {row.pk: (row.status, row.attempt) for row in Execution.objects.all()}
@@ -672,7 +679,7 @@ def test_what_a_dead_process_had_not_begun_costs_no_attempt(
 
 def test_an_end_that_a_dead_process_had_not_told_celery_of_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = shared_gate()
-    monkeypatch.setattr(hand_off, "gate", gate)
+    process.worker.gate = gate
     _child, parent = pair()
     root = claimed(reload(parent.delay()), f"{NODE}/{DEAD}")
     with monkeypatch.context() as in_pool:
@@ -680,8 +687,8 @@ def test_an_end_that_a_dead_process_had_not_told_celery_of_is_told(monkeypatch: 
         gate.show(root.pk)
     transitions.succeed(root, "[0, 1]")
     assert fresh(root).announce_at is not None
-    news.news.process_ended(DEAD)
-    sweeper = SweeperThread(SimpleNamespace(app=app, hostname=NODE), Shutdown())
+    news.news().process_ended(DEAD)
+    sweeper = sweeper_of_node()
     sweeper._next_sweep = float("inf")
     sweeper._tick()
     assert fresh(root).announce_at is None
@@ -689,7 +696,7 @@ def test_an_end_that_a_dead_process_had_not_told_celery_of_is_told(monkeypatch: 
 
 def test_terminate_kills_no_process_that_has_gone_on(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = shared_gate()
-    monkeypatch.setattr(hand_off, "gate", gate)
+    process.worker.gate = gate
     request = delivery_of(queued(), 4242)
     killed: list[Any] = []
     pool = SimpleNamespace(terminate_job=lambda pid, signum: killed.append(pid))
@@ -698,7 +705,7 @@ def test_terminate_kills_no_process_that_has_gone_on(monkeypatch: pytest.MonkeyP
     gate.show(follower)
     request.terminate(pool)
     assert killed == []
-    assert news.news.take("revoked") == [], "an operator's retry may have followed the command"
+    assert news.news().take("revoked") == [], "an operator's retry may have followed the command"
     commands._terminate_follower(SimpleNamespace(consumer=SimpleNamespace(pool=pool)), str(follower), None)
     assert killed == [4242]
 

@@ -14,23 +14,22 @@ from conductor_app.host import inline
 from conductor_app.models import Execution, Step
 from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.store import clock
-from conductor_app.transitions import dispatch, steps
+from conductor_app.store.process import process
+from conductor_app.transitions import steps
 from conductor_app.values.payloads import dump_options
 from project.celery import app
 from tests.app import scenarios
 from tests.support import executions
 from tests.support.executions import FAILURE, claimed, fresh, napping, queued, running
+from tests.support.process import NotingBroker, note_published
 
 pytestmark = pytest.mark.django_db
 
 
 @pytest.fixture
-def published(monkeypatch: pytest.MonkeyPatch) -> list[uuid.UUID]:
+def published() -> list[uuid.UUID]:
     """Ids of the executions whose messages were published; there is no broker."""
-    ids: list[uuid.UUID] = []
-    monkeypatch.setattr(dispatch, "is_embedded", lambda app=None: False)
-    monkeypatch.setattr(dispatch, "publish", lambda execution: bool(ids.append(execution.pk)) or True)
-    return ids
+    return note_published()
 
 
 # ---------------------------------------------------------------------------------------------------------------- wake
@@ -131,14 +130,14 @@ def test_a_due_execution_is_published_again_and_pauses_begin_anew(published: lis
     assert row.status == ExecutionStatus.QUEUED
 
 
-def test_a_broker_that_is_away_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "is_embedded", lambda app=None: False)
-    monkeypatch.setattr(dispatch, "publish", lambda execution: False)
+def test_a_broker_that_is_away_is_told_of() -> None:
+    process.worker.is_embedded = False
+    process.broker = NotingBroker(is_away=True)
     assert api.publish_again(queued()) is False
 
 
-def test_without_a_broker_the_workers_find_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "is_embedded", lambda app=None: True)
+def test_without_a_broker_the_workers_find_it() -> None:
+    process.worker.is_embedded = True
     due = queued()
     Execution.objects.filter(pk=due.pk).update(dispatches=7, dispatch_at=clock.after(3_600))
     assert api.publish_again(due) is True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import uuid
 from collections import Counter
 
 import pytest
@@ -14,9 +13,10 @@ from conductor_app import ExecutionContext, api, transitions
 from conductor_app.engine import sweeper
 from conductor_app.models import Execution, FailedExecution, Step
 from conductor_app.store.ids import derive_child_id
-from conductor_app.transitions import dispatch, reopening
+from conductor_app.transitions import reopening
 from tests.support.bodies import durable, start
 from tests.support.executions import FAILURE, claimed, family, fresh, invocation, mapping, step_of
+from tests.support.process import note_published
 
 pytestmark = pytest.mark.django_db
 
@@ -64,9 +64,7 @@ def test_children_that_failed_on_their_own_children_are_reopened_down_to_those()
 def test_a_retry_publishes_some_and_leaves_the_others_to_a_sweeper(
     monkeypatch: pytest.MonkeyPatch, django_capture_on_commit_callbacks: object
 ) -> None:
-    published: list[uuid.UUID] = []
-    monkeypatch.setattr(dispatch, "is_embedded", lambda app=None: False)
-    monkeypatch.setattr(dispatch, "publish", lambda execution, **_: bool(published.append(execution.pk)) or True)
+    published = note_published()
     monkeypatch.setattr(reopening, "_PUBLISHED_AT_ONCE", 3)
     parent = failed_map(8)
     with django_capture_on_commit_callbacks(execute=True):  # type: ignore[operator]

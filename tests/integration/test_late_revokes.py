@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from celery import chain, chord, states
+from celery import chain, chord, signals, states
 from celery.exceptions import TaskRevokedError
 from celery.result import AsyncResult
 from celery.worker import control
@@ -19,14 +21,19 @@ from conductor_app import api
 from conductor_app.engine import sweeper
 from conductor_app.host import commands, news
 from conductor_app.host.gate import Shutdown
+from conductor_app.host.hearing import BACKLOG_SECONDS, DeafTimes
+from conductor_app.host.news import Revocation
+from conductor_app.host.revocations import Revoker
 from conductor_app.host.sweeper_thread import SweeperThread
 from conductor_app.models import Execution
+from conductor_app.store import clock
+from conductor_app.store.process import USUAL_SECONDS, process
 from conductor_app.testing import advance
-from conductor_app.transitions import dispatch
 from project.celery import app
 from tests.app.canvas import add_up
 from tests.app.scenarios import echo
 from tests.support import deliveries
+from tests.support.process import given_back, note_published
 from tests.support.results import using
 
 pytestmark = pytest.mark.django_db
@@ -43,7 +50,7 @@ def result_backend() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def main_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[SweeperThread]:
     """A worker's main process: its remote commands, its memory of revokes, and its sweeper's thread."""
-    monkeypatch.setattr(news, "news", news.News())
+    process.news = news.News()
     monkeypatch.setattr(control, "revoke", control.revoke)
     for name in ("revoke", "revoke_by_stamped_headers", "hello"):
         monkeypatch.setitem(Panel.data, name, Panel.data[name])
@@ -51,6 +58,7 @@ def main_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[SweeperThread]:
     yield SweeperThread(SimpleNamespace(app=app, hostname="w@h"), Shutdown())
     worker_state.revoked.clear()
     worker_state.revoked_stamps.clear()
+    clock.reset()
 
 
 def revoke(*task_ids: str) -> None:
@@ -151,9 +159,7 @@ def test_what_bears_a_stamp_that_was_revoked_earlier_ends_cancelled(main_process
         assert status(task_id) == "succeeded"
 
 
-def test_a_failure_from_before_a_stamp_was_revoked_can_be_retried(
-    main_process: SweeperThread, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_from_before_a_stamp_was_revoked_can_be_retried(main_process: SweeperThread) -> None:
     """It was not open when the stamp was revoked, so that nothing was cancelled then."""
     cancelled = stamped()
     api.cancel(cancelled)
@@ -162,11 +168,10 @@ def test_a_failure_from_before_a_stamp_was_revoked_can_be_retried(
     main_process._hear()
     api.retry(cancelled)
     assert run(cancelled), "dropped"
-    published: list[Any] = []
-    with monkeypatch.context() as patch:
-        patch.setattr(dispatch, "publish", published.append)
+    with given_back():
+        published = note_published()
         main_process._hear()
-    assert [row.pk for row in published] == [uuid.UUID(cancelled)], "put back, since nobody else would at once"
+    assert published == [uuid.UUID(cancelled)], "put back, since nobody else would at once"
     assert not run(cancelled)
     assert status(cancelled) == "succeeded"
 
@@ -177,3 +182,76 @@ def test_a_worker_remembers_and_passes_on_only_what_did_not_exist(main_process: 
     main_process._hear()
     told = Panel.data["hello"](STATE, "other@h")
     assert list(told["revoked"]) == [unborn]
+
+
+class Revokes:
+    """A worker that hears a revoke, the same or another one as other workers hear."""
+
+    def __init__(self) -> None:
+        self._revoker = Revoker()
+
+    def hears(self, task_id: str, seconds_ago: float = 0.0, **stamps: str) -> Revocation:
+        """It was sent up to so many seconds ago."""
+        named = {"stamps": stamps} if stamps else {"task_id": task_id}
+        revocation = Revocation(since=time.monotonic() - seconds_ago, **named)  # type: ignore[arg-type]
+        self._revoker.cancel(revocation)
+        return revocation
+
+
+@pytest.mark.parametrize("stamps", [{}, {"batch": "b-1"}])
+def test_a_worker_that_hears_a_revoke_after_others_does_not_undo_a_retry(stamps: dict[str, str]) -> None:
+    quick, deaf, task_id = Revokes(), Revokes(), stamped()
+    quick.hears(task_id, **stamps)
+    assert status(task_id) == "cancelled"
+    clock.shift(dt.timedelta(seconds=60))
+    api.retry(task_id)
+    clock.shift(dt.timedelta(seconds=60))
+    late = deaf.hears(task_id, 300, **stamps)
+    assert (status(task_id), late.outdated) == ("queued", {uuid.UUID(task_id)})
+
+    # The next one is about what was retried, and both workers know that.
+    assert not quick.hears(task_id, **stamps).outdated
+    assert status(task_id) == "cancelled"
+    api.retry(task_id)
+    assert deaf.hears(task_id, 300, **stamps).outdated, "a copy of the second command"
+    assert not deaf.hears(task_id, 300, **stamps).outdated
+    assert status(task_id) == "cancelled"
+
+
+def test_a_late_revoke_is_obeyed_where_no_revoke_has_ended_the_execution() -> None:
+    """Then nobody else has obeyed it: what it means may be what was retried."""
+    task_id = stamped()
+    api.cancel(task_id, reason="the shop is closed")
+    api.retry(task_id)
+    Revokes().hears(task_id, 300)
+    assert status(task_id) == "cancelled"
+
+
+def test_a_late_revoke_kills_nothing_that_was_retried(monkeypatch: pytest.MonkeyPatch) -> None:
+    task_id, other = stamped(), stamped()
+    killed: list[Any] = []
+    monkeypatch.setattr(commands, "_terminate_follower", lambda _state, item, _signal: killed.append(item))
+    told: list[Any] = []
+    monkeypatch.setitem(Panel.data, "revoke", lambda _state, ids, **_kwargs: told.append(ids))
+    commands.watch_revokes()
+
+    def wait(known: list[Revocation]) -> None:
+        known[0].outdated.add(uuid.UUID(task_id))
+
+    monkeypatch.setattr(commands, "_wait_for", wait)
+    Panel.data["revoke"](STATE, [task_id, other], terminate=True)
+    assert (killed, told) == ([other], [[other]])
+
+
+def test_a_worker_that_runs_bodies_itself_knows_that_it_heard_nothing_meanwhile() -> None:
+    deaf, at = DeafTimes(), time.monotonic
+    assert at() - deaf.heard_since() < USUAL_SECONDS + 60
+    began = at()
+    for _ in range(3):
+        signals.task_prerun.send(sender=None)
+        signals.task_postrun.send(sender=None)
+    assert began - USUAL_SECONDS <= deaf.heard_since() <= began - USUAL_SECONDS + 60
+    deaf._until -= BACKLOG_SECONDS + 1
+    deaf._since -= 3_600
+    assert at() - deaf.heard_since() < 60
+    deaf.leave()

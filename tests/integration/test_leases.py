@@ -13,10 +13,12 @@ from django.test.utils import CaptureQueriesContext
 from conductor_app import transitions
 from conductor_app.models import Execution
 from conductor_app.store import clock
-from conductor_app.transitions import dispatch, leases
+from conductor_app.store.process import process
+from conductor_app.transitions import leases
 from conductor_app.transitions.leases import Lease, LeaseKeeper, renew
 from tests.support.executions import OWNER, claimed, committing, fresh, running
 from tests.support.polling import wait_until
+from tests.support.process import NotingBroker
 
 
 @pytest.fixture(autouse=True)
@@ -27,9 +29,9 @@ def transactional_db(django_db_setup: None, django_db_blocker: Any) -> Iterator[
 
 
 @pytest.fixture(autouse=True)
-def broker(monkeypatch: pytest.MonkeyPatch) -> None:
+def broker() -> None:
     """Nobody listens, so nothing is published."""
-    monkeypatch.setattr(dispatch, "publish", lambda execution: True)
+    process.broker = NotingBroker()
 
 
 @pytest.fixture
@@ -160,12 +162,13 @@ def test_two_runs_of_one_execution_in_one_process_are_told_apart() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_forked_process_starts_without_its_parents_leases() -> None:
     """It keeps none of them alive, and its own first lease starts a thread of its own."""
-    run = running()
-    with leases.keeper.hold(run):
-        assert leases.keeper._thread is not None
+    run, kept = running(), process.keeper
+    assert isinstance(kept, LeaseKeeper)
+    with kept.hold(run):
+        assert kept._thread is not None
         pid = os.fork()
         if pid == 0:
-            clean = not leases.keeper._held and leases.keeper._thread is None and leases.keeper._changed.acquire(False)
+            clean = not kept._held and kept._thread is None and kept._changed.acquire(False)
             os._exit(0 if clean else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-        assert len(leases.keeper._held) == 1
+        assert len(kept._held) == 1

@@ -13,7 +13,7 @@ import pytest
 from django.core.management import call_command
 from django.db import OperationalError, connection, connections
 
-from conductor_app.management.subcommands import doctor
+from conductor_app.management.subcommands import open_work
 from conductor_app.models import Execution
 from conductor_app.store import lock_holders
 from tests.support.executions import running
@@ -49,7 +49,7 @@ def nobody_waits() -> None:
 
 
 def test_doctor_names_whose_locks_others_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "LOCK_SECONDS", 1)
+    monkeypatch.setattr(open_work, "LOCK_SECONDS", 1)
     execution = running()
     nobody_waits()
     with ThreadPoolExecutor() as pool:

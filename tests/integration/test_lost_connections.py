@@ -10,16 +10,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from django.db import DatabaseError, InterfaceError, OperationalError, connection, transaction
+from django.db import DatabaseError, InterfaceError, OperationalError, connection, connections, transaction
 
 from conductor_app import api, transitions
 from conductor_app.exceptions import Failure
 from conductor_app.models import Execution
 from conductor_app.store.ids import new_root_id
-from conductor_app.transitions import dispatch
+from conductor_app.store.moves import Move, as_scripts
+from conductor_app.store.transactions import together
 from tests.app import scenarios
 from tests.support.executions import committing, new, queued, running
 from tests.support.messages import deliver
+from tests.support.process import note_published
 
 has_sessions = pytest.mark.skipif(connection.vendor == "sqlite", reason="SQLite has no sessions that could end")
 
@@ -32,12 +34,9 @@ def transactional_db(django_db_setup: None, django_db_blocker: Any) -> Iterator[
 
 
 @pytest.fixture
-def published(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def published() -> list[Any]:
     """The executions whose messages were published."""
-    ids: list[Any] = []
-    monkeypatch.setattr(dispatch, "is_embedded", lambda app=None: False)
-    monkeypatch.setattr(dispatch, "publish", lambda execution, **_: ids.append(execution.pk) or True)
-    return ids
+    return note_published()
 
 
 def cut() -> None:
@@ -49,9 +48,11 @@ def cut() -> None:
         shared.shutdown(socket.SHUT_RDWR)
 
 
-def ended() -> Execution:
-    """A root that has failed; the session is cut again afterwards."""
+def ended(*steps: str) -> Execution:
+    """A root that has failed after some steps; the session is cut again afterwards."""
     execution = running()
+    for step in steps:
+        transitions.record_step(execution, step, result="1")
     transitions.fail(execution, Failure(type="builtins.ValueError", message="no"))
     cut()
     return execution
@@ -74,6 +75,7 @@ CALLS: dict[str, Callable[[Any], Any]] = {
     "publish_again": api.publish_again,
     "retry": lambda _: api.retry(ended()),
     "rerun": lambda _: api.rerun(ended()),
+    "fork": lambda _: api.fork(ended("first"), "first"),
     "state": lambda execution: scenarios.echo.AsyncResult(str(execution.pk)).state,
 }
 
@@ -138,15 +140,16 @@ def _succeed(execution_id: str) -> None:
 def test_an_execution_whose_commit_got_no_answer_is_new_and_is_published(
     monkeypatch: pytest.MonkeyPatch, published: list[Any]
 ) -> None:
-    save = Execution.save
+    make = Move.make
     lost = [OperationalError("server closed the connection unexpectedly")]
 
-    def save_and_lose(row: Execution, **options: Any) -> None:
-        save(row, **options)
+    def make_and_lose(*args: Any, **given: Any) -> Any:
+        rows = make(*args, **given)
         if lost:
             raise lost.pop()
+        return rows
 
-    monkeypatch.setattr(Execution, "save", save_and_lose)
+    monkeypatch.setattr(Move, "make", make_and_lose)
     wanted = new()
     execution, is_new = transitions.create(wanted)
     assert (execution.pk, is_new) == (wanted.id, True)
@@ -163,16 +166,16 @@ def test_a_serialization_failure_is_no_concern_of_the_caller(
     class Refused(Exception):
         sqlstate = "40001"
 
-    save = Execution.save
+    make = Move.make
     refusals = [1, 2, 3]
 
-    def refuse(row: Execution, **options: Any) -> None:
+    def refuse(*args: Any, **given: Any) -> Any:
         if refusals:
             refusals.pop()
             raise OperationalError("could not serialize access") from Refused()
-        save(row, **options)
+        return make(*args, **given)
 
-    monkeypatch.setattr(Execution, "save", refuse)
+    monkeypatch.setattr(Move, "make", refuse)
     result = scenarios.echo.delay(value=1)
     assert [str(key) for key in published] == [result.id]
     assert not refusals
@@ -181,13 +184,96 @@ def test_a_serialization_failure_is_no_concern_of_the_caller(
 def test_a_database_that_stays_away_is_the_callers_to_know(monkeypatch: pytest.MonkeyPatch) -> None:
     tries = []
 
-    def refuse(row: Execution, **_options: Any) -> None:
+    def refuse(*_args: Any, **_given: Any) -> None:
         tries.append(1)
         raise OperationalError("connection refused")
 
-    monkeypatch.setattr(Execution, "save", refuse)
+    monkeypatch.setattr(Move, "make", refuse)
     begun = time.monotonic()
     with pytest.raises(OperationalError, match="connection refused"):
         scenarios.echo.apply_async(kwargs={"value": 1}, task_id=str(new_root_id()))
     assert len(tries) > 1
     assert time.monotonic() - begun < 10
+
+
+# ---------------------------------------------------------------------- between COMMIT and the return to autocommit
+
+
+@pytest.fixture
+def dying(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Whether this thread's session ends after its next COMMIT, before Django has switched autocommit on again.
+
+    With MySQL that is a statement of its own. Django keeps such a session, and takes it for one in a transaction.
+    """
+    session: Any = connections["default"]
+    session.ensure_connection()
+    plain, armed = session.set_autocommit, []
+
+    def set_autocommit(autocommit: bool, **more: Any) -> None:
+        if armed and autocommit and session.connection is not None and not session.autocommit:
+            armed.pop()
+            raise OperationalError("server closed the connection unexpectedly")
+        plain(autocommit, **more)
+
+    monkeypatch.setattr(session, "set_autocommit", set_autocommit)
+    yield armed
+    session.close()
+
+
+def number_elsewhere() -> int:
+    """How many executions another session sees."""
+    found: list[int] = []
+
+    def look() -> None:
+        found.append(Execution.objects.count())
+        connection.close()
+
+    other = threading.Thread(target=look)
+    other.start()
+    other.join()
+    return found[0]
+
+
+@pytest.mark.usefixtures("published")
+@pytest.mark.parametrize("call", ["delay", "cancel", "send_event", "wake", "retry", "rerun", "fork"])
+def test_a_session_that_ends_after_a_commit_is_not_kept(call: str, dying: list[str]) -> None:
+    calls = {**CALLS, "wake": lambda _: api.wake(queued(countdown=60)), "retry": lambda _: api.retry(failed)}
+    calls["rerun"] = lambda _: api.rerun(failed)
+    calls["fork"] = lambda _: api.fork(failed, "first")
+    execution, failed = queued(), running()
+    transitions.record_step(failed, "first", result="1")
+    transitions.fail(failed, Failure(type="builtins.ValueError", message="no"))
+    number = Execution.objects.count() + (call in ("delay", "rerun", "fork"))
+    with as_scripts():
+        dying.append("now")
+        calls[call](execution)
+        dying.clear()
+        assert Execution.objects.count() == number + (call == "wake"), "once"
+        assert connection.get_autocommit()
+        before = number_elsewhere()
+        scenarios.echo.delay(value=1)
+        assert number_elsewhere() == before + 1, "and it is committed"
+
+
+def test_a_run_that_loses_its_session_after_a_commit_goes_on(dying: list[str]) -> None:
+    run = running()
+    with as_scripts():
+        dying.append("now")
+        transitions.record_step(run, "first", result="1")
+        assert not dying
+        dying.append("now")
+        assert transitions.record_together(run, "second", lambda: ("2", 2)).value == 2
+        assert not dying
+        assert connection.get_autocommit()
+        dying.append("now")
+        transitions.succeed(run, "3")
+    assert connection.get_autocommit()
+    run.refresh_from_db()
+    assert (run.status, run.steps.count(), run.attempts.count()) == ("succeeded", 2, 1)
+
+
+def test_what_is_decided_together_keeps_no_such_session(dying: list[str]) -> None:
+    dying.append("now")
+    with pytest.raises(OperationalError):
+        together("default", Execution.objects.count)
+    assert connection.get_autocommit()

@@ -17,16 +17,18 @@ from django.test import RequestFactory
 from django.test.utils import CaptureQueriesContext
 from prometheus_client import CollectorRegistry
 
-from conductor_app import ChildFailed, ExecutionContext, apps, metrics, transitions
+from conductor_app import ChildFailed, ExecutionContext, api, apps, metrics, transitions
 from conductor_app.conf import ConductorSettings
 from conductor_app.engine import sweeper
 from conductor_app.metrics import DatabaseCollector, EngineMetrics
 from conductor_app.models import Execution, Step
+from conductor_app.states import RunOutcome
 from conductor_app.store import clock
-from conductor_app.transitions import dispatch
+from conductor_app.store.process import process
 from tests.support.bodies import advance, durable, start
 from tests.support.executions import FAILURE as FAILURE_OF_A_RUN
 from tests.support.executions import OWNER, TASK, claimed, committing, family, napping, queued, running
+from tests.support.process import NotingBroker
 from tests.support.worker import ROOT
 
 
@@ -39,11 +41,10 @@ def db(django_db_setup: None, django_db_blocker: Any) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def published(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Executions whose messages were published, in the place of a broker."""
-    sent: list[Any] = []
-    monkeypatch.setattr(dispatch, "publish", lambda execution: sent.append(execution) or True)
-    return sent
+def published() -> list[Any]:
+    """Ids of the executions whose messages were published, in the place of a broker."""
+    process.broker = broker = NotingBroker()
+    return broker.ids
 
 
 class Counts:
@@ -119,6 +120,46 @@ def test_the_time_in_the_queue_is_measured_from_the_instant_at_which_it_was_due(
     assert counts("queue_wait_seconds_sum", queue=execution.queue) == pytest.approx(100, abs=5)
 
 
+def test_the_time_from_creation_to_end_is_measured_of_roots_and_children(counts: Counts) -> None:
+    start(survives)
+    advance(5)
+    for task in (survives, breaks):
+        assert counts("execution_seconds_count", task=task.name) == 1
+        assert 5 <= (counts("execution_seconds_sum", task=task.name) or 0) < 60
+        assert counts("execution_seconds_bucket", task=task.name, le="2.5") == 0
+        assert counts("execution_seconds_bucket", task=task.name, le="60.0") == 1
+
+
+def test_the_time_of_what_no_run_has_started_is_measured_too(counts: Counts) -> None:
+    execution = queued()
+    Execution.objects.filter(pk=execution.pk).update(created_at=clock.after(-100))
+    transitions.waking.cancel_unstarted(Execution.objects.filter(pk=execution.pk), "enough")
+    assert counts("execution_seconds_sum", task=TASK) == pytest.approx(100, abs=5)
+
+
+def test_the_ends_of_runs_are_counted_by_their_outcomes(counts: Counts) -> None:
+    start(survives)
+    advance(5)
+
+    def ends(task: str) -> dict[str, float]:
+        outcomes = {outcome.value: counts("run_ends_total", task=task, outcome=outcome.value) for outcome in RunOutcome}
+        return {outcome: count for outcome, count in outcomes.items() if count}
+
+    assert ends(survives.name) == {"suspended": 1, "succeeded": 1}
+    assert ends(breaks.name) == {"retried": 1, "failed": 1}
+    transitions.release(running())
+    assert transitions.lose(running().pk, owner=OWNER)
+    flagged = running()
+    transitions.request_cancel(flagged.pk, "enough")
+    transitions.cancel_running(flagged)
+    assert ends(TASK) == {"released": 1, "lost": 1, "cancelled": 1}
+    # What has ended without a run is no end of one.
+    waiting = queued()
+    transitions.request_cancel(waiting.pk, "enough")
+    transitions.cancel_flagged(waiting.pk)
+    assert ends(TASK) == {"released": 1, "lost": 1, "cancelled": 1}
+
+
 def test_a_cancel_is_counted(counts: Counts) -> None:
     execution = queued()
     transitions.request_cancel(execution.pk, "enough")
@@ -150,9 +191,9 @@ def test_what_is_undone_is_not_counted(counts: Counts) -> None:
 
 
 def test_a_message_that_is_published_again_is_counted_and_one_that_became_due_is_not(
-    counts: Counts, published: list[Any], monkeypatch: pytest.MonkeyPatch
+    counts: Counts, published: list[Any]
 ) -> None:
-    monkeypatch.setattr(dispatch, "is_embedded", lambda app=None: False)
+    process.worker.is_embedded = False
     unanswered = queued()
     queued(countdown=1)
     published.clear()
@@ -183,7 +224,7 @@ def test_no_label_is_an_id(counts: Counts) -> None:
     napping(seconds=0)
     sweeper.sweep()
     labels = {label for metric in counts.registry.collect() for sample in metric.samples for label in sample.labels}
-    assert labels == {"task", "queue", "status", "action", "le"}
+    assert labels == {"task", "queue", "status", "outcome", "action", "le"}
 
 
 def test_counting_that_is_taken_out_is_gone(counts: Counts) -> None:
@@ -202,8 +243,10 @@ def test_the_gauges_of_an_empty_database() -> None:
         "unfinished_executions-running": 0,
         "unfinished_executions-waiting": 0,
         "oldest_due_seconds": 0,
+        "held_executions": 0,
         "lapsed_leases": 0,
         "overdue_steps": 0,
+        "overdue_schedules": 0,
         "busy_workers": 0,
     }
 
@@ -223,19 +266,79 @@ def test_the_gauges_tell_how_things_stand() -> None:
     transitions.fail(running(), FAILURE_OF_A_RUN)
     found = gauges()
     assert found.pop("oldest_due_seconds") == pytest.approx(300, abs=5)
+    assert found.pop(f"queue_oldest_due_seconds-{old.queue}") == pytest.approx(300, abs=5)
     assert found == {
+        f"queue_executions-{old.queue}-queued": 3,
+        f"queue_executions-{old.queue}-running": 4,
+        f"queue_executions-{old.queue}-waiting": 2,
         "unfinished_executions-queued": 3,
         "unfinished_executions-running": 4,
         "unfinished_executions-waiting": 2,
+        "held_executions": 0,
         "lapsed_leases": 1,
         "overdue_steps": 1,
+        "overdue_schedules": 0,
         "busy_workers": 3,
     }
 
 
 def test_what_is_not_due_yet_has_no_age() -> None:
-    queued(countdown=1_000)
+    queue = queued(countdown=1_000).queue
     assert gauges()["oldest_due_seconds"] == 0
+    assert gauges()[f"queue_oldest_due_seconds-{queue}"] == 0
+
+
+def test_what_is_held_or_of_a_paused_task_is_counted_and_is_not_late() -> None:
+    held, paused = queued(), queued(task="shop.tasks.charge")
+    Execution.objects.update(due_at=clock.after(-300))
+    api.hold(held, "bank incident")
+    api.pause(paused.task, "bank incident")
+    found = gauges()
+    assert (found["held_executions"], found["paused_task_executions-shop.tasks.charge"]) == (1, 1)
+    assert found["unfinished_executions-queued"] == 2
+    assert found["oldest_due_seconds"] == found[f"queue_oldest_due_seconds-{held.queue}"] == 0
+
+
+def in_queue(queue: str, age: float | None = None) -> None:
+    values = {"queue": queue} if age is None else {"queue": queue, "due_at": clock.after(-age)}
+    Execution.objects.filter(pk=queued().pk).update(**values)
+
+
+def test_each_queue_has_its_gauges() -> None:
+    in_queue("slow", 300)
+    in_queue("slow", 200)
+    in_queue("fast", 10)
+    Execution.objects.filter(pk=running().pk).update(queue="busy")
+    # Held back by its map: it is queued, and not due.
+    Execution.objects.filter(pk=queued().pk).update(queue="held", due_at=None, dispatch_at=None)
+    found = gauges()
+    assert found["queue_oldest_due_seconds-slow"] == pytest.approx(300, abs=5)
+    assert found["queue_oldest_due_seconds-fast"] == pytest.approx(10, abs=5)
+    assert found["queue_oldest_due_seconds-busy"] == found["queue_oldest_due_seconds-held"] == 0
+    assert found["oldest_due_seconds"] == found["queue_oldest_due_seconds-slow"]
+    assert [found[f"queue_executions-slow-{status}"] for status in ("queued", "running", "waiting")] == [2, 0, 0]
+    assert [found[f"queue_executions-busy-{status}"] for status in ("queued", "running", "waiting")] == [0, 1, 0]
+    assert found["queue_executions-held-queued"] == 1
+
+
+def test_more_queues_than_the_limit_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "MAX_QUEUES", 2)
+    in_queue("late", 300)
+    in_queue("large", 100)
+    in_queue("large")
+    in_queue("a", 50)
+    in_queue("b", 70)
+    # It is shown with them, by chance.
+    in_queue("other", 20)
+    found = gauges()
+    assert {name for name in found if name.startswith("queue_oldest")} == {
+        "queue_oldest_due_seconds-late",
+        "queue_oldest_due_seconds-large",
+        "queue_oldest_due_seconds-other",
+    }
+    assert found["queue_oldest_due_seconds-other"] == pytest.approx(70, abs=5)
+    assert found["queue_executions-other-queued"] == 3
+    assert found["unfinished_executions-queued"] == 6
 
 
 def test_no_gauge_looks_at_more_rows_than_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,10 +351,16 @@ def test_no_gauge_looks_at_more_rows_than_its_limit(monkeypatch: pytest.MonkeyPa
         connection,
     ) as queries:
         found = gauges()
-    counted = {name: value for name, value in found.items() if name not in ("oldest_due_seconds", "busy_workers")}
-    assert counted == {**dict.fromkeys(counted, 2), "lapsed_leases": 0}
+    of_all = [name for name in found if not name.startswith("queue_")]
+    counted = {name: found[name] for name in of_all if name not in ("oldest_due_seconds", "busy_workers")}
+    assert counted == {
+        **dict.fromkeys(counted, 2),
+        "lapsed_leases": 0,
+        "held_executions": 0,
+        "overdue_schedules": 0,
+    }
     selects = [query["sql"] for query in queries if "conductor_app_" in query["sql"]]
-    assert len(selects) == 6
+    assert len(selects) == 10
     assert all("LIMIT 2" in sql for sql in selects)
 
 

@@ -33,6 +33,7 @@ from tests.app.ledger import count
 from tests.app.scenarios import echo, flaky
 from tests.support import executions, invariants
 from tests.support.bodies import advance, child, durable, failure, go_on, redeploy, reload, run, start
+from tests.support.process import note_published
 
 pytestmark = pytest.mark.django_db
 
@@ -830,8 +831,7 @@ def test_the_message_of_a_child_behind_many_others_is_not_taken_for_lost_so_soon
     monkeypatch: pytest.MonkeyPatch, settings: Any
 ) -> None:
     """Published again while the queue is worked off, the copies would take as long as the work."""
-    monkeypatch.setattr(dispatch, "is_embedded", lambda app=None: False)
-    monkeypatch.setattr(dispatch, "publish_all", lambda executions: None)
+    note_published()
     monkeypatch.setattr(dispatch, "REDISPATCH_CROWD", 10)
     _, children = executions.mapping(21)
     pauses = [(child.dispatch_at - child.created_at).total_seconds() for child in children if child.dispatch_at]

@@ -17,6 +17,7 @@ from conductor_app.exceptions import CancelExecution, Failure, LeaseLost, Payloa
 from conductor_app.host import durable_runs, news, unknown_tasks
 from conductor_app.models import Execution
 from conductor_app.store import clock
+from conductor_app.store.process import process
 from conductor_app.telling.headlines import headline
 from conductor_app.telling.situation import Situation
 from conductor_app.testing import drain
@@ -266,7 +267,7 @@ class Stub:
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Consumer, "on_unknown_task", Consumer.on_unknown_task)
-    monkeypatch.setattr(news, "news", news.News())
+    process.news = news.News()
     unknown_tasks.watch_unknown_tasks()
 
 
@@ -277,7 +278,7 @@ def test_celery_stores_no_failure_of_a_task_of_ours_that_a_worker_does_not_know(
     message = Message(id=str(execution.pk), task="not.there", **{dispatch.HEADER: kind})
     Consumer.on_unknown_task(stub, None, message, KeyError("not.there"))  # type: ignore[arg-type]
     assert (stub.stored, message.rejected) == ([], 1)
-    unknown = news.news.take("unknown")
+    unknown = news.news().take("unknown")
     assert [report.execution_id for report in unknown] == ([] if kind == dispatch.PLAIN else [execution.pk])
     for report in unknown:
         unknown_tasks.put_off_unknown(report, "w1@host")
@@ -291,4 +292,4 @@ def test_celery_stores_no_failure_of_a_task_of_ours_that_a_worker_does_not_know(
 def test_a_message_of_others_about_an_unknown_task_is_celerys() -> None:
     stub, message = Stub(), Message(id="1", task="not.there")
     Consumer.on_unknown_task(stub, None, message, KeyError("not.there"))  # type: ignore[arg-type]
-    assert (stub.stored, message.rejected, news.news.take("unknown")) == (["1"], 1, [])
+    assert (stub.stored, message.rejected, news.news().take("unknown")) == (["1"], 1, [])

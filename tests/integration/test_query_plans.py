@@ -150,10 +150,15 @@ def test_it_reads_only_what_is_open(open_ids: dict[str, Any], act: Callable[[dic
         return
     for sql, plan in _plans_of_postgresql(act, open_ids):
         nodes = list(_nodes(plan))
-        assert not [node for node in nodes if node["Node Type"] == "Seq Scan"], sql
+        scanned = {node["Relation Name"] for node in nodes if node["Node Type"] == "Seq Scan"}
+        assert not scanned - EMPTY, sql
         # Two indexes on the status count what each of them finds; more than that is not "what is open".
         read = max(node["Actual Rows"] + node.get("Rows Removed by Filter", 0) for node in nodes)
         assert read <= 2 * OPEN, f"{read} rows are read by {sql}"
+
+
+#: Tables that are empty here, so that PostgreSQL takes no index for them.
+EMPTY = {f"conductor_app_{name}" for name in ("limitkey", "operation", "pausedtask", "place", "schedule")}
 
 
 def _work_of_sqlite(act: Callable[[dict[str, Any]], None], ids: dict[str, Any]) -> int:

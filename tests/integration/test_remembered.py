@@ -16,9 +16,9 @@ from conductor_app import ExecutionContext, api, transitions
 from conductor_app.engine import hand_off
 from conductor_app.exceptions import ChildCancelled, LeaseLost, OutcomeLost
 from conductor_app.models import Execution, Step
-from conductor_app.store import clock, serving, transactions
-from conductor_app.transitions import statements, steps
-from conductor_app.transitions.leases import keeper
+from conductor_app.store import clock, moves, serving, transactions
+from conductor_app.store.process import process
+from conductor_app.transitions import steps
 from conductor_app.values.failures import describe, load_failure
 from tests.app import endings, scenarios
 from tests.app.ledger import count, note
@@ -436,7 +436,7 @@ def test_a_failure_that_the_body_has_caught_is_remembered_by_the_call_that_ends_
             note(ctx, "refund")
         if count("refund") == 1:
             api.cancel(ctx.execution_id)
-            keeper.note_cancel(ctx.execution_id)
+            process.keeper.note_cancel(ctx.execution_id)
         arguments = {"step": ("ship", str), "sleep": ("nap", 0), "checkpoint": ()}[then]
         getattr(ctx, then)(*arguments)
         return "refunded"
@@ -634,10 +634,12 @@ def test_a_replay_that_finds_less_than_was_recorded_fails_and_says_which_step(ki
         assert reload(root).get_result() == ["x"]
 
 
-@pytest.mark.parametrize("form", ["one statement", "general"])
-def test_a_failure_that_was_recorded_and_is_gone_fails_too(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if form == "general":
-        monkeypatch.setattr(statements, "are_at_hand", lambda: False)
+@pytest.mark.parametrize(
+    "form", [contextlib.nullcontext, moves.as_scripts], ids=["one statement", "several statements"]
+)
+def test_a_failure_that_was_recorded_and_is_gone_fails_too(
+    form: Callable[[], contextlib.AbstractContextManager[None]],
+) -> None:
     caught: list[str] = []
 
     @durable(max_retries=0)
@@ -648,9 +650,10 @@ def test_a_failure_that_was_recorded_and_is_gone_fails_too(form: str, monkeypatc
             caught.append(str(error))
         ctx.sleep("nap", 5)
 
-    root = start(body)
-    Execution.objects.filter(parent=root).delete()
-    advance(6)
+    with form():
+        root = start(body)
+        Execution.objects.filter(parent=root).delete()
+        advance(6)
     assert failure(root).message.startswith("Step 'a' was recorded as failed, and its error is gone: the child")
     assert caught == ["Child execution failed: card declined"]
 

@@ -10,7 +10,8 @@ from celery._state import _task_stack
 from celery.fixups.django import DjangoWorkerFixup
 from django.db import connection, transaction
 
-from conductor_app.host import durable_runs, reuse
+from conductor_app.host import reuse
+from conductor_app.store.process import process
 from project.celery import app
 from tests.app import plain, scenarios
 
@@ -23,7 +24,6 @@ pytestmark = pytest.mark.django_db(transaction=True)
 def fixup(monkeypatch: pytest.MonkeyPatch) -> DjangoWorkerFixup:
     """Celery's fixup, as a worker has it."""
     monkeypatch.setattr(DjangoWorkerFixup, "close_database", DjangoWorkerFixup.close_database)
-    monkeypatch.setattr(durable_runs, "renew_connections", durable_runs.renew_connections)
     reuse.install()
     reuse.install()  # once more, as a second worker in this process would
     return DjangoWorkerFixup(app)
@@ -77,7 +77,7 @@ def test_no_connection_is_closed_inside_of_a_block(fixup: DjangoWorkerFixup, max
     max_age(0)
     with transaction.atomic():
         assert run(fixup, scenarios.echo._get_current_object())
-        durable_runs.renew_connections()
+        process.worker.renew_connections()
         with connection.cursor() as cursor:
             cursor.execute("SELECT 1")
 

@@ -15,6 +15,7 @@ from kombu import Exchange, Queue
 from conductor_app import ExecutionContext, api
 from conductor_app.host.feed import Feed
 from conductor_app.models import Execution
+from conductor_app.store.process import process
 from conductor_app.transitions import dispatch
 from project.celery import app
 from tests.app.plain import echo as plain_echo
@@ -68,7 +69,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, Route]]]:
 
     monkeypatch.setattr(app, "producer_or_acquire", lambda producer=None: Producer())
     monkeypatch.setattr(app.amqp, "send_task_message", send)
-    monkeypatch.setattr(dispatch, "is_embedded", lambda _app=None: False)
+    process.worker.is_embedded = False
     yield destinations
     dispatch.reset_breaker()
 

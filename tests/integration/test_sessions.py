@@ -13,6 +13,7 @@ from django.db import connection, connections
 from django.db.backends.utils import CursorWrapper
 
 from conductor_app.store import frames, own_connections, waits
+from conductor_app.store.process import process
 from conductor_app.transitions import leases
 from tests.support.polling import wait_until
 
@@ -170,7 +171,7 @@ def test_each_statement_on_the_engines_own_connection_is_noted() -> None:
     noted: list[bool] = []
 
     def look(execute: Any, sql: Any, params: Any, many: Any, context: Any) -> Any:
-        noted.append(waits._at_work[threading.get_ident()].connection is context["connection"])
+        noted.append(process.at_work[threading.get_ident()].connection is context["connection"])
         return execute(sql, params, many, context)
 
     def ask() -> None:
@@ -178,7 +179,7 @@ def test_each_statement_on_the_engines_own_connection_is_noted() -> None:
         try:
             with own.execute_wrapper(look), own.cursor() as cursor:
                 cursor.execute("SELECT 1")
-            noted.append(threading.get_ident() not in waits._at_work)
+            noted.append(threading.get_ident() not in process.at_work)
         finally:
             connections.close_all()
 

@@ -16,13 +16,14 @@ from django.db import OperationalError
 from conductor_app import signals, transitions
 from conductor_app.engine import announcements, outage, sweeper, turns
 from conductor_app.exceptions import Failure
-from conductor_app.host import news, publishing, sweeper_thread
+from conductor_app.host import news, sweeper_thread
 from conductor_app.host.feed import Feed
 from conductor_app.host.gate import Shutdown
 from conductor_app.host.sweeper_thread import SweeperThread
 from conductor_app.models import Execution, FailedExecution, Step
 from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.store import clock
+from conductor_app.store.process import process
 from conductor_app.transitions import dispatch, steps
 from tests.support.executions import (
     FAILURE,
@@ -37,6 +38,7 @@ from tests.support.executions import (
     running,
     step_of,
 )
+from tests.support.process import NotingBroker, given_back, note_published
 
 pytestmark = pytest.mark.django_db
 
@@ -49,15 +51,17 @@ def time(settings: Any) -> Iterator[None]:
     clock.reset()
 
 
+def of_a_broker() -> SimpleNamespace:
+    """A worker with a broker server, which does not exist."""
+    # No app of Celery's: in its settings the environment's CELERY_BROKER_URL wins.
+    conf = SimpleNamespace(broker_write_url="amqp://nowhere", broker_url="amqp://nowhere")
+    return SimpleNamespace(app=SimpleNamespace(conf=conf))
+
+
 @pytest.fixture(autouse=True)
-def published(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def published() -> list[Any]:
     """The ids of executions whose messages were published to a broker server, which does not exist."""
-    ids: list[Any] = []
-    monkeypatch.setattr(dispatch, "is_embedded", lambda app=None: False)
-    monkeypatch.setattr(publishing, "send", lambda execution, waits: ids.append(execution.pk))
-    dispatch.reset_breaker()
-    yield ids
-    dispatch.reset_breaker()
+    return note_published()
 
 
 def pass_seconds(seconds: float) -> None:
@@ -160,21 +164,15 @@ def test_only_the_wanted_queues_are_served(published: list[Any]) -> None:
     assert published == [wanted.pk]
 
 
-def test_a_broker_outage_makes_nobody_wait_longer(
-    published: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_broker_outage_makes_nobody_wait_longer(published: list[Any], caplog: pytest.LogCaptureFixture) -> None:
     executions = [queued(), queued(), queued()]
-
-    def refuse(execution: Execution, waits: bool) -> None:
-        raise ConnectionRefusedError("nobody there")
 
     for _ in range(10):
         pass_seconds(1_100)
-        with monkeypatch.context() as patched:
-            patched.setattr(publishing, "send", refuse)
+        with given_back():
+            process.broker = NotingBroker(is_away=True)
             assert sweeper.sweep() == {}
             assert sweeper.sweep() == {}, "while the broker rests, nothing is taken"
-        dispatch.reset_breaker()
     assert caplog.text.count("did not take the message") == 10, "one message in each sweep finds out"
     assert {fresh(execution).dispatches for execution in executions} == {0}
     pass_seconds(dispatch.BREAKER_SECONDS + 1)
@@ -182,21 +180,19 @@ def test_a_broker_outage_makes_nobody_wait_longer(
     assert set(published) == {execution.pk for execution in executions}
 
 
-def test_a_message_that_the_broker_refuses_does_not_stop_the_others(
-    published: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_message_that_the_broker_refuses_does_not_stop_the_others(published: list[Any]) -> None:
     executions = [queued(countdown=seconds) for seconds in (1, 2, 3)]
-    send = publishing.send
 
-    def refuse_the_first(execution: Execution, waits: bool) -> None:
-        if execution.pk == executions[0].pk:
-            raise ValueError("the queue's name is too long")
-        send(execution, waits=waits)
+    class Refusing(NotingBroker):
+        def send(self, execution: Execution, *, waits: bool) -> None:
+            if execution.pk == executions[0].pk:
+                raise ValueError("the queue's name is too long")
+            super().send(execution, waits=waits)
 
-    monkeypatch.setattr(publishing, "send", refuse_the_first)
+    process.broker = broker = Refusing()
     pass_seconds(1_100)
     assert sweeper.sweep() == {"published": 2}
-    assert published == [execution.pk for execution in executions[1:]]
+    assert broker.ids == [execution.pk for execution in executions[1:]]
     assert fresh(executions[0]).dispatches == 1, "its own pause grows"
 
 
@@ -509,7 +505,7 @@ def test_a_worker_reclaims_only_after_it_has_looked_on_for_half_a_lease(monkeypa
         return turns.Found()
 
     monkeypatch.setattr(sweeper, "sweep", sweep)
-    thread = SweeperThread(SimpleNamespace(app=current_app), Shutdown())
+    thread = SweeperThread(of_a_broker(), Shutdown())
 
     def sweep_for(seconds: float) -> list[bool]:
         nonlocal elapsed
@@ -534,7 +530,7 @@ def test_a_worker_sweeps_again_at_once_when_there_was_more_than_a_batch(
     settings.CONDUCTOR = {**settings.CONDUCTOR, "SWEEP_BATCH": 2, "SWEEP_SECONDS": 100}
     naps = [napping(seconds=1) for _ in range(5)]
     pass_seconds(1_100)
-    thread = SweeperThread(SimpleNamespace(app=current_app), Shutdown())
+    thread = SweeperThread(of_a_broker(), Shutdown())
     sweeps = 0
     while thread._next_sweep <= monotonic():
         thread._sweep()
@@ -553,7 +549,7 @@ def test_a_sweep_that_fails_is_repeated_at_once_and_then_after_a_pause(monkeypat
     monkeypatch.setattr(sweeper_thread, "RETRY_PAUSE_SECONDS", 0)
     # The thread's own; that of the test is not to be closed.
     monkeypatch.setattr(SweeperThread, "_close", lambda thread: None)
-    thread = SweeperThread(SimpleNamespace(app=current_app), Shutdown())
+    thread = SweeperThread(of_a_broker(), Shutdown())
     pauses = []
     for _ in range(3):
         thread._next_sweep = 0.0
@@ -607,7 +603,7 @@ def test_the_feed_is_woken_when_its_stock_is_low_and_not_for_each_run() -> None:
 def test_a_worker_is_fed_when_half_of_that_is_worked_off(
     monkeypatch: pytest.MonkeyPatch, waiting: int, fetched: list[int], spare: int
 ) -> None:
-    monkeypatch.setattr(news, "news", news.News())
+    process.news = news.News()
     monkeypatch.setattr(news.News, "room", news.SHORT_RUN_ROOM)
     monkeypatch.setattr(Feed, "_pool_size", lambda feed: 2)
     monkeypatch.setattr(Feed, "_unread", lambda feed: waiting)
@@ -620,7 +616,7 @@ def test_a_worker_is_fed_when_half_of_that_is_worked_off(
     monkeypatch.setattr(sweeper, "publish_due", publish)
     Feed(SimpleNamespace(app=current_app)).fill()
     assert asked == fetched
-    assert news.news.spare == spare
+    assert news.news().spare == spare
 
 
 # ---------------------------------------------------------------------------------------------------- what is due next
@@ -662,8 +658,8 @@ def test_what_becomes_due_while_a_sweep_lasts_is_not_left_to_the_regular_one(mon
         return found
 
     monkeypatch.setattr(sweeper, "sweep", slow)
-    monkeypatch.setattr(news, "news", news.News())
-    thread = SweeperThread(SimpleNamespace(app=current_app), Shutdown())
+    process.news = news.News()
+    thread = SweeperThread(of_a_broker(), Shutdown())
     thread._sweep()
     thread._look_ahead()
-    assert news.news._next_due - monotonic() < 1
+    assert news.news()._next_due - monotonic() < 1

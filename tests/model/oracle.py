@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from conductor_app.exceptions import WorkerLost
-from conductor_app.models import Event, Execution, Step
+from conductor_app.models import CopiedOutcome, Event, Execution, Step
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
 from conductor_app.values.failures import load_failure
 from conductor_app.values.payloads import loads
@@ -123,6 +123,8 @@ class Oracle:
     def _event(self, step: Step) -> Any:
         if step.status == StepStatus.TIMED_OUT:
             raise Raised("EventTimedOut")
+        if step.is_copied:
+            return loads(step.result)
         event = self._events[step.pk]
         assert event.payload == step.result, f"{step} took {step.result}, and the event was {event.payload}"
         return event.get_payload()
@@ -130,8 +132,14 @@ class Oracle:
     def _outcome(self, step: Step) -> Any:
         """What a step that stands for one child gives."""
         if step.status == StepStatus.SUCCEEDED:
-            return self._run(self._executions[step.child_id])
-        raise Raised(self._error(StepStatus(step.status), step.child_id))
+            return loads(step.result) if step.is_copied else self._run(self._executions[step.child_id])
+        raise Raised(self._error_of(step))
+
+    def _error_of(self, step: Step) -> str:
+        """What a child's end raises; that of the source of a fork may have been another one since."""
+        if step.is_copied:
+            return _copied_error(StepStatus(step.status), step.error)
+        return self._error(StepStatus(step.status), step.child_id)
 
     def _error(self, status: StepStatus, child_id: uuid.UUID | None) -> str:
         if status == StepStatus.FAILED:
@@ -141,9 +149,16 @@ class Oracle:
 
     def _map(self, step: Step, instruction: Instruction) -> list[Any]:
         if step.status != StepStatus.SUCCEEDED and not instruction["return_exceptions"]:
-            raise Raised(self._error(StepStatus(step.status), step.child_id))
+            raise Raised(self._error_of(step))
         late = set(loads(step.result)) if step.status == StepStatus.TIMED_OUT else set()
         values = []
+        for outcome in CopiedOutcome.objects.filter(step=step).order_by("position"):
+            if outcome.position in late:
+                values.append("ChildTimedOut")
+            elif outcome.status == ExecutionStatus.SUCCEEDED:
+                values.append(loads(outcome.result))
+            else:
+                values.append(_copied_error(StepStatus(outcome.status), outcome.error))
         for child in self._mapped[step.execution_id, step.name]:
             if child.position in late:
                 values.append("ChildTimedOut")
@@ -178,3 +193,9 @@ class Oracle:
                     raise
                 values.append(str(error))
         return values
+
+
+def _copied_error(status: StepStatus, error: str | None) -> str:
+    if status == StepStatus.FAILED:
+        return f"ChildFailed: Child execution failed: {load_failure(error).message}"
+    return _ERRORS[status]

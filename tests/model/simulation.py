@@ -21,14 +21,15 @@ import pytest
 from celery.signals import task_failure
 from django.db import OperationalError, connection, connections
 
-from conductor_app.engine import claims, draining
-from conductor_app.host import inline, publishing
+from conductor_app.host import inline
 from conductor_app.models import Execution
 from conductor_app.store import clock, owners, transactions
+from conductor_app.store.process import process
 from conductor_app.tasks import kept_options, task
 from conductor_app.transitions import dispatch, leases
 from conductor_app.transitions.leases import Lease
 from project.celery import app
+from tests.support.process import NotingBroker
 
 #: Seconds after which an actor that does not come to its next stop hangs.
 PATIENCE_SECONDS = 20
@@ -116,7 +117,7 @@ def current_actor() -> Actor | None:
 
 
 class Keeper:
-    """In the place of ``leases.keeper``: renews when it is told to."""
+    """In the place of ``leases.LeaseKeeper``: renews when it is told to."""
 
     def watch(self) -> None:
         """Nothing hangs here."""
@@ -135,6 +136,23 @@ class Keeper:
         return actor is not None and any(
             lease.execution.pk == execution_id and fence in (None, lease.execution.fence) for lease in actor.held
         )
+
+    def note_cancel(self, execution_id: uuid.UUID) -> None:
+        """Nobody is told before the next renewal."""
+
+    def forget(self) -> None:
+        """Nobody forks."""
+
+
+class Broker(NotingBroker):
+    """In the place of ``host.publishing``: gives messages to the world."""
+
+    def __init__(self, publish: Callable[[Execution], None]) -> None:
+        super().__init__()
+        self._publish = publish
+
+    def send(self, execution: Execution, *, waits: bool) -> None:
+        self._publish(execution)
 
 
 class World:
@@ -220,12 +238,11 @@ class Stage:
         self.world = World()
         self._commit = connection._commit
         monkeypatch.setattr(clock.DatabaseNow, "as_sqlite", _frozen_now)
-        monkeypatch.setattr(dispatch, "is_embedded", lambda app=None: False)
-        monkeypatch.setattr(publishing, "send", self._publish)
+        process.worker.is_embedded, process.broker = False, Broker(self._publish)
         for module in (task, kept_options):
             monkeypatch.setattr(module, "new_root_id", self._new_root_id)
-        monkeypatch.setattr(claims, "keeper", Keeper())
-        monkeypatch.setattr(draining, "is_draining", lambda: self.world.is_draining)
+        process.keeper = Keeper()
+        process.worker.is_draining = lambda: self.world.is_draining
         monkeypatch.setattr(owners, "lease_owner", lambda hostname: getattr(current_actor(), "name", "nobody"))
         # Nobody waits for anything: what is repeated is repeated at once.
         impatient = types.SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda seconds: None)
@@ -246,7 +263,7 @@ class Stage:
         finally:
             connection.dec_thread_sharing()
 
-    def _publish(self, execution: Execution, waits: bool) -> None:
+    def _publish(self, execution: Execution) -> None:
         self.world.publish(execution)
 
     def _new_root_id(self) -> uuid.UUID:
@@ -264,11 +281,16 @@ def _stop_and_execute(execute: Any, sql: str, params: Any, many: bool, context: 
     actor = current_actor()
     if actor is not None and not connection.in_atomic_block:
         actor.stop()
-    return execute(sql, params, many, context)
+    # The texts of moves were made before the clock was stopped.
+    return execute(sql.replace(_RUNNING_NOW, _STOPPED_NOW), params, many, context)
+
+
+_RUNNING_NOW: str = clock.DatabaseNow().as_sqlite(None, connection)[0]
+_STOPPED_NOW = "'2026-06-01 00:00:00.000'"
 
 
 def _frozen_now(self: Any, compiler: Any, connection: Any, **extra: Any) -> Any:
-    return self.as_sql(compiler, connection, template="'2026-06-01 00:00:00.000'", **extra)
+    return self.as_sql(compiler, connection, template=_STOPPED_NOW, **extra)
 
 
 def renew(actor: Actor) -> None:

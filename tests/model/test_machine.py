@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from django.db import connection
+from django.db.models import Count
 from django_celery_results.models import TaskResult
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -25,8 +26,17 @@ from hypothesis.stateful import (
 
 from conductor_app import api, transitions
 from conductor_app.engine import sweeper
-from conductor_app.exceptions import ExecutionFinished, RetryRefused
-from conductor_app.models import Event, Execution, FailedExecution, Step
+from conductor_app.exceptions import ActionRefused, DuplicateExecution, ExecutionFinished, RetryRefused
+from conductor_app.models import (
+    Attempt,
+    CopiedOutcome,
+    Event,
+    Execution,
+    FailedExecution,
+    Fork,
+    PausedTask,
+    Step,
+)
 from conductor_app.models.stranded import waiting_for_nothing
 from conductor_app.states import StepKind, StepStatus
 from conductor_app.store import clock
@@ -46,6 +56,8 @@ EXAMPLES, STEPS = (3_000, 80) if IS_THOROUGH else (30, 40)
 
 #: At most so many actors at once, and so many roots.
 MOST_ACTORS, MOST_ROOTS = 6, 2
+#: Beside those, about so many that are called with one unique key.
+MOST_KEYED = 4
 #: Rounds of sweeps and deliveries in which everything has to end when nothing goes wrong any more.
 MOST_ROUNDS = 80
 
@@ -75,6 +87,13 @@ def _with_children(programs: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 _leaves = st.lists(_simple, max_size=2)
 _inner = st.lists(st.one_of(_simple, _with_children(_leaves)), max_size=2)
 _programs = st.lists(st.one_of(_with_children(_inner), _simple), min_size=1, max_size=3)
+_keyed_programs = st.lists(_simple, min_size=1, max_size=2)
+_conflicts = st.sampled_from(
+    [
+        *({"on_conflict": how} for how in ("return", "refuse", "replace", "replace")),
+        *({"debounce": 2, **more} for more in ({}, {"on_conflict": "replace"})),
+    ]
+)
 _picks = st.integers(0, 11)
 
 # -------------------------------------------------------------------------------------------------------------- machine
@@ -93,6 +112,8 @@ class Machine(RuleBasedStateMachine):
         #: What each step was when it was first seen decided; a retry of its tree forgets it.
         self._decided: dict[int, tuple[Any, ...]] = {}
         self._retried: dict[Actor, uuid.UUID] = {}
+        #: Of what is held: its fence, and how many children it has.
+        self._held: dict[tuple[uuid.UUID, Any], tuple[int, int]] = {}
         self._changes = -1
 
     # Rules: what users do
@@ -109,6 +130,17 @@ class Machine(RuleBasedStateMachine):
     def _start(self, program: Any) -> None:
         self.roots.append(uuid.UUID(interpret.delay(program=program).id))
 
+    @precondition(lambda self: Execution.objects.filter(parent=None).count() < MOST_ROOTS + MOST_KEYED)
+    @rule(program=_keyed_programs, options=_conflicts, stops=_picks)
+    def call_with_key(self, program: Any, options: dict[str, Any], stops: int) -> None:
+        def call() -> None:
+            _unless(
+                DuplicateExecution,
+                lambda: interpret.apply_async(kwargs={"program": program}, unique_key="k", **options),
+            )
+
+        self._spawn("caller", call, stops)
+
     @rule(pick=_picks, stops=_picks)
     def cancel(self, pick: int, stops: int) -> None:
         execution = self._execution(pick)
@@ -124,11 +156,45 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: Execution.objects.filter(parent=None, status__in=["failed", "cancelled"]).exists())
     @rule(pick=_picks, stops=_picks)
     def retry(self, pick: int, stops: int) -> None:
-        execution = Execution.objects.get(pk=_at(self.roots, pick))
+        execution = _at(list(Execution.objects.filter(parent=None).order_by("pk")), pick)
         actor = self._spawn("operator", lambda: _unless(RetryRefused, lambda: api.retry(execution)), 0)
         if actor is not None:
             self._retried[actor] = execution.pk
             actor.advance(stops)
+
+    @precondition(
+        lambda self: (
+            len(self.roots) <= MOST_ROOTS and Execution.objects.filter(parent=None, finished_at__isnull=False).exists()
+        )
+    )
+    @rule(pick=_picks, cut=_picks, stops=_picks)
+    def fork(self, pick: int, cut: int, stops: int) -> None:
+        """Run again from a step. Its source may be retried, and its children end, before, meanwhile and after."""
+        source = _at(self.roots, pick)
+        names = list(Step.objects.filter(execution=source).order_by("id").values_list("name", flat=True))
+        if names:
+            before = _at(names, cut)
+            self._spawn(
+                "fork",
+                lambda: _unless(ActionRefused, lambda: self.roots.append(api.fork(source, before).pk)),
+                stops,
+            )
+
+    @rule(pick=_picks, stops=_picks, tree=st.booleans())
+    def hold(self, pick: int, stops: int, tree: bool) -> None:
+        execution = self._execution(pick)
+        self._spawn("holder", lambda: _unless(ActionRefused, lambda: api.hold(execution, "a test", tree)), stops)
+
+    @precondition(lambda self: Execution.objects.held().exists())
+    @rule(pick=_picks, stops=_picks)
+    def release(self, pick: int, stops: int) -> None:
+        execution = _at(list(Execution.objects.held().order_by("pk")), pick).pk
+        self._spawn("releaser", lambda: api.release(execution), stops)
+
+    @rule(is_paused=st.booleans(), stops=_picks)
+    def pause(self, is_paused: bool, stops: int) -> None:
+        act = (lambda: api.pause(interpret, "a test")) if is_paused else (lambda: api.unpause(interpret))
+        self._spawn("pauser", act, stops)
 
     # Rules: what workers do
 
@@ -237,10 +303,19 @@ class Machine(RuleBasedStateMachine):
         wrong = invariants.violations()
         wrong += [f"{row} waits for nothing" for row in waiting_for_nothing(Execution.objects.all())]
         wrong += self._changed_decisions()
+        wrong += self._begun_while_held()
         # Else what a rule does to the lease of a process would meet none.
         running = Execution.objects.filter(status="running").values_list("lease_owner", flat=True)
         wrong += [f"{owner} is no process of the model" for owner in running if "/" in owner]
         assert not wrong, "\n".join(wrong)
+
+    def _begun_while_held(self) -> Iterator[str]:
+        before, self._held = self._held, {}
+        for row in Execution.objects.held().annotate(number=Count("children")):
+            now = (row.fence, row.number)
+            self._held[row.pk, row.held_at] = now
+            if before.get((row.pk, row.held_at), now) != now:
+                yield f"A run of {row} has begun, or has stored children, while it was held: {before} {self._held}"
 
     def _changed_decisions(self) -> Iterator[str]:
         retried = set(self._retried.values())
@@ -278,6 +353,9 @@ class Machine(RuleBasedStateMachine):
         for actor in list(world.actors):
             actor.loses_answer = False
             actor.finish()
+        api.unpause(interpret)
+        while held := Execution.objects.held().first():
+            assert api.release(held)
         for _ in range(MOST_ROUNDS):
             self.nothing_is_wrong()
             found = sweeper.sweep(audit=True)
@@ -334,7 +412,7 @@ def _written(key: uuid.UUID) -> list[Any]:
 
 
 def _empty_tables() -> None:
-    for model in (Event, Step, FailedExecution, TaskResult):
+    for model in (Attempt, Event, CopiedOutcome, PausedTask, Step, FailedExecution, Fork, TaskResult):
         model.objects.all()._raw_delete("default")
     for depth in sorted(set(Execution.objects.values_list("depth", flat=True)), reverse=True):
         Execution.objects.filter(depth=depth)._raw_delete("default")

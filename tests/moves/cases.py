@@ -10,6 +10,7 @@ from conductor_app.models import Execution, Step
 from conductor_app.states import ExecutionStatus
 from conductor_app.store import clock
 from conductor_app.transitions import Gather, HandOff, Sleep, waking
+from conductor_app.values.uniqueness import Unique
 from tests.support.executions import (
     FAILURE,
     OWNER,
@@ -60,12 +61,33 @@ def taken_over(run: Execution) -> Execution:
     return run
 
 
+#: Of an execution with a unique key.
+KEYED: dict[str, Any] = {"unique": Unique("k"), "options": '{"unique":"k"}'}
+
+
+def replaced() -> tuple[Execution, Execution]:
+    """One that runs, and the one that has its key by now, after a debounced call."""
+    run = running(**KEYED)
+    return run, queued(**{**KEYED, "unique": Unique("k", debounce=60.0)}, countdown=60)
+
+
 def handed_off(act: Callable[[HandOff], Any], *known: Execution, accepts: bool = True) -> HandOff:
     """Make a move after which this process may go on."""
     parents = {execution.pk: execution for execution in known}
     hand_off = HandOff(OWNER, lambda following: accepts, parents.get)
     act(hand_off)
     return hand_off
+
+
+def on_hold(execution: Execution) -> Execution:
+    assert transitions.hold(execution.pk, "bank incident", "ana", tree=False)
+    return execution
+
+
+def paused(execution: Execution, task: str = TASK) -> Execution:
+    """Its task, or another one, is paused."""
+    assert transitions.pause(task, "bank incident", "ana")
+    return execution
 
 
 def with_steps() -> Execution:
@@ -93,6 +115,9 @@ CLAIM = {
         lambda: changed(with_steps(), deadline_at=clock.after(-30)), claim
     ),
     "queued and to be cancelled": Case(lambda: flagged(queued()), claim),
+    "queued and held": Case(lambda: on_hold(queued()), claim),
+    "queued, of a paused task": Case(lambda: paused(queued()), claim),
+    "queued, and another task is paused": Case(lambda: paused(queued(), "another.task"), claim),
     "running": Case(running, claim),
     "waiting": Case(napping, claim),
 }
@@ -113,6 +138,7 @@ RECORD_STEP = {
     "a failure": Case(running, lambda run: record(run, failure=FAILURE)),
     "another one": Case(recorded, lambda run: transitions.record_step(run, "ship", result="2")),
     "of one that is to be cancelled": Case(lambda: flagged(running()), record),
+    "of one that is held": Case(lambda: on_hold(running()), record),
     "of one that another process has": Case(lambda: taken_over(running()), record),
 }
 
@@ -129,6 +155,7 @@ SUSPEND = {
     "on a child that is due later": Case(running, lambda run: suspend(run, countdown=60)),
     "on a child that expires": Case(running, lambda run: suspend(run, expires=60)),
     "on a child, after a step": Case(recorded, suspend),
+    "on a child with a unique key": Case(running, lambda run: suspend(run, **KEYED)),
     "on a child of a child": Case(family, lambda pair: suspend(pair[1])),
     "on a child that this process goes on with": Case(
         running,
@@ -138,7 +165,12 @@ SUSPEND = {
         running,
         lambda run: handed_off(lambda offer: transitions.suspend(run, invocation(run), hand_off=offer), accepts=False),
     ),
+    "on a child of a paused task that this process would go on with": Case(
+        lambda: paused(running()),
+        lambda run: handed_off(lambda offer: transitions.suspend(run, invocation(run, timeout=60), hand_off=offer)),
+    ),
     "of one that is to be cancelled, on a child": Case(lambda: flagged(running()), suspend),
+    "of one that is held, on a child": Case(lambda: on_hold(running()), suspend),
     "of one that another process has, on a child": Case(lambda: taken_over(running()), suspend),
     "on a map": Case(running, lambda run: transitions.suspend(run, map_of(run, 3))),
     "on a map with everything": Case(
@@ -154,6 +186,12 @@ SUSPEND = {
     ),
     "of one that another process has, on a map": Case(
         lambda: taken_over(running()), lambda run: transitions.suspend(run, map_of(run, 2))
+    ),
+    "of one that is held, on a map": Case(
+        lambda: on_hold(running()), lambda run: transitions.suspend(run, map_of(run, 2))
+    ),
+    "of one that is held, on a sleep": Case(
+        lambda: on_hold(running()), lambda run: transitions.suspend(run, Sleep("nap", seconds=60))
     ),
     "on a sleep": Case(running, lambda run: transitions.suspend(run, Sleep("nap", seconds=60))),
 }
@@ -176,6 +214,18 @@ def to_be_cancelled() -> tuple[Execution, Execution]:
     """The parent is to be cancelled, and the child has not heard of it."""
     parent, child = family()
     return changed(parent, cancel_requested_at=clock.now()), child
+
+
+def held_family() -> tuple[Execution, Execution]:
+    """The parent is held, and its child is not."""
+    parent, child = family()
+    return on_hold(parent), child
+
+
+def paused_family() -> tuple[Execution, Execution]:
+    """The task of both is paused, and the child runs."""
+    parent, child = family()
+    return paused(parent), child
 
 
 def late_family() -> tuple[Execution, Execution]:
@@ -237,6 +287,9 @@ SUCCEED = {
     "a root": Case(running, succeed),
     "a root of which Celery is told": Case(lambda: running(options=ANNOUNCED), succeed),
     "a root with steps": Case(recorded, succeed),
+    "a root with a unique key": Case(lambda: running(**KEYED), succeed),
+    "a root whose unique key another one has, which waits": Case(replaced, lambda pair: succeed(pair[0])),
+    "a child with a unique key": Case(lambda: family(**KEYED), lambda pair: succeed(pair[1])),
     "a root that is to be cancelled": Case(lambda: flagged(running()), succeed),
     "a root that another process has": Case(lambda: taken_over(running()), succeed),
     "a child, and its parent waits": Case(family, lambda pair: succeed(pair[1])),
@@ -258,6 +311,9 @@ SUCCEED = {
         family, lambda pair: go_on((pair[0].copied(fence=0, payload='[["as it was"],{}]', attempt=7), pair[1]))
     ),
     "a child whose parent this process would go on with, and is to be cancelled": Case(to_be_cancelled, go_on),
+    "a child, and its parent is held": Case(held_family, lambda pair: succeed(pair[1])),
+    "a child whose parent this process would go on with, and is held": Case(held_family, go_on),
+    "a child whose parent this process would go on with, and is of a paused task": Case(paused_family, go_on),
     "the first of a map": Case(lambda: mapped(3), succeed),
     "the last of a map": Case(lambda: mapped(3, ended=2), succeed),
     "one of a map with a held sibling": Case(lambda: mapped(3, max_parallel=1), succeed),
@@ -280,6 +336,15 @@ def told(run: Execution) -> Execution:
     return run
 
 
+def failed_twice() -> Execution:
+    """A retry has failed as the run before it did; here as the first one still knows it."""
+    run = running(options=ANNOUNCED)
+    transitions.fail(run, FAILURE)
+    transitions.reopen(run.pk)
+    transitions.fail(claimed(run), FAILURE)
+    return run
+
+
 ANNOUNCE = {
     "by the run": Case(ended, lambda run: transitions.announced(run, ExecutionStatus.SUCCEEDED)),
     "by a sweeper": Case(
@@ -287,6 +352,7 @@ ANNOUNCE = {
         lambda row: transitions.announced(row, ExecutionStatus.SUCCEEDED),
     ),
     "once more": Case(lambda: told(ended()), lambda run: transitions.announced(run, ExecutionStatus.SUCCEEDED)),
+    "of the end before a retry": Case(failed_twice, lambda run: transitions.announced(run, ExecutionStatus.FAILED)),
     "of another end": Case(ended, lambda run: transitions.announced(run, ExecutionStatus.CANCELLED)),
 }
 
@@ -305,6 +371,8 @@ TAKE_FOR_DISPATCH = {
     "all that are due": Case(lambda: due("a", "b", "a"), lambda _: take()),
     "the first ones": Case(lambda: due("a", "b", "a"), lambda _: take(2)),
     "of some queues": Case(lambda: due("a", "b", "a"), lambda _: take(queues=["b"])),
+    "none that is held": Case(lambda: changed(on_hold(queued()), dispatch_at=clock.after(-1)), lambda _: take()),
+    "none of a paused task": Case(lambda: changed(paused(queued()), dispatch_at=clock.after(-1)), lambda _: take()),
     "none that is published soon enough": Case(queued, lambda _: take()),
     "none that is due later": Case(lambda: queued(countdown=60), lambda _: take()),
     "none that waits": Case(napping, lambda _: take()),

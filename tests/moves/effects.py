@@ -14,26 +14,27 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 from celery import current_app
 from django.db import models
 from django.test import TestCase
 
 from conductor_app import signals
-from conductor_app.exceptions import CancelExecution, LeaseLost, RetryRefused
-from conductor_app.models import Event, Execution, FailedExecution, Step, database
+from conductor_app.exceptions import CancelExecution, LeaseLost, ReleaseExecution, RetryRefused
+from conductor_app.models import Attempt, Event, Execution, FailedExecution, Step, database
 from conductor_app.store import clock
-from conductor_app.transitions import HandOff, dispatch
+from conductor_app.store.process import process
+from conductor_app.transitions import HandOff
 from conductor_app.transitions.steps import Memory
+from tests.support.process import NotingBroker
 
 #: The model of a row, and its values by column.
 Row = tuple[type[models.Model], dict[str, Any]]
-_MODELS: tuple[type[models.Model], ...] = (Execution, Step, FailedExecution, Event)
+_MODELS: tuple[type[models.Model], ...] = (Execution, Attempt, Step, FailedExecution, Event)
 _SIGNALS = ("execution_created", "execution_started", "execution_suspended", "execution_finished")
 #: All spans of the worlds are multiples of so many seconds, and a test takes less than half of them.
 SPAN_SECONDS = 10
-_REFUSALS = (CancelExecution, LeaseLost, RetryRefused)
+_REFUSALS = (CancelExecution, LeaseLost, ReleaseExecution, RetryRefused)
 
 
 class Effect:
@@ -68,10 +69,6 @@ class Effect:
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
-        def publish(execution: Execution, **_kwargs: Any) -> bool:
-            self._published.append(execution.pk)
-            return True
-
         def receiver_of(name: str) -> Callable[..., None]:
             def hear(execution: Execution, **kwargs: Any) -> None:
                 told = [f", {key} {kwargs[key]}" for key in ("status", "step") if kwargs.get(key)]
@@ -82,10 +79,11 @@ class Effect:
         receivers = {name: receiver_of(name) for name in _SIGNALS}
         for name, receiver in receivers.items():
             getattr(signals, name).connect(receiver)
+        before, process.broker = process.broker, NotingBroker(self._published)
         try:
-            with mock.patch.object(dispatch, "publish", publish):
-                yield
+            yield
         finally:
+            process.broker = before
             for name, receiver in receivers.items():
                 getattr(signals, name).disconnect(receiver)
 
@@ -110,6 +108,8 @@ class Effect:
                 self._names[row.pk] = own
             return self._names[row.pk]
         of = self._names.get(row.execution_id, str(row.execution_id))
+        if isinstance(row, Attempt):
+            return f"{of}: run {row.run}"
         if isinstance(row, Step):
             return f"{of}: step {row.name}"
         return f"{of}: failure" if isinstance(row, FailedExecution) else f"{of}: event {row.name}"
@@ -161,6 +161,8 @@ class Effect:
         return "none" if value is None else repr(value) if isinstance(value, str) else str(value)
 
     def _instant(self, value: dt.datetime, row: dict[str, Any] | None, *, is_old: bool) -> str:
+        if value.year == 9_000:
+            return "never"
         seconds = (value - self._begun).total_seconds()
         spans = round(seconds / SPAN_SECONDS)
         assert abs(seconds - spans * SPAN_SECONDS) < 0.45 * SPAN_SECONDS, f"{value} is {seconds} s after the move began"

@@ -7,13 +7,15 @@ behaviour, ``CONDUCTOR_WRITE_ROWS=1 pytest tests/moves`` writes it anew; its dif
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from django.db import connection
 
-from conductor_app.transitions import dispatch, statements
+from conductor_app.store import moves
+from conductor_app.store.process import process
 from tests.moves.cases import CASES
 from tests.moves.effects import Effect
 from tests.races.harness import FORMS
@@ -42,17 +44,19 @@ def write(rows: dict[str, list[str]]) -> None:
 
 
 @pytest.fixture(params=FORMS if connection.vendor == "postgresql" else FORMS[1:])
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, settings: Any) -> str:
+def form(request: pytest.FixtureRequest, settings: Any) -> Iterator[None]:
     spans = {"LEASE_SECONDS": 60, "HEARTBEAT_SECONDS": 10, "SWEEP_SECONDS": 10, "REDISPATCH_SECONDS": 30}
     settings.CONDUCTOR = {**settings.CONDUCTOR, **spans}
-    monkeypatch.setattr(dispatch, "is_embedded", lambda app=None: False)
+    process.worker.is_embedded = False
     if request.param != FORMS[0]:
-        monkeypatch.setattr(statements, "are_at_hand", lambda: False)
-    return str(request.param)
+        with moves.as_scripts():
+            yield
+    else:
+        yield
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_move_does_what_it_did(case: str, form: str) -> None:
+def test_a_move_does_what_it_did(case: str, form: None) -> None:
     world = CASES[case].make()
     effect = Effect(lambda: CASES[case].act(world))
     if os.environ.get("CONDUCTOR_WRITE_ROWS"):

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from conductor_app.transitions import dispatch
+from conductor_app.store.process import process
 from tests.races.harness import FORMS, Race
 from tests.support.executions import committing
+from tests.support.process import NotingBroker
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def transactional_db(django_db_setup: None, django_db_blocker: Any) -> Iterator[
 @pytest.fixture(params=FORMS)
 def race(request: pytest.FixtureRequest, transactional_db: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Race]:
     """Several connections to the test database, and a broker that nobody listens to; once with each form of moves."""
-    monkeypatch.setattr(dispatch, "publish", lambda execution: True)
+    process.broker = NotingBroker()
     race = Race(monkeypatch, request.param)
     yield race
     race.end()

@@ -7,14 +7,15 @@ import enum
 import importlib
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Self
 
 import pytest
 from django.db import connection, connections, transaction
 
-from conductor_app.store import errors
-from conductor_app.transitions import statements
+from conductor_app.store import errors, moves
+from conductor_app.store.moves import Move
+from conductor_app.store.scripts import Write
 from tests.support.polling import wait_until
 
 #: Seconds after which a stopped or blocked actor is a bug of the test. Longer than any lock wait or retry here.
@@ -27,6 +28,16 @@ BEFORE_COMMIT = "before commit"
 FORMS = ("one statement", "several statements")
 #: For tests that look into a move, or weaken a part of it.
 in_several_statements = pytest.mark.parametrize("race", FORMS[1:], indirect=True)
+
+#: What the writes of moves do that elsewhere is a function's: an actor that is to stop there stops here, too.
+ALIKE = {
+    "before child": ["before transitions.guards.leave_running"],
+    "after child": ["after transitions.guards.leave_running"],
+    "before entry": ["before transitions.steps.settle", "before transitions.steps.count_down"],
+    "after settled": ["after transitions.steps.settle", "after transitions.steps.count_down"],
+    "before found": ["before transitions.waking.wake"],
+    "after parent": ["after transitions.waking.wake"],
+}
 
 
 class IsolationLevel(enum.IntEnum):
@@ -197,9 +208,10 @@ class Race:
         Args:
             isolation: Isolation level of its transactions; PostgreSQL's default is READ COMMITTED.
             stop: Where it is to stop once: ``BEFORE_COMMIT``, or ``before`` or ``after`` and the name of a function of
-                ``conductor_app``, such as ``"after transitions.steps.settle"``.
+                ``conductor_app``, such as ``"after transitions.steps.settle"``, or of a write of a move, such as
+                ``"after settled"``.
         """
-        if stop and stop != BEFORE_COMMIT:
+        if "." in stop:
             self._make_point(stop.partition(" ")[2])
         actor = Actor(name, isolation)
         self._actors.append(actor)
@@ -273,26 +285,36 @@ class Race:
         self._monkeypatch.setattr(module, function_name, stopping)
 
     def _choose(self, form: str) -> None:
-        fetch = statements._fetch
+        make, write = Move.make, Write.make
 
-        def are_at_hand() -> bool:
+        def stoppable(move: Move, using: str, **given: Any) -> Any:
             actor = _current_actor()
-            return form == FORMS[0] and (actor is None or actor.stop_at in ("", BEFORE_COMMIT))
+            is_inside = actor is not None and actor.stop_at not in ("", BEFORE_COMMIT)
+            with moves.as_scripts() if is_inside or form == FORMS[1] else nullcontext():
+                # Where the move is its own transaction there is no COMMIT to stop at, and no level to set. A claim is
+                # its own in both forms.
+                is_claim = move.parts[0].name == "claimed"
+                if actor is None or is_claim or (actor.isolation is None and not actor.stop_at):
+                    return make(move, using, **given)
+                with transaction.atomic():
+                    rows = make(move, using, **given)
+                    if not rows:  # refused: there is nothing to commit
+                        transaction.set_rollback(True)
+                    return rows
 
-        def stoppable(query: str, **values: Any) -> Any:
+        def stopping(step: Write, *args: Any) -> Any:
             actor = _current_actor()
-            # Where the statement is its own transaction there is no COMMIT to stop at, and no level to set. A claim is
-            # its own in both forms.
-            if actor is None or query is statements._CLAIM or (actor.isolation is None and not actor.stop_at):
-                return fetch(query, **values)
-            with transaction.atomic():
-                rows = fetch(query, **values)
-                if not rows:  # refused: there is nothing to commit
-                    transaction.set_rollback(True)
-                return rows
+            if actor is None:
+                return write(step, *args)
+            for point in (before := f"before {step.part.name}", *ALIKE.get(before, ())):
+                actor.reach(point)
+            rows = write(step, *args)
+            for point in (after := f"after {step.part.name}", *ALIKE.get(after, ())):
+                actor.reach(point)
+            return rows
 
-        self._monkeypatch.setattr(statements, "are_at_hand", are_at_hand)
-        self._monkeypatch.setattr(statements, "_fetch", stoppable)
+        self._monkeypatch.setattr(Move, "make", stoppable)
+        self._monkeypatch.setattr(Write, "make", stopping)
 
     def _count_conflicts(self) -> None:
         original = errors.is_conflict

@@ -15,7 +15,8 @@ from conductor_app.models import Event, Execution, Step
 from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.store import clock
 from conductor_app.store.locks import locked
-from conductor_app.transitions import AwaitEvent, sending, steps
+from conductor_app.transitions import AwaitEvent
+from conductor_app.transitions.waits import event as events
 from tests.races.harness import BEFORE_COMMIT, IsolationLevel, Race, in_several_statements
 from tests.support.executions import FAILURE, claimed, fresh, queued, running, snapshot, step_of
 from tests.support.invariants import violations
@@ -121,7 +122,7 @@ def test_wherever_the_run_stands_the_event_is_delivered(race: Race, stop: str, i
     "stop",
     [
         "after transitions.mailbox.find",
-        "after transitions.steps.awaiting",
+        "after transitions.waits.event.awaiting",
         "before transitions.mailbox.put",
         BEFORE_COMMIT,
     ],
@@ -162,10 +163,10 @@ def test_an_event_of_a_transaction_that_is_rolled_back_is_not_taken(race: Race) 
     def send_in_vain() -> None:
         with suppress(ZeroDivisionError), transaction.atomic():
             send(execution)
-            sending.send(execution.pk, "other", "1")
+            events.send(execution.pk, "other", "1")
             raise ZeroDivisionError
 
-    sender = race.hold("view", send_in_vain, stop="after transitions.sending.send")
+    sender = race.hold("view", send_in_vain, stop="after transitions.waits.event.send")
     suspending = race.start("run", suspend, execution).wait_blocked(by=sender)
     sender.go_on().result()
     assert suspending.result() is True
@@ -365,13 +366,13 @@ def test_an_event_is_refused_until_an_operators_retry_is_committed(race: Race, i
 def test_canary_a_sender_that_does_not_look_again_loses_the_event(race: Race, monkeypatch: pytest.MonkeyPatch) -> None:
     execution = running()
     looks: list[Any] = []
-    original = steps.awaiting
+    original = events.awaiting
 
     def look_once(execution_id: Any, event: str) -> Any:
         looks.append(original(execution_id, event))
         return looks[0]
 
-    monkeypatch.setattr(steps, "awaiting", look_once)
+    monkeypatch.setattr(events, "awaiting", look_once)
     suspending = race.hold("run", suspend, execution)
     sender = race.start("sender", send, execution).wait_blocked(by=suspending)
     assert suspending.go_on().result() is True

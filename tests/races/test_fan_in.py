@@ -89,14 +89,14 @@ def test_canary_a_count_that_is_read_and_written_is_lost(race: Race, monkeypatch
         return step
 
     monkeypatch.setattr(steps, "count_down", read_and_write)
-    parent, children = mapping(2)
+    parent, children = mapping(2, fails_fast=False)
     first, second = (claimed(child) for child in children)
-    ending = race.hold("first", succeed, first)
-    other = race.start("second", succeed, second).wait_blocked(by=ending)
+    ending = race.hold("first", fail, first)
+    other = race.start("second", fail, second).wait_blocked(by=ending)
     ending.go_on().result()
     other.result()
     assert fresh(parent).status == ExecutionStatus.WAITING
-    assert set(statuses(parent)) == {"succeeded"}
+    assert set(statuses(parent)) == {"failed"}
 
 
 def test_four_players_end_a_hundred_children(race: Race) -> None:

@@ -15,7 +15,7 @@ from conductor_app.store import clock
 from conductor_app.store.ids import derive_child_id, new_root_id
 from conductor_app.transitions import creating, leases, steps
 from tests.races.harness import IsolationLevel, Race
-from tests.support.executions import claimed, fresh, invocation, new, queued, running
+from tests.support.executions import claimed, fresh, invocation, new, queued, running, unsaved
 
 pytestmark = pytest.mark.races
 
@@ -25,7 +25,7 @@ def lapse(execution: Execution) -> None:
 
 
 def test_of_eight_claims_one_wins(race: Race) -> None:
-    rows = [creating.queued_row(new()) for _ in range(60)]
+    rows = [unsaved() for _ in range(60)]
     for row in rows:
         row.due_at = row.created_at = row.dispatch_at = clock.after(-1)
     Execution.objects.bulk_create(rows)
@@ -96,9 +96,7 @@ def test_a_step_is_remembered_once_and_both_runs_see_the_same(race: Race, zombie
     zombie = running()
     lapse(zombie)
     if zombie_is_first:
-        recording = race.hold(
-            "zombie", transitions.record_step, zombie, "charge", stop="after transitions.steps.record"
-        )
+        recording = race.hold("zombie", transitions.record_step, zombie, "charge", stop="after step")
         assert transitions.lose(zombie.pk) is False, "its row is locked: it is no zombie yet"
         recording.go_on().result()
         transitions.lose(zombie.pk)
@@ -107,7 +105,7 @@ def test_a_step_is_remembered_once_and_both_runs_see_the_same(race: Race, zombie
     else:
         transitions.lose(zombie.pk)
         live = claimed(zombie, "test@host/2")
-        recording = race.hold("live", transitions.record_step, live, "charge", stop="after transitions.steps.record")
+        recording = race.hold("live", transitions.record_step, live, "charge", stop="after step")
         # The fence is compared at once: a zombie does not even wait.
         assert race.start("zombie", transitions.record_step, zombie, "charge").outcome() is LeaseLost
         recording.go_on().result()
@@ -149,12 +147,11 @@ def test_a_child_can_be_inserted_while_its_parents_row_is_locked(race: Race, hol
     """The locks are weak ones (``FOR NO KEY UPDATE``), so a foreign key's check does not wait."""
     parent = running()
     if holder == "a step":
-        holding = race.hold(
-            "parent", transitions.record_step, parent, "charge", stop="after transitions.running.lock_held"
-        )
+        holding = race.hold("parent", transitions.record_step, parent, "charge", stop="after held")
     else:
         holding = race.hold("parent", transitions.suspend, parent, invocation(parent))
-    child = creating.queued_row(new(id=derive_child_id(parent.pk, "other")), parent, "other")
+    child = creating.timeless_row(new(id=derive_child_id(parent.pk, "other")), parent, "other")
+    child.created_at = child.due_at = child.dispatch_at = clock.now()
     race.start("child", lambda: child.save(force_insert=True)).result()
     remembered = Step(execution_id=parent.pk, name="other", kind=StepKind.INVOKE, status="pending", child_id=child.pk)
     remembered.created_at = clock.now()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,10 +14,11 @@ from conductor_app.models import Execution, Step
 from conductor_app.states import ALLOWED_MOVES, FINAL_STATUSES, ExecutionStatus
 from conductor_app.store import clock
 from conductor_app.store.ids import new_root_id
-from conductor_app.transitions import creating, dispatch
+from conductor_app.store.process import process
 from tests.races.harness import Race
 from tests.support import history
-from tests.support.executions import OWNER, family, fresh, new, queued, step_of
+from tests.support.executions import OWNER, family, fresh, queued, step_of, unsaved
+from tests.support.process import NotingBroker
 
 pytestmark = pytest.mark.races
 
@@ -35,7 +35,7 @@ def recorded(race: Race) -> Iterator[None]:
 
 def rows(count: int = MANY, **values: Any) -> list[Execution]:
     """Roots with these values, inserted as they are."""
-    made = [creating.queued_row(new()) for _ in range(count)]
+    made = [unsaved() for _ in range(count)]
     for row in made:
         row.due_at = row.created_at = row.dispatch_at = clock.after(-60)
         for name, value in values.items():
@@ -59,19 +59,11 @@ def moves_of_each() -> set[tuple[str, ...]]:
     return {tuple(move.status for move in moves) for moves in history.moves().values()}
 
 
-def test_each_message_is_published_once(race: Race, monkeypatch: pytest.MonkeyPatch) -> None:
-    published: list[Any] = []
-    lock = threading.Lock()
-
-    def publish(execution: Execution) -> bool:
-        with lock:
-            published.append(execution.pk)
-        return True
-
-    monkeypatch.setattr(dispatch, "publish", publish)
+def test_each_message_is_published_once(race: Race) -> None:
+    process.broker = broker = NotingBroker()
     due = rows(200)
     assert sweep_together(race) == {"published": 200}
-    assert sorted(published) == sorted(row.pk for row in due)
+    assert sorted(broker.ids) == sorted(row.pk for row in due)
     assert set(Execution.objects.values_list("dispatches", flat=True)) == {1}
 
 

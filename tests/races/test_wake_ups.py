@@ -133,7 +133,7 @@ def lock_and_wake_if_waiting(execution_id: Any, *_: Any) -> None:
 def test_canary_a_conditional_wake_up_is_lost(race: Race, monkeypatch: pytest.MonkeyPatch) -> None:
     parent, child = replaying()
     monkeypatch.setattr(waking, "wake", wake_if_waiting)
-    ending = race.hold("child", ENDS["succeed"], child)
+    ending = race.hold("child", ENDS["fail"], child)
     suspending = race.start("parent", suspend, parent)
     assert not suspending.is_blocked(by=ending)
     ending.go_on().result()
@@ -144,7 +144,7 @@ def test_canary_a_conditional_wake_up_is_lost(race: Race, monkeypatch: pytest.Mo
 def test_canary_a_suspension_that_does_not_look_again_is_lost(race: Race, monkeypatch: pytest.MonkeyPatch) -> None:
     parent, child = replaying()
     monkeypatch.setattr(steps, "is_pending", lambda *_: True)
-    ending = race.hold("child", ENDS["succeed"], child)
+    ending = race.hold("child", ENDS["fail"], child)
     suspending = race.start("parent", suspend, parent).wait_blocked(by=ending)
     ending.go_on().result()
     assert suspending.result() is True
@@ -155,7 +155,7 @@ def test_canary_a_suspension_that_does_not_look_again_is_lost(race: Race, monkey
 def test_canary_a_lock_without_a_write_is_lost_at_repeatable_read(race: Race, monkeypatch: pytest.MonkeyPatch) -> None:
     parent, child = replaying()
     monkeypatch.setattr(waking, "wake", lock_and_wake_if_waiting)
-    ending = race.hold("child", ENDS["succeed"], child, isolation=IsolationLevel.REPEATABLE_READ)
+    ending = race.hold("child", ENDS["fail"], child, isolation=IsolationLevel.REPEATABLE_READ)
     suspending = race.start("parent", suspend, parent, isolation=IsolationLevel.REPEATABLE_READ)
     suspending.wait_blocked(by=ending)
     ending.go_on().result()

@@ -12,8 +12,7 @@ from celery import shared_task  # noqa: E402
 from celery.contrib.testing.worker import start_worker  # noqa: E402
 
 from conductor_app import ExecutionContext, api, durable_task  # noqa: E402
-from conductor_app.engine import draining, hand_off  # noqa: E402
-from conductor_app.transitions import dispatch  # noqa: E402
+from conductor_app.store.process import process  # noqa: E402
 from project.celery import app  # noqa: E402
 
 
@@ -36,7 +35,8 @@ def main() -> None:
         with start_worker(app, perform_ping_check=False, loglevel="CRITICAL"):
             result = waits.apply_async(countdown=0.2)
             print(json.dumps(api.get_result(result, timeout=30)), flush=True)
-    state = [draining.is_draining(), type(hand_off.gate).__name__, dispatch._is_embedded]
+    worker = process.worker
+    state = [worker.is_draining(), type(worker.gate).__name__, worker.is_embedded]
     print(json.dumps(state), json.dumps(waits.apply().get()), flush=True)
 
 

@@ -7,14 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from django.apps import apps
 from django_celery_results.models import ChordCounter, TaskResult
 
 from conductor_app import transitions
 from conductor_app.exceptions import Failure
-from conductor_app.models import Event, Execution, FailedExecution, Step
+from conductor_app.models import Execution, OperationItem, Step
 from conductor_app.states import OnTimeout
+from conductor_app.store import clock
 from conductor_app.store.ids import derive_child_id, new_root_id
-from conductor_app.transitions import Invocation, Map, NewExecution, Sleep
+from conductor_app.transitions import Invocation, Map, NewExecution, Sleep, creating
 from project.celery import app
 from tests.app.models import Ledger
 
@@ -33,8 +35,10 @@ def committing(blocker: Any) -> Iterator[None]:
         try:
             yield
         finally:
-            for model in (ChordCounter, TaskResult, Event, Step, FailedExecution, Ledger):
-                model.objects.all()._raw_delete("default")
+            # Whatever table there is: a row that stays is the next test's.
+            ours = [model for model in apps.get_app_config("conductor_app").get_models() if model is not Execution]
+            for model in (ChordCounter, TaskResult, OperationItem, *ours, Ledger):
+                model._base_manager.all()._raw_delete("default")
             for depth in sorted(set(Execution.objects.values_list("depth", flat=True)), reverse=True):
                 Execution.objects.filter(depth=depth)._raw_delete("default")
 
@@ -49,6 +53,13 @@ def new(**fields: Any) -> NewExecution:
         "max_attempts": 4,
     }
     return NewExecution(**{**values, **fields})
+
+
+def unsaved(**fields: Any) -> Execution:
+    """The row of a root that is queued."""
+    row = creating.timeless_row(new(**fields))
+    row.created_at = row.due_at = row.dispatch_at = clock.now()
+    return row
 
 
 def queued(**fields: Any) -> Execution:

@@ -12,7 +12,7 @@ from celery.result import AsyncResult
 from celery.states import READY_STATES
 from django_celery_results.models import TaskResult
 
-from conductor_app.models import Execution, FailedExecution, Step
+from conductor_app.models import CopiedOutcome, Execution, FailedExecution, Step
 from conductor_app.states import (
     ALLOWED_MOVES,
     CELERY_STATES,
@@ -94,6 +94,7 @@ def violations() -> list[str]:
             for wrong in _of_step(step, executions, children_of[step.execution_id, step.name])
         ]
     found += _of_results(executions.values())
+    found += _of_keys(executions)
     if history.is_recording():
         recorded = history.moves()
         for execution_id, moves in recorded.items():
@@ -110,6 +111,26 @@ def violations() -> list[str]:
             if task_id in ended_once and any(state in READY_STATES for state in states[:-1]):
                 found.append(f"Celery was told that {task_id} is {', then '.join(states)}")
     return found
+
+
+def _of_keys(executions: dict[uuid.UUID, Execution]) -> Iterator[str]:
+    begun: dict[tuple[str, str], list[Execution]] = defaultdict(list)
+    for execution in executions.values():
+        if execution.is_final and execution.unique_key is not None:
+            yield f"{execution} ({execution.status}) has a unique key, and has ended"
+        if execution.unique_key not in (None, execution.own_key):
+            yield f"{execution} ({execution.status}) has another unique key than it was given"
+        if execution.own_key is not None and execution.started_at is not None and not execution.is_final:
+            begun[execution.task, execution.own_key].append(execution)
+        if execution.predecessor is not None:
+            before = executions.get(execution.predecessor)
+            if before is None or before.is_final:
+                yield f"{execution} ({execution.status}) waits for an end that has been"
+            if execution.status != ExecutionStatus.QUEUED or execution.due_at is not None:
+                yield f"{execution} ({execution.status}) waits for an end, and goes on"
+    for (_, key), rows in begun.items():
+        if len(rows) > 1:
+            yield f"Of the unique key {key}, {len(rows)} have begun and are open: {rows}"
 
 
 def _of_execution(execution: Execution, failures: dict[uuid.UUID, FailedExecution]) -> Iterator[str]:
@@ -165,6 +186,9 @@ def _of_child(child: Execution, parent: Execution | None, parent_steps: Iterable
 def _of_step(step: Step, executions: dict[uuid.UUID, Execution], children: list[Execution]) -> Iterator[str]:
     execution = executions[step.execution_id]
     child = executions.get(step.child_id) if step.child_id else None
+    if step.is_copied:
+        yield from _of_copy(step, children)
+        return
     if (
         step.status == StepStatus.PENDING
         and step.kind != StepKind.START
@@ -189,6 +213,21 @@ def _of_step(step: Step, executions: dict[uuid.UUID, Execution], children: list[
         step.status == StepStatus.PENDING and child.status in FINAL_STATUSES and execution.status not in FINAL_STATUSES
     ):
         yield f"has a child that {child.status}"
+
+
+def _of_copy(step: Step, children: list[Execution]) -> Iterator[str]:
+    """A step of a fork that its source has recorded: whatever its children were, it needs none of them."""
+    if step.status == StepStatus.PENDING:
+        yield "was copied, and is pending"
+    if children:
+        yield f"was copied, and has {len(children)} children"
+    if step.kind in CHILD_KINDS and step.status == StepStatus.SUCCEEDED and step.result is None:
+        yield "was copied without its result"
+    if step.status == StepStatus.FAILED and step.error is None:
+        yield "was copied without its error"
+    outcomes = list(CopiedOutcome.objects.filter(step=step).order_by("position").values_list("position", flat=True))
+    if outcomes != list(range((step.total or 0) if step.kind == StepKind.MAP else 0)):
+        yield f"was copied with {len(outcomes)} outcomes of {step.total}"
 
 
 def _of_results(executions: Iterable[Execution]) -> Iterator[str]:

@@ -8,7 +8,7 @@ from typing import Any, assert_type
 
 from celery import shared_task
 from celery.canvas import Signature
-from celery.result import AsyncResult, EagerResult
+from celery.result import EagerResult
 from django.test import TransactionTestCase
 
 from conductor_app import (
@@ -24,12 +24,43 @@ from conductor_app import (
     durable_task,
 )
 from conductor_app.models import Execution
+from conductor_app.tasks.result import DurableResult
 from conductor_app.testing import Conductor, ConductorMixin, ConductorTestCase, StepCall, run
 
 
 @durable_task
 def charge(ctx: ExecutionContext, order_id: int, note: str = "") -> dict[str, int]:
     return {"receipt": order_id}
+
+
+async def fetch(order_id: int, *, fresh: bool = False) -> bytes:
+    return b""
+
+
+@durable_task
+def fetches(ctx: ExecutionContext, order_id: int) -> None:
+    assert_type(ctx.step("fetch", fetch, order_id, fresh=True), bytes)
+    assert_type(ctx.atomic_step("store", fetch, order_id), bytes)
+
+
+def many() -> None:
+    results = charge.start_many([{"order_id": 1}, 2], idempotency_keys=["a", None], tags={"a": "b"}, countdown=5)
+    assert_type(results, list[DurableResult[dict[str, int]]])
+    assert_type(results[0].is_new, bool | None)
+    charge.start_many({"order_id": n} for n in range(3))
+    charge.start_many([], countdown=dt.timedelta(minutes=1))
+
+
+async def in_an_event_loop(execution: Execution) -> None:
+    assert_type(await charge.adelay(7, note="n"), DurableResult[dict[str, int]])
+    result = await charge.aapply_async((7,), countdown=5, idempotency_key="k", tags={"a": "b"})
+    assert_type(result, DurableResult[dict[str, int]])
+    assert_type(await charge.astart_many([7]), list[DurableResult[dict[str, int]]])
+    await api.aget_result(result, timeout=dt.timedelta(seconds=5))
+    assert_type(await api.asend_event(execution, "go", {"by": "ana"}, id="1"), bool)
+    assert_type(await api.acancel(execution.pk, "no more", actor="ana"), bool)
+    assert_type(await api.afind(result), Execution)
+    await api.aretry(execution)
 
 
 @durable_task(max_retries=5, retry_backoff=True, queue="payments", autoretry_for=(OSError,))
@@ -41,6 +72,15 @@ def refund(ctx: ExecutionContext, order_id: int) -> str:
     name="shop.settle", time_limit=60, soft_time_limit=50.5, rate_limit="5/m", ignore_result=True, throws=KeyError
 )
 def settle(ctx: ExecutionContext) -> None: ...
+
+
+@durable_task(tags={"kind": "refund"})
+def tagged(ctx: ExecutionContext, order_id: int) -> None:
+    ctx.tag("order", str(order_id))
+
+
+@durable_task(tags=lambda order_id: {"order": str(order_id)})
+def tagged_by_arguments(ctx: ExecutionContext, order_id: int) -> None: ...
 
 
 @shared_task
@@ -106,14 +146,18 @@ def fulfil(ctx: ExecutionContext, order_id: int) -> str:
 
 
 def outside() -> None:
-    assert_type(charge.delay(1, note="x"), AsyncResult[dict[str, int]])
-    assert_type(charge.delay(order_id=1), AsyncResult[dict[str, int]])
+    assert_type(charge.delay(1, note="x"), DurableResult[dict[str, int]])
+    assert_type(charge.delay(order_id=1), DurableResult[dict[str, int]])
     assert_type(charge.apply_async((1,), countdown=5, idempotency_key="order-7").get(timeout=60), dict[str, int])
     assert_type(charge.apply_async(kwargs={"order_id": 1}, queue="other", expires=dt.timedelta(hours=1)).id, str)
+    assert_type(charge.apply_async((1,), unique_key="order-7", on_conflict="replace", debounce=5).is_new, bool | None)
     assert_type(charge.apply(kwargs={"order_id": 1}), EagerResult[dict[str, int]])
     assert_type(charge.s(1), Signature[dict[str, int]])
     charge.delay_on_commit(1)
     charge.apply_async((1,), headers={"tenant": "a"}, time_limit=5, soft_time_limit=4, eta=dt.datetime.now(dt.UTC))
+    charge.apply_async((1,), tags={"tenant": "a"})
+    api.tag("id", {"tenant": "a", "order": None})
+    assert_type(api.get_tags("id"), dict[str, str])
     result = refund.delay(1)
     assert_type(api.cancel(result, reason="no stock"), bool)
     api.cancel(result.id)

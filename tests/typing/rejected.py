@@ -42,9 +42,9 @@ def fulfil(ctx: ExecutionContext, order_id: int) -> None:
     ctx.start("start", charge, on_timeout="ignore")  # E: arg-type
     ctx.invoke("lambda", lambda: 1)  # E: call-overload
     ctx.invoke("charge", charge, {}, 30)  # E: call-overload
-    ctx.step("save", save, order_id)  # E: call-arg
+    ctx.step("save", save, order_id)  # E: call-overload
     ctx.step("save", save, "7", receipt="R")  # E: arg-type
-    ctx.step("save", save(1, receipt="R"))  # E: arg-type
+    ctx.step("save", save(1, receipt="R"))  # E: call-overload
     number: int = ctx.atomic_step("save", save, 1, receipt="R")  # E: assignment
     ctx.sleep("nap", "60")  # E: arg-type
     ctx.sleep_until("nap", 60)  # E: arg-type
@@ -52,6 +52,35 @@ def fulfil(ctx: ExecutionContext, order_id: int) -> None:
     ctx.attempt = 2  # E: misc
     ctx.invoice("charge", charge)  # E: attr-defined
     print(receipt, sent, signed, number)
+
+
+async def fetch(order_id: int) -> bytes:
+    return b""
+
+
+@durable_task
+def fetches(ctx: ExecutionContext, order_id: int) -> None:
+    text: str = ctx.step("fetch", fetch, order_id)  # E: assignment
+    ctx.step("fetch", fetch, "7")  # E: call-overload
+    ctx.atomic_step("fetch", fetch)  # E: call-overload
+    print(text)
+
+
+async def in_an_event_loop() -> None:
+    await charge.adelay()  # E: call-arg
+    await charge.adelay("7")  # E: arg-type
+    await charge.aapply_async((7,), countdwon=5)  # E: call-arg
+    text: str = await api.asend_event("id", "go")  # E: assignment
+    await api.acancel()  # E: call-arg
+    await api.aget_result("id", timeout="5")  # E: arg-type
+    print(text)
+
+
+def many() -> None:
+    charge.start_many(7)  # E: arg-type
+    charge.start_many([7], idempotency_keys=[7])  # E: list-item
+    charge.start_many([7], tags={"a": 7})  # E: dict-item
+    charge.start_many([7], eta="now")  # E: call-arg
 
 
 def outside() -> None:
@@ -65,6 +94,9 @@ def outside() -> None:
     charge.apply_async((1,), idempotencykey="7")  # E: call-arg
     charge.apply_async((1,), timeout=5)  # E: call-arg
     charge.apply_async((1,), countdown="5")  # E: arg-type
+    charge.apply_async((1,), tags={"order": 7})  # E: dict-item
+    durable_task(tags="order")  # E: call-overload
+    api.tag("id", {"order": 7})  # E: dict-item
     wrong: int = charge.delay(1).get()  # E: assignment
     api.cancel(7)  # E: arg-type
     api.cancel("id", reason=5)  # E: arg-type

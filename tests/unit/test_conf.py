@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from django.core.exceptions import ImproperlyConfigured
 
-from conductor_app.conf import ConductorSettings, conductor_settings
+from conductor_app.conf import LINK_PLACEHOLDERS, ConductorSettings, conductor_settings
 
 
 def refusal(values: Any) -> str:
@@ -40,9 +40,11 @@ def test_every_key_can_be_set_and_keeps_its_type() -> None:
     given: dict[str, Any] = {
         field.name: field.default if isinstance(field.default, bool) else field.default * 2
         for field in dataclasses.fields(ConductorSettings)
+        if field.default is not dataclasses.MISSING and field.default is not None
     }
     given |= {"METRICS": True, "METRICS_LISTEN": "127.0.0.1:9464", "METRICS_TOKEN": "s3cret", "TRACING": True}
-    given |= {"AROUND_BODY": "shop.tenancy.scope", "REPORTED_STATE": "STARTED"}
+    given |= {"AROUND_BODY": "shop.tenancy.scope", "REPORTED_STATE": "STARTED", "LINKS": {"Logs": "/{task}"}}
+    given |= {"KEEP": 604_800.0, "KEEP_FAILED": 7_776_000.0}
     settings = ConductorSettings.from_dict(given)
     assert dataclasses.asdict(settings) == given
     whole = ConductorSettings.from_dict({"LEASE_SECONDS": 90, "HEARTBEAT_SECONDS": 30})
@@ -52,7 +54,7 @@ def test_every_key_can_be_set_and_keeps_its_type() -> None:
 @pytest.mark.parametrize(
     ("key", "hint"),
     [
-        ("LEASE_TTLL", ' Did you mean "LEASE_SECONDS"?'),
+        ("LEASE_SECS", ' Did you mean "LEASE_SECONDS"?'),
         ("LEASE_SECOND", ' Did you mean "LEASE_SECONDS"?'),
         ("lease_seconds", None),
         ("MAX_PAYLOAD", ' Did you mean "MAX_PAYLOAD_BYTES"?'),
@@ -124,3 +126,41 @@ def test_settings_are_read_once_and_again_when_a_test_overrides_them(settings: A
         conductor_settings()
     del settings.CONDUCTOR
     assert conductor_settings() == ConductorSettings()
+
+
+@pytest.mark.parametrize(
+    ("links", "expected"),
+    [
+        (["/logs"], "must be a dict of labels and URLs"),
+        ({"": "/logs"}, "must be a label and a URL"),
+        ({1: "/logs"}, "must be a label and a URL"),
+        ({"Logs": None}, "must be a label and a URL"),
+        ({"Logs": "javascript:alert(1)"}, 'must begin with "https://", "http://" or "/"'),
+        ({"Logs": "logs/{task}"}, 'must begin with "https://", "http://" or "/"'),
+        ({"Logs": "//elsewhere.example.com/"}, 'must begin with "https://", "http://" or "/"'),
+        ({"Logs": "/\\elsewhere.example.com/"}, 'must begin with "https://", "http://" or "/"'),
+        ({"Logs": "https:///{task}"}, 'must begin with "https://", "http://" or "/"'),
+        ({"Logs": "https://{task}.example.com/"}, "must name its server without placeholders"),
+        ({"Logs": "https://logs.example.com/a b"}, "must be a URL without spaces"),
+        ({"Logs": "/logs\n"}, "must be a URL without spaces"),
+        ({"Logs": "/{exection_id}"}, "unknown placeholder {exection_id}. Did you mean {execution_id}?"),
+        ({"Logs": "/{zzz}"}, "unknown placeholder {zzz}. There are {execution_id}, {root_id}"),
+        ({"Logs": "/{}"}, "unknown placeholder {}."),
+        ({"Logs": "/{task.__class__}"}, "unknown placeholder {task.__class__}"),
+        ({"Logs": "/{task!r}"}, "must have {task} as it is"),
+        ({"Logs": "/{task:>9}"}, "must have {task} as it is"),
+        ({"Logs": "/{task"}, "A brace that is meant is doubled: {{ or }}."),
+    ],
+)
+def test_wrong_links_are_refused(links: Any, expected: str) -> None:
+    message = refusal({"LINKS": links})
+    assert message.startswith('CONDUCTOR["LINKS"]')
+    assert expected in message
+
+
+def test_links_may_have_every_placeholder_and_braces_that_are_doubled() -> None:
+    url = "https://logs.example.com/?q={{%22a%22}}" + "".join(f"&{name}={{{name}}}" for name in LINK_PLACEHOLDERS)
+    links = {"Logs": url, "Here": "/"}
+    kept = ConductorSettings.from_dict({"LINKS": links})
+    assert links == kept.LINKS
+    assert ConductorSettings().LINKS == {}

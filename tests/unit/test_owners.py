@@ -8,13 +8,14 @@ import pytest
 
 from conductor_app.models import Execution
 from conductor_app.store import owners
+from conductor_app.store.process import process
 
 
 @pytest.fixture(autouse=True)
 def fresh_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a process that has just begun."""
-    monkeypatch.setattr(owners, "_workers_token", None)
-    monkeypatch.setattr(owners, "_own", None)
+    process.workers_token = None
+    process.own_token = None
     monkeypatch.delenv("CONDUCTOR_WORKER_TOKEN", raising=False)
 
 
@@ -38,10 +39,10 @@ def test_the_processes_of_a_worker_share_its_token() -> None:
     assert not owners.is_of_this_worker(first, "celery@app")
 
 
-def test_a_pool_process_that_is_started_anew_takes_over_its_workers_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pool_process_that_is_started_anew_takes_over_its_workers_token() -> None:
     owners.begin_worker()
     token = owners.token()
-    monkeypatch.setattr(owners, "_workers_token", None)
+    process.workers_token = None
     assert owners.token() != token, "a process that a worker starts for something else"
     owners.join_worker()
     assert owners.token() == token

@@ -8,8 +8,8 @@ import signal
 import pytest
 from kombu.asynchronous import Hub
 
-from conductor_app.host import pools
 from conductor_app.host.pools import LoopPool, ProcessLock
+from conductor_app.store.process import process
 from tests.support.polling import wait_until
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -65,9 +65,9 @@ def test_a_worker_connects_again_while_a_dead_process_is_not_reaped_yet(monkeypa
         hub.close()
 
 
-def test_a_killed_process_is_told_of_as_soon_as_its_end_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_process_is_told_of_as_soon_as_its_end_is_seen() -> None:
     ended: list[int] = []
-    monkeypatch.setattr(pools, "on_process_end", ended.append)
+    process.worker.on_process_end = ended.append
     hub = Hub()
     pool = LoopPool(processes=2, threads=False)
     try:

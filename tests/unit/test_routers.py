@@ -14,11 +14,38 @@ from django.test.utils import CaptureQueriesContext
 
 import conductor_app
 from conductor_app import ChildFailed, ExecutionContext, api
-from conductor_app.models import Execution, FailedExecution, Step, database
+from conductor_app.models import (
+    Attempt,
+    Execution,
+    FailedExecution,
+    Operation,
+    OperationItem,
+    PausedTask,
+    Place,
+    Step,
+    database,
+)
 from conductor_app.store import clock
 from tests.support.bodies import durable, go_on
 
-OURS = {"Event", "Execution", "FailedExecution", "Step"}
+OURS = {
+    "Attempt",
+    "CopiedOutcome",
+    "Event",
+    "Execution",
+    "FailedExecution",
+    "Fork",
+    "LimitKey",
+    "Operation",
+    "OperationItem",
+    "PausedTask",
+    "Place",
+    "Schedule",
+    "Step",
+    "Worker",
+}
+#: Those that a second database needs here.
+TABLES = (Execution, Attempt, Step, FailedExecution, Operation, OperationItem, PausedTask, Place)
 SOURCES = sorted(Path(conductor_app.__file__).parent.rglob("*.py"))
 
 
@@ -47,7 +74,7 @@ def second(settings: Any, tmp_path: Path, django_db_setup: None, django_db_block
     with django_db_blocker.unblock():
         try:
             with connections["second"].schema_editor() as editor:
-                for model in (Execution, Step, FailedExecution):
+                for model in TABLES:
                     editor.create_model(model)
             yield "second"
         finally:

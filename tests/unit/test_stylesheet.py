@@ -9,10 +9,12 @@ import pytest
 
 import conductor_app
 
-CSS = (Path(conductor_app.__file__).parent / "static/conductor_app/page.css").read_text()
+STATIC = Path(conductor_app.__file__).parent / "static/conductor_app"
+CSS = (STATIC / "page.css").read_text()
 #: The admin's own backgrounds in the light and in the dark scheme: of a page, and of its quiet boxes.
 GROUNDS = {"light": "#ffffff", "light box": "#f8f8f8", "dark": "#121212", "dark box": "#212121"}
-TONES = dict(re.findall(r"^    --cd-([a-z]+): (#[0-9a-f]{6});", CSS, re.MULTILINE))
+#: Those of all pages.
+TONES = dict(re.findall(r"^    --cd-([a-z]+): (#[0-9a-f]{6});", (STATIC / "admin.css").read_text(), re.MULTILINE))
 
 
 def luminance(colour: str) -> float:
@@ -41,10 +43,12 @@ def test_bars_and_marks_stand_out_in_both_schemes(ground: str) -> None:
 
 def test_text_has_the_colours_of_the_admin() -> None:
     rules = re.findall(r"[{;\s](?:color|fill): ([^;]+);", CSS)
-    of_text = [value for value in rules if not value.startswith(("var(--cd-", "GrayText", "CanvasText"))]
+    others = ("var(--cd-", "GrayText", "CanvasText", "inherit", "transparent")
+    of_text = [value for value in rules if not value.startswith(others)]
     assert of_text
     for value in of_text:
-        assert re.match(r"var\(--(body|error|link)-[a-z-]+, #[0-9a-f]{3,6}\)", value), value
+        otherwise = r"(#[0-9a-f]{3,6}|currentcolor|var\(--cd-fg\))"
+        assert re.match(rf"var\(--(body|error|link)-[a-z-]+, {otherwise}\)", value), value
 
 
 def test_nothing_comes_from_elsewhere() -> None:

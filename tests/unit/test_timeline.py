@@ -230,7 +230,7 @@ def test_the_image_names_itself_and_waits_are_hatched() -> None:
     texts = {element.get("id"): element.text for element in image.iter() if element.get("id")}
     assert [bool(texts.get(key)) for key in image.get("aria-labelledby", "").split()] == [True, True]
     hatched = found(image, "cd-bar--waiting")
-    assert {bar.get("fill") for bar in hatched} == {"url(#cd-hatch)"}
+    assert {bar.get("fill") for bar in hatched} == {"url(#cd-timeline-hatch)"}
     assert len(hatched) == 2
     assert not found(image, "cd-end")
 

@@ -10,6 +10,7 @@ import ast
 import json
 import re
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from gettext import NullTranslations
@@ -19,17 +20,30 @@ from typing import Any
 import pytest
 from django.utils import translation
 from django.utils.translation import trans_real
+from django.utils.translation.trans_real import CONTEXT_SEPARATOR
 
 from conductor_app import telling
-from conductor_app.models import Execution, FailedExecution, Step
-from conductor_app.states import ExecutionStatus, StepKind, StepStatus
+from conductor_app.models import Attempt, Execution, FailedExecution, Operation, PausedTask, Schedule, Step
+from conductor_app.models.execution import PARKED_UNTIL
+from conductor_app.states import (
+    ExecutionStatus,
+    ItemState,
+    OperationKind,
+    OperationSource,
+    RunOutcome,
+    StepKind,
+    StepStatus,
+)
 from conductor_app.telling.headlines import headline
 from conductor_app.telling.history import history, shortened
 from conductor_app.telling.labels import document, label
 from conductor_app.telling.mailbox import unclaimed
-from conductor_app.telling.situation import Situation
+from conductor_app.telling.operations import Deed, Progress
+from conductor_app.telling.schedules import sentence as sentence_of_schedule
+from conductor_app.telling.situation import Parked, Situation
 from conductor_app.telling.story import Story
 from conductor_app.telling.waits import awaited
+from conductor_app.transitions import kinds, waits
 from tests.support.instants import NOW, ago, ahead
 
 ROOT, CHILD = uuid.UUID(int=1), uuid.UUID(int=2)
@@ -50,6 +64,7 @@ class Capitals(NullTranslations):
         return "xx"
 
     def gettext(self, message: str) -> str:
+        message = message.rpartition(CONTEXT_SEPARATOR)[2]
         self.asked.add(message)
         parts = _PLACEHOLDER.split(message)
         return "".join(part if _PLACEHOLDER.fullmatch(part) else part.upper() for part in parts)
@@ -131,6 +146,22 @@ def situations() -> Iterator[Situation]:
     for allowed in (4, None):
         error = json.dumps({"type": "SHOP.NO_STOCK", "message": "NONE LEFT"})
         yield situation(execution("queued", attempt=2, max_attempts=allowed, due_at=ahead(8), error=error))
+    # behind the one before it of the same unique key
+    for predecessor in (CHILD, None):
+        yield situation(execution("queued", due_at=None, unique_key="C-7", predecessor=predecessor))
+    # parked by a limit
+    far = execution("queued", due_at=PARKED_UNTIL)
+    yield situation(far)
+    for number, key in ((5, "A-1"), (None, "")):
+        parked = Parked("BANK", key, number, number or 0, ago(9), 3, (CHILD,))
+        yield replace(situation(far), parked=parked)
+    # held, or of a paused task
+    for by in ("ANA", None):
+        for status in ("queued", "running", "waiting"):
+            yield situation(execution(status, held_at=ago(9), held_by=by, hold_reason="BANK"))
+        yield situation(execution("queued", due_at=ahead(8), held_at=ago(9), held_by=by, hold_reason="BANK"))
+        pause = PausedTask(name="SHOP.FULFIL", paused_at=ago(9), paused_by=by or "", reason="BANK")
+        yield replace(situation(execution("queued")), paused=pause)
     # running
     for options in ("{}", '{"plain": {"acks_late": false}}'):
         silent = execution("running", lease_expires_at=ahead(20), options=options)
@@ -188,6 +219,62 @@ def stories() -> Iterator[Story]:
         for status in StepStatus:
             yield told(execution("waiting"), step(status, kind, attempt=2, deadline_at=ahead(18)))
     yield told(execution("waiting"), step(), children=(child("running", started_at=ago(9)),))
+    copied = step("succeeded", fence=0, attempt=0)
+    for number in (1, 2):
+        yield told(execution("queued"), *[copied] * number)
+    yield replace(told(execution("queued"), copied), step_count=300)
+    again = execution("running", started_at=ago(59), run_started_at=ago(2), due_at=ago(3), fence=9, lease_owner="C@W/1")
+    ended = [
+        Attempt(
+            execution_id=ROOT,
+            run=number,
+            attempt=1,
+            worker="C@W/1",
+            due_at=ago(50),
+            started_at=ago(48 - number),
+            finished_at=ago(47 - number),
+            outcome=outcome.value,
+            error_class="SHOP.DECLINED",
+            message="NO!",
+        )
+        for number, outcome in enumerate(RunOutcome, 1)
+    ]
+    yield replace(told(again), attempts=ended)
+    other = uuid.UUID(int=3)
+    for kind in OperationKind:
+        for operation in (
+            asked(kind, actor="ANA", reason="WHY"),
+            *(asked(kind, source=way) for way in OperationSource),
+        ):
+            deeds = [Deed(ago(3), operation, ROOT, None), Deed(ago(2), operation, ROOT, other)]
+            yield replace(told(execution("queued")), deeds=deeds)
+            yield replace(told(child("queued")), deeds=deeds)
+            yield replace(told(execution("queued")), deeds=[Deed(ago(1), operation, other, ROOT)])
+
+
+def asked(kind: str, **fields: Any) -> Operation:
+    return Operation(kind=kind, **{"source": "admin", **fields})
+
+
+def progresses() -> Iterator[Progress]:
+    each = Counter({state.value: 9 for state in ItemState})
+    for kind in OperationKind:
+        statuses = Counter({status.value: 1 for status in ExecutionStatus})
+        yield Progress(asked(kind), each, statuses, Counter({"NO": 4, "NEVER": 5}))
+        yield Progress(asked(kind), each, Counter(), Counter({"NO": 9}))
+
+
+def schedules() -> Iterator[Schedule]:
+    for values in (
+        {},
+        {"waiting": "[]"},
+        {"next_at": None},
+        {"next_at": ago(600)},
+        {"paused_at": ago(60)},
+        {"paused_at": ago(60), "paused_by": "ANA", "pause_reason": "INCIDENT"},
+        {"absent_at": ago(60)},
+    ):
+        yield Schedule(**{"next_at": ahead(60), **values})
 
 
 def sentences() -> Iterator[str]:
@@ -196,6 +283,8 @@ def sentences() -> Iterator[str]:
         yield from (line.text, *line.hints)
         for item in awaited(told):
             yield from (item.what, *item.then)
+    yield from (found.sentence for found in progresses())
+    yield from (sentence_of_schedule(found, NOW) for found in schedules())
     yield unclaimed({"APROVED": 1})
     yield unclaimed({f"EVENT-{number}": number for number in range(1, 8)})
     for read in stories():
@@ -217,7 +306,8 @@ def test_every_sentence_is_translated_as_a_whole(capitals: Capitals) -> None:
 
 def test_every_message_is_among_the_sentences_above(capitals: Capitals) -> None:
     list(sentences())
-    found = {message for path in Path(telling.__path__[0]).glob("*.py") for message in messages(path)}
+    modules = [*Path(telling.__path__[0]).glob("*.py"), *Path(waits.__path__[0]).glob("*.py"), Path(kinds.__file__)]
+    found = {message for path in modules for message in messages(path)}
     assert len(found) > 100
     assert found - capitals.asked == set()
 

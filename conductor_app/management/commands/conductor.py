@@ -15,27 +15,44 @@ from django.db import InterfaceError, OperationalError
 
 from conductor_app.checks import schema
 from conductor_app.management.output import Output
-from conductor_app.management.subcommands.acting import Cancel, Publish, Rerun, Retry, Send, Wake
-from conductor_app.management.subcommands.base import OK, PROBLEM, Subcommand
+from conductor_app.management.subcommands.actions import Cancel, Fork, Hold, Publish, Release, Rerun, Retry, Wake
+from conductor_app.management.subcommands.alive import Alive
+from conductor_app.management.subcommands.base import OK, PROBLEM, USAGE, Subcommand
 from conductor_app.management.subcommands.doctor import Doctor
+from conductor_app.management.subcommands.limits import Limits
 from conductor_app.management.subcommands.ls import Ls
+from conductor_app.management.subcommands.operations import Operations
+from conductor_app.management.subcommands.pausing import Pause, Unpause
 from conductor_app.management.subcommands.prune import Prune
+from conductor_app.management.subcommands.schedules import Schedules
+from conductor_app.management.subcommands.send import Send
 from conductor_app.management.subcommands.show import Show
 from conductor_app.management.subcommands.sweep import Sweep
+from conductor_app.management.subcommands.workers import Workers
 from conductor_app.models import database
 from conductor_app.store import eager
 from conductor_app.telling.words import clean
 
 SUBCOMMANDS: tuple[Subcommand, ...] = (
     Doctor(),
+    Alive(),
     Ls(),
     Show(),
+    Workers(),
+    Limits(),
     Retry(),
     Rerun(),
+    Fork(),
     Cancel(),
     Send(),
     Wake(),
     Publish(),
+    Hold(),
+    Release(),
+    Pause(),
+    Unpause(),
+    Operations(),
+    Schedules(),
     Sweep(),
     Prune(),
 )
@@ -65,8 +82,11 @@ class Command(BaseCommand):
         """Run the subcommand, and turn what goes wrong into one line and an exit code."""
         del args
         colour = True if options["force_color"] else False if options["no_color"] else None
-        out = Output(self.stdout, stderr=self.stderr, as_json=options["json"], colour=colour)
+        as_json, is_quiet = options["json"], options.get("quiet", False)
+        out = Output(self.stdout, stderr=self.stderr, as_json=as_json, is_quiet=is_quiet, colour=colour)
         try:
+            if as_json and is_quiet:
+                raise CommandError("Give --json or --quiet, not both.", returncode=USAGE)
             with eager.outside():
                 code = options["run"].run(out, options)
         except (CommandError, AnyDatabaseError, ImproperlyConfigured) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
+import json
 import re
 import uuid
 from collections.abc import Iterable
@@ -25,6 +26,8 @@ USAGE = 2
 #: So much of an id is taken for the whole; of those that begin with less there are many.
 LEAST_DIGITS = 6
 _PREFIX = re.compile(rf"[0-9a-f]{{{LEAST_DIGITS},32}}", re.ASCII)
+#: Most digits of a number that is given.
+_MOST_DIGITS = 9
 #: Most ids that are shown of those that begin alike.
 _MOST_SHOWN = 5
 _UNITS = {"s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 604_800}
@@ -104,9 +107,27 @@ def parse_duration(text: str) -> dt.timedelta:
 
 def positive_int(text: str) -> int:
     """Return a whole number of at least 1; for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    # Of more digits it is a slip, and more than databases can count.
+    if not text.isdecimal() or len(text) > _MOST_DIGITS or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1, and at most 9 digits")
     return int(text)
+
+
+def positive_seconds(text: str) -> float:
+    """Return a number of seconds; for argparse."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    # A day: longer pauses are a slip, and more than threads can wait.
+    if not 0 < seconds <= _UNITS["d"]:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of seconds greater than 0, at most a day")
+    return seconds
+
+
+def accept_quiet(parser: CommandParser) -> None:
+    """Declare ``--quiet``."""
+    parser.add_argument("-q", "--quiet", action="store_true", help="write ids alone, one a line")
 
 
 def celery_app() -> Celery:
@@ -124,3 +145,13 @@ def load_durable_tasks(app: Celery) -> list[str]:
 def counted(number: int, noun: str) -> str:
     """Return ``1 execution``, ``2 executions``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def json_value(text: str) -> Any:
+    """Return a value given as JSON; for argparse."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not JSON ({error}); a text needs its quotes: '\"yes\"'"
+        ) from None

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
 
 from celery import Celery
 from django.core import checks as system_checks
 from django.core.exceptions import ImproperlyConfigured
+from django.core.management.base import CommandParser
 from django.db import Error as AnyDatabaseError
 from django.db import connections
 from django.db.migrations.executor import MigrationExecutor
-from django.db.models import Count, Min
 from rich.table import Table
 from rich.text import Text
 
@@ -27,6 +26,7 @@ from conductor_app.checks.result_backend import check_result_backend
 from conductor_app.checks.subject import TAG, has_app
 from conductor_app.conf import conductor_settings
 from conductor_app.management.output import STYLES, Output, plain
+from conductor_app.management.subcommands import attendance
 from conductor_app.management.subcommands.base import (
     OK,
     PROBLEM,
@@ -35,17 +35,15 @@ from conductor_app.management.subcommands.base import (
     counted,
     load_durable_tasks,
 )
-from conductor_app.models import Execution, Step, database
-from conductor_app.models.stranded import waiting_for_nothing
-from conductor_app.states import ExecutionStatus, StepStatus
-from conductor_app.store import clock, lock_holders
+from conductor_app.management.subcommands.bounded import within
+from conductor_app.management.subcommands.findings import Finding, line
+from conductor_app.management.subcommands.open_work import executions, locks
+from conductor_app.management.subcommands.scheduled import schedule_findings
+from conductor_app.models import Execution, database
+from conductor_app.store import clock
 from conductor_app.store.owners import node_name
 from conductor_app.telling.hints import app_to_load
-from conductor_app.telling.queues import UNDELIVERABLE_DISPATCHES
-from conductor_app.telling.words import clean, duration
-from conductor_app.transitions import dispatch, steps
-
-T = TypeVar("T")
+from conductor_app.transitions import dispatch
 
 #: Seconds that the broker has to answer.
 BROKER_SECONDS = 2
@@ -53,26 +51,6 @@ BROKER_SECONDS = 2
 PING_SECONDS = 1.0
 #: More seconds than this between two clocks are odd.
 SKEW_SECONDS = 5.0
-#: Something that has been due for this many seconds longer than a sweep takes shows that nobody sweeps.
-STUCK_SECONDS = 60.0
-#: A session that waits longer than this for a lock of another one is worth a line.
-LOCK_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line: what was looked at, whether it is well, and what to do if not."""
-
-    name: str
-    #: ``OK``, ``WARN`` or ``FAIL``.
-    level: str
-    message: str
-    hint: str = ""
-
-    @property
-    def is_well(self) -> bool:
-        """Whether what comes after it can rely on it."""
-        return self.level != "FAIL"
 
 
 class Doctor(Subcommand):
@@ -81,9 +59,16 @@ class Doctor(Subcommand):
     name = "doctor"
     help = "Check settings, database, broker, workers, and whether executions are stuck."
 
+    def add_arguments(self, parser: CommandParser) -> None:
+        """Declare how strict it is."""
+        parser.add_argument(
+            "--strict",
+            action="store_true",
+            help="exit 1 also if nobody is known to sweep, or to serve a queue whose executions are late",
+        )
+
     def run(self, out: Output, options: dict[str, Any]) -> int:
         """Look at everything; one thing that is broken does not stop the rest."""
-        del options
         findings = []
         table = Table.grid(padding=(0, 2, 0, 0))
         table.add_column(no_wrap=True)
@@ -97,13 +82,20 @@ class Doctor(Subcommand):
             table.add_row(Text(finding.level, STYLES[finding.level]), finding.name, text)
         failed = sum(finding.level == "FAIL" for finding in findings)
         warned = sum(finding.level == "WARN" for finding in findings)
-        out.document({"ok": not failed, "checks": [asdict(finding) for finding in findings]})
+        wanting = [finding.name for finding in findings if finding.needs_person] if options["strict"] else []
+        out.document({"ok": not failed and not wanting, "checks": [_document(finding) for finding in findings]})
         out.print(table)
         verdict = "Everything is well." if not warned else f"{counted(warned, 'warning')}, nothing is broken."
         if failed:
             verdict = f"{counted(failed, 'problem')}, {counted(warned, 'warning')}."
         out.print(Text(), Text(verdict, STYLES["FAIL"] if failed else STYLES["WARN"] if warned else STYLES["OK"]))
-        return PROBLEM if failed else OK
+        if wanting:
+            out.note(f"--strict: a person is needed for {', '.join(wanting)}.")
+        return PROBLEM if failed or wanting else OK
+
+
+def _document(finding: Finding) -> dict[str, Any]:
+    return {**asdict(finding), "needs_person": finding.needs_person or not finding.is_well}
 
 
 def _examine() -> Iterator[Finding]:
@@ -126,8 +118,11 @@ def _examine() -> Iterator[Finding]:
         yield workers
         yield _tasks(app)
     if tables is not None and tables.is_well and settings.is_well:
-        yield from _executions(served)
-        yield _locks()
+        rows = attendance.alive()
+        yield attendance.seen(rows)
+        yield from executions(attendance.with_queues(served, rows))
+        yield from schedule_findings()
+        yield locks()
     yield from _other_checks()
 
 
@@ -148,7 +143,7 @@ def _database() -> Finding:
     try:
         clock.read(using)
     except (AnyDatabaseError, ImproperlyConfigured) as error:
-        return Finding("database", "FAIL", f'Database "{using}" does not answer: {_line(error)}', "Check DATABASES.")
+        return Finding("database", "FAIL", f'Database "{using}" does not answer: {line(error)}', "Check DATABASES.")
     took = (time.monotonic() - started) * 1_000
     connection = connections[using]
     name = connection.settings_dict["NAME"]
@@ -212,11 +207,11 @@ def _broker(app: Celery) -> Finding:
     url = app.connection_for_write().as_uri()
     started = time.monotonic()
     try:
-        warning = _within(BROKER_SECONDS + 0.5, lambda: _ask_broker(app))
+        warning = within(BROKER_SECONDS + 0.5, lambda: _ask_broker(app))
     except TimeoutError:
         return Finding("broker", "FAIL", f"{url} did not answer within {BROKER_SECONDS:g} s.", _BROKER_HINT)
     except Exception as error:  # noqa: BLE001 - each client library raises its own errors
-        return Finding("broker", "FAIL", f"{url} cannot be reached: {_line(error)}", _BROKER_HINT)
+        return Finding("broker", "FAIL", f"{url} cannot be reached: {line(error)}", _BROKER_HINT)
     if warning:
         return Finding("broker", "WARN", f"{url} answers, but {warning}", "Set maxmemory-policy noeviction in Redis.")
     return Finding("broker", "OK", f"{url} answers in {(time.monotonic() - started) * 1_000:.0f} ms.")
@@ -256,33 +251,43 @@ def _workers(app: Celery, broker: Finding) -> tuple[Finding, frozenset[str] | No
         return Finding("workers", "WARN", "Not asked: the broker does not answer."), None
     inspect = app.control.inspect(timeout=PING_SECONDS)
     try:
-        replies = _within(PING_SECONDS + BROKER_SECONDS, inspect.active_queues) or {}
+        replies = within(PING_SECONDS + BROKER_SECONDS, inspect.active_queues) or {}
     except Exception as error:  # noqa: BLE001 - each client library raises its own errors
-        return Finding("workers", "WARN", f"They could not be asked: {_line(error)}"), None
+        text = f"They could not be asked: {line(error)}"
+        return Finding("workers", "WARN", text, needs_person=not _at_work()), None
     names = sorted(replies)
     if not names:
         text = f"No worker answered within {PING_SECONDS:g} s."
-        return Finding("workers", "WARN", text, f"Start one: celery -A {app_to_load()} worker"), frozenset()
+        # Each worker sweeps. In a solo pool, one that runs a task answers nobody, and renews its lease.
+        hint = f"Start one: celery -A {app_to_load()} worker"
+        return Finding("workers", "WARN", text, hint, needs_person=not _at_work()), frozenset()
     served = frozenset(str(queue["name"]) for queues in replies.values() for queue in queues or ())
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return Finding("workers", "OK", f"{counted(len(names), 'worker')} answered: {shown}."), served
 
 
 def _seen_in_database() -> str:
-    try:
-        running = Execution.objects.using(database()).with_status(ExecutionStatus.RUNNING)
-        owners = set(running.filter(lease_expires_at__gt=clock.now()).values_list("lease_owner", flat=True)[:1_000])
-    except AnyDatabaseError:
+    names = _at_work()
+    if names is None:
         return ""
-    names = sorted({node_name(owner) for owner in owners})
     return f"At work: {', '.join(names[:5])}." if names else "None is at work now."
+
+
+def _at_work() -> list[str] | None:
+    """Return the workers that hold a lease, or say that they are there; ``None`` if the database does not tell."""
+    try:
+        running = Execution.objects.using(database()).at_work()
+        owners = set(running.values_list("lease_owner", flat=True)[:1_000])
+    except AnyDatabaseError:
+        return None
+    return sorted({*(node_name(owner) for owner in owners), *(row.name for row in attendance.alive())})
 
 
 def _tasks(app: Celery) -> Finding:
     try:
         names = load_durable_tasks(app)
     except Exception as error:  # noqa: BLE001 - the project's own modules are imported
-        return Finding("tasks", "FAIL", f"Loading the tasks failed: {type(error).__name__}: {_line(error)}")
+        return Finding("tasks", "FAIL", f"Loading the tasks failed: {type(error).__name__}: {line(error)}")
     if not names:
         return Finding(
             "tasks",
@@ -291,135 +296,6 @@ def _tasks(app: Celery) -> Finding:
             "Put @durable_task above a function in the tasks.py of an installed app.",
         )
     return Finding("tasks", "OK", f"{counted(len(names), 'durable task')} registered.")
-
-
-# ----------------------------------------------------------------------------------------------------------- executions
-
-
-def _executions(served: frozenset[str] | None) -> Iterator[Finding]:
-    """Look at what is queued and at what is stuck.
-
-    Args:
-        served: The queues that workers say they consume; ``None`` if none could be asked.
-    """
-    using = database()
-    settings = conductor_settings()
-    rows = Execution.objects.using(using)
-    now = clock.read(using)
-
-    due = rows.with_status(ExecutionStatus.QUEUED).filter(due_at__lte=clock.now())
-    at_work = {row["queue"]: row["number"] for row in _grouped(rows.at_work(), number=Count("pk"))}
-    waiting = _grouped(due, number=Count("pk"), oldest=Min("due_at"))
-    number = sum(row["number"] for row in waiting)
-    oldest = min((row["oldest"] for row in waiting), default=None)
-    age = (now - oldest).total_seconds() if oldest else 0.0
-    patience = settings.REDISPATCH_SECONDS + STUCK_SECONDS
-    late = [row["queue"] for row in waiting if (now - row["oldest"]).total_seconds() > patience]
-    unserved = [queue for queue in late if not _may_be_served(queue, served, at_work)]
-    text = f"{counted(number, 'execution')} queued and due, the oldest for {duration(age)}."
-    if not number:
-        yield Finding("queue", "OK", "No execution waits for a worker.")
-    elif unserved:
-        text = f"{text} No worker serves {_queues(unserved)}."
-        yield Finding("queue", "FAIL", text, f"Start a worker: {_worker_command(unserved)}")
-    elif busy := [queue for queue in late if queue in at_work]:
-        running = sum(at_work[queue] for queue in busy)
-        text = f"{text} The workers of {_queues(busy)} are busy: {counted(running, 'execution')} running."
-        yield Finding("queue", "WARN", text, f"If that takes too long, add workers: {_worker_command(busy)}")
-    elif late:
-        hint = "Are there workers for their queues, and enough of them? manage.py conductor ls --status queued"
-        yield Finding("queue", "WARN", text, hint)
-    else:
-        yield Finding("queue", "OK", text)
-
-    unanswered = rows.with_status(ExecutionStatus.QUEUED).filter(dispatches__gte=UNDELIVERABLE_DISPATCHES)
-    # Behind others in a busy queue, a message is published again and again without anything being wrong.
-    unanswered = unanswered.exclude(queue__in=list(at_work))
-    number = unanswered.count()
-    if number:
-        queues = sorted(set(unanswered.values_list("queue", flat=True)[:1_000]))
-        yield Finding(
-            "undeliverable",
-            "FAIL",
-            f"{counted(number, 'execution')} published {UNDELIVERABLE_DISPATCHES} times or more, taken by no worker, "
-            f"in {_queues(queues)}.",
-            f"Start a worker that knows their tasks: {_worker_command(queues)}",
-        )
-    else:
-        yield Finding("undeliverable", "OK", "None.")
-
-    yield _stuck(rows, settings.SWEEP_SECONDS + STUCK_SECONDS)
-
-
-def _grouped(rows: Any, **values: Any) -> list[dict[str, Any]]:
-    """Return ``values`` of the rows of each queue."""
-    return list(rows.order_by("queue").values("queue").annotate(**values))
-
-
-def _may_be_served(queue: str, served: frozenset[str] | None, at_work: Mapping[str, int]) -> bool:
-    """Tell whether there may be workers for a queue; one that runs a task in a solo pool answers nobody."""
-    if queue in at_work or (served and queue in served):
-        return True
-    return not served and bool(at_work)
-
-
-def _queues(names: Sequence[str]) -> str:
-    return f"{'queue' if len(names) == 1 else 'queues'} {', '.join(names[:5])}"
-
-
-def _worker_command(queues: Sequence[str]) -> str:
-    return f"celery -A {app_to_load()} worker -Q {','.join(queues[:5])}"
-
-
-def _locks() -> Finding:
-    """Look who keeps others waiting: a host that is gone does, until its server notices."""
-    connection = connections[database()]
-    try:
-        found = lock_holders.holders(LOCK_SECONDS, database())
-    except AnyDatabaseError as error:
-        return Finding("locks", "OK", f"Not looked at: {_line(error)}")
-    if not found:
-        return Finding("locks", "OK", f"No session has waited for a lock for {LOCK_SECONDS:g} s.")
-    worst = found[0]
-    text = (
-        f"{counted(worst.waiting, 'session')} waiting, the first for {duration(worst.longest)}, for locks of session "
-    )
-    text += f"{worst.session}{f' of {worst.client}' if worst.client else ''}"
-    if worst.state:
-        text += f" ({worst.state}, its transaction is open for {duration(worst.seconds)})"
-    text += "."
-    if others := len(found) - 1:
-        text = f"{text} {counted(others, 'other session')} {'keeps' if others == 1 else 'keep'} others waiting, too."
-    end = "SELECT pg_terminate_backend(%d)" if connection.vendor == "postgresql" else "KILL %d"
-    return Finding(
-        "locks",
-        "WARN",
-        text,
-        f"If its client is gone, end it: {end % worst.session}. How the server notices: docs/howto/deployment.md.",
-    )
-
-
-def _stuck(rows: Any, grace: float) -> Finding:
-    """Look for what a sweeper would have dealt with long ago."""
-    before = clock.after(-grace)
-    late = Step.objects.using(database()).filter(status=StepStatus.PENDING, deadline_at__lt=before)
-    found = {
-        "running with a lapsed lease": rows.with_status(ExecutionStatus.RUNNING)
-        .filter(lease_expires_at__lt=before)
-        .count(),
-        "waiting past a deadline": late.count(),
-        "to be cancelled": rows.to_cancel().filter(cancel_requested_at__lt=before).count(),
-        "waiting for nothing": waiting_for_nothing(rows).count() + len(steps.in_vain()),
-    }
-    stuck = [f"{number:,} {what}" for what, number in found.items() if number]
-    if not stuck:
-        return Finding("stuck", "OK", "None.")
-    return Finding(
-        "stuck",
-        "FAIL",
-        f"Executions that a sweeper should have moved: {', '.join(stuck)}.",
-        "No worker is sweeping. Start one, or run: python manage.py conductor sweep",
-    )
 
 
 # ------------------------------------------------------------------------------------------------ all the other checks
@@ -441,36 +317,6 @@ def _other_checks() -> Iterator[Finding]:
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
-
-
-def _within(seconds: float, work: Callable[[], T]) -> T:
-    """Run ``work`` in a thread, so that no client library can hold us up.
-
-    Raises:
-        TimeoutError: It was not done in time.
-    """
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(work())
-        except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="conductor-doctor", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if not results:
-        raise TimeoutError(f"no answer within {seconds:g} s")
-    return results[0]
-
-
-def _line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return clean(text.splitlines()[0])
 
 
 def _without_password(url: str) -> str:

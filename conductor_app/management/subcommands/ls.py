@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import uuid
 from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from django.core.management.base import CommandParser
@@ -11,13 +14,18 @@ from rich.table import Table
 from rich.text import Text
 
 from conductor_app.management.output import Output, plain, status
-from conductor_app.management.subcommands.base import OK, Subcommand, celery_app, load_durable_tasks, positive_int
+from conductor_app.management.subcommands import filters
+from conductor_app.management.subcommands.base import OK, Subcommand, accept_quiet, positive_seconds
+from conductor_app.management.subcommands.watch import HELP, SECONDS, View, refuse_for_programs, watch
 from conductor_app.models import Execution, FailedExecution, Step, database
 from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.store import clock
 from conductor_app.telling.labels import attempts, document, label
-from conductor_app.telling.words import clean, duration, first_line, short_name
+from conductor_app.telling.tags import tags_of_trees
+from conductor_app.telling.words import duration, first_line, short_name
 
+#: Most executions that are listed, unless the call says another number.
+LIMIT = 20
 #: Columns of a terminal; with less room than this, errors are left out.
 MIN_ERROR_WIDTH = 16
 #: What a row shows; payloads and results stay in the database.
@@ -34,6 +42,10 @@ FIELDS = (
     "step",
     "lease_owner",
     "due_at",
+    "dispatch_at",
+    "held_at",
+    "held_by",
+    "hold_reason",
     "created_at",
     "started_at",
     "finished_at",
@@ -48,93 +60,122 @@ class Ls(Subcommand):
 
     def add_arguments(self, parser: CommandParser) -> None:
         """Declare the filters."""
-        parser.add_argument(
-            "--status",
-            action="append",
-            choices=[item.value for item in ExecutionStatus],
-            help="only of this status; may be repeated",
-        )
-        parser.add_argument("--task", help="only of this task: its full name, or the last part of it")
-        parser.add_argument("--queue", help="only in this Celery queue")
-        parser.add_argument("--root-only", action="store_true", help="no children")
-        parser.add_argument("--limit", type=positive_int, default=20, help="at most so many (default: 20)")
+        filters.add_filters(parser, limit=LIMIT)
+        accept_quiet(parser)
+        parser.add_argument("--watch", nargs="?", const=SECONDS, type=positive_seconds, metavar="SECONDS", help=HELP)
 
     def run(self, out: Output, options: dict[str, Any]) -> int:
-        """List them."""
-        rows = Execution.objects.using(database()).order_by("-id").only(*FIELDS)
-        if options["status"]:
-            rows = rows.filter(status__in=options["status"])
-        if options["task"]:
-            rows = rows.filter(task__in=_task_names(options["task"]))
-        if options["queue"]:
-            rows = rows.filter(queue=options["queue"])
-        if options["root_only"]:
-            rows = rows.filter(parent__isnull=True)
-        now = clock.read(database())
-        shown = list(rows[: options["limit"] + 1])
-        more = len(shown) > options["limit"]
-        shown = shown[: options["limit"]]
-        pending = _pending_steps(shown)
-        failed_at = _failing_steps(shown)
-
-        lines: list[tuple[str | Text, ...]] = []
-        documents = []
-        for row in shown:
-            awaited = pending[row.pk]
-            step = ", ".join(item.name for item in awaited[:3]) or failed_at.get(row.pk, "")
-            shape = label(row, now, awaited)
-            age = (now - row.created_at).total_seconds()
-            error = row.error_message
-            lines.append(
-                (
-                    str(row.pk),
-                    plain(short_name(row.task)),
-                    status(shape.mark, shape.word),
-                    attempts(row),
-                    plain(step),
-                    duration(age),
-                    plain(first_line(error)),
-                )
-            )
-            documents.append(
-                {
-                    **document(row, now, awaited),
-                    "failed_at_step": failed_at.get(row.pk),
-                    "age_seconds": round(age, 3),
-                    "error": error or None,
-                }
-            )
-        out.document({"executions": documents, "more": more})
-        if not shown:
-            out.print(Text(f"No executions{_described(options)}."))
+        """List them, once or again and again."""
+        if options["watch"] is not None:
+            refuse_for_programs(options)
+            return watch(out, options["watch"], lambda: _view(_read(options), options, out.width))
+        listing = _read(options, with_tags=out.as_json)
+        out.document({"executions": [line.document for line in listing.lines], "more": listing.more})
+        if not listing.lines:
+            out.remark(_nothing(options))
             return OK
-        out.print(_table(lines, out.width))
-        if more:
-            out.note(f"… and older ones: --limit {options['limit'] * 5} shows more.")
+        out.print(_table(listing.lines, out.width))
+        for line in listing.lines:
+            out.quietly(line.cells[0])
+        if listing.more:
+            out.note(_older(options))
         return OK
 
 
-def _table(lines: list[tuple[str | Text, ...]], width: int) -> Table:
-    """Lay out the rows; on a narrow screen the error is cut, or left out, before anything else gives way."""
-    names = ("id", "task", "status", "attempt", "step", "age", "error")
-    widths = [max(len(name), *(len(line[number]) for line in lines)) + 2 for number, name in enumerate(names[:-1])]
-    room = width - sum(widths)
-    shown = names if room >= MIN_ERROR_WIDTH else names[:-1]
+@dataclass(frozen=True)
+class Line:
+    """One execution, for people and for programs."""
+
+    cells: tuple[str | Text, ...]
+    document: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What is listed."""
+
+    lines: list[Line]
+    #: Whether there are older ones.
+    more: bool
+    #: The database's clock.
+    now: dt.datetime
+
+
+def _read(options: dict[str, Any], *, with_tags: bool = False) -> Listing:
+    now = clock.read(database())
+    limit = options["limit"] or LIMIT
+    rows = filters.chosen(options, now).order_by("-id").only(*FIELDS)
+    found = list(rows[: limit + 1])
+    shown = found[:limit]
+    pending = _pending_steps(shown)
+    failed_at = _failing_steps(shown)
+    # For programs alone: a screen has no room for them.
+    tags = tags_of_trees(row.root_id for row in shown) if with_tags else {}
+    lines = [_line(row, now, pending[row.pk], failed_at.get(row.pk), tags.get(row.root_id, {})) for row in shown]
+    return Listing(lines, len(found) > limit, now)
+
+
+def _line(
+    row: Execution, now: dt.datetime, awaited: list[Step], failed_at: str | None, tags: Mapping[str, str]
+) -> Line:
+    step = ", ".join(item.name for item in awaited[:3]) or failed_at or ""
+    shape = label(row, now, awaited)
+    age = (now - row.created_at).total_seconds()
+    ran = None if row.started_at is None else ((row.finished_at or now) - row.started_at).total_seconds()
+    error = row.error_message
+    return Line(
+        (
+            str(row.pk),
+            plain(short_name(row.task)),
+            status(shape.mark, shape.word),
+            attempts(row),
+            plain(step),
+            "" if ran is None else duration(ran),
+            duration(age),
+            plain(first_line(error)),
+        ),
+        {
+            **document(row, now, awaited),
+            "failed_at_step": failed_at,
+            "ran_seconds": None if ran is None else round(max(ran, 0.0), 3),
+            "age_seconds": round(age, 3),
+            "error": error or None,
+            "tags": tags,
+        },
+    )
+
+
+def _view(listing: Listing, options: dict[str, Any], width: int) -> View:
+    if not listing.lines:
+        return View([plain(_nothing(options))], listing.now)
+    older = [Text(_older(options), "dim")] if listing.more else []
+    return View([_table(listing.lines, width), *older], listing.now)
+
+
+def _nothing(options: dict[str, Any]) -> str:
+    return f"No executions{filters.described(options)}."
+
+
+def _older(options: dict[str, Any]) -> str:
+    return f"… and older ones: --limit {(options['limit'] or LIMIT) * 5} shows more."
+
+
+def _table(lines: list[Line], width: int) -> Table:
+    """Lay out the rows; on a narrow screen errors are cut or left out, then how long each ran, before anything else."""
+    names = ["id", "task", "status", "attempt", "step", "ran", "age", "error"]
+    widths = [max(len(name), *(len(line.cells[number]) for line in lines)) + 2 for number, name in enumerate(names)]
+    room = width - sum(widths[:-1])
+    left_out = set() if room >= MIN_ERROR_WIDTH else {"error"} if room >= 0 else {"error", "ran"}
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for name in shown:
+    shown = [number for number, name in enumerate(names) if name not in left_out]
+    for name in (names[number] for number in shown):
         table.add_column(name, no_wrap=name not in ("task", "step"), overflow="ellipsis" if name == "error" else "fold")
     for line in lines:
-        error = line[-1]
+        error = line.cells[-1]
         if isinstance(error, Text):
             error.truncate(max(room, 1), overflow="ellipsis")
-        table.add_row(*line[: len(shown)])
+        table.add_row(*(line.cells[number] for number in shown))
     return table
-
-
-def _task_names(wanted: str) -> list[str]:
-    """Return the full names that the user may mean; the name itself if no such task is known (any more)."""
-    names = load_durable_tasks(celery_app())
-    return [wanted, *(name for name in names if name != wanted and short_name(name) == wanted)]
 
 
 def _pending_steps(rows: list[Execution]) -> dict[uuid.UUID, list[Step]]:
@@ -153,10 +194,3 @@ def _failing_steps(rows: list[Execution]) -> dict[uuid.UUID, str]:
         return {}
     failures = FailedExecution.objects.using(database()).filter(pk__in=failed).exclude(step="")
     return dict(failures.values_list("pk", "step"))
-
-
-def _described(options: dict[str, Any]) -> str:
-    filters = [f"{name} {clean(str(options[name]))}" for name in ("task", "queue") if options[name]]
-    if options["status"]:
-        filters.insert(0, f"status {' or '.join(options['status'])}")
-    return f" of {', '.join(filters)}" if filters else ""

@@ -47,6 +47,7 @@ class Prune(Subcommand):
             dry_run=options["dry_run"],
             on_held=held.append,
         )
+        operations = pruner.prune_operations(age, batch=options["batch"], dry_run=options["dry_run"])
         holders = {by: [str(tree.root_id) for tree in trees] for by, trees in _by_holder(held)}
         out.document(
             {
@@ -54,6 +55,7 @@ class Prune(Subcommand):
                 "executions": number,
                 "held": [{"by": by, "example": ids[0], "trees": len(ids)} for by, ids in holders.items()],
                 "keep_failed": options["keep_failed"],
+                "operations": operations,
                 "older_than_seconds": age.total_seconds(),
             }
         )
@@ -61,6 +63,8 @@ class Prune(Subcommand):
         kept = ", not counting failed ones" if options["keep_failed"] else ""
         ended = f"whose root ended more than {duration(age.total_seconds())} ago{kept}"
         out.print(Text(f"{did} {counted(number, 'execution')} in trees {ended}."))
+        if operations:
+            out.print(Text(f"{did} {counted(operations, 'operation')} that ended before that."))
         for by, ids in holders.items():
             out.print(Text(f"Left {counted(len(ids), 'tree')} that something refers to: {by} (for example {ids[0]})."))
         return OK

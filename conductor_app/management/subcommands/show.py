@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime as dt
 import json
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
 from django.core.management.base import CommandError, CommandParser
+from rich.console import RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
 from conductor_app.management.output import STYLES, Output, plain, status
-from conductor_app.management.subcommands.base import OK, Subcommand, execution_ids, not_found
-from conductor_app.models import Execution, Step
-from conductor_app.states import ExecutionStatus, StepKind, StepStatus
+from conductor_app.management.subcommands import attempts
+from conductor_app.management.subcommands.base import (
+    OK,
+    USAGE,
+    Subcommand,
+    execution_ids,
+    not_found,
+    positive_seconds,
+)
+from conductor_app.management.subcommands.watch import HELP, SECONDS, View, refuse_for_programs, watch
+from conductor_app.models import Execution, Step, database
+from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.store import owners
+from conductor_app.telling import labels
 from conductor_app.telling.headlines import headline
 from conductor_app.telling.history import history, shortened
-from conductor_app.telling.labels import STEP_MARKS, attempts, label
+from conductor_app.telling.keys import shown_key
+from conductor_app.telling.labels import STEP_MARKS, label
 from conductor_app.telling.mailbox import unclaimed
 from conductor_app.telling.steps import MOST_STEPS
+from conductor_app.telling.stops import document_of_hold, document_of_pause
 from conductor_app.telling.story import Story, read
 from conductor_app.telling.words import clean, duration, exact, first_line, offset, short_name
+from conductor_app.transitions import kinds
 from conductor_app.values.failures import load_failure
 from conductor_app.values.redaction import decode, readable, redact
 
@@ -41,31 +57,77 @@ class Show(Subcommand):
     help = "Show one execution: what it is doing, its tree, its steps, its error."
 
     def add_arguments(self, parser: CommandParser) -> None:
-        """Declare the id."""
-        parser.add_argument("id", help="the execution's id, or its beginning")
+        """Declare the id, and how to follow it."""
+        parser.add_argument("id", nargs="?", help="the execution's id, or its beginning")
+        parser.add_argument(
+            "--attempts", action="store_true", help="each run: on which worker, for how long, how it ended, tracebacks"
+        )
+        # As a text: in `show --watch ID`, argparse takes the id for the number of seconds.
+        help_text = HELP.replace("until Ctrl+C", "until its whole tree is final, or Ctrl+C")
+        parser.add_argument("--watch", nargs="?", const=SECONDS, metavar="SECONDS", help=help_text)
 
     def run(self, out: Output, options: dict[str, Any]) -> int:
-        """Show it."""
-        (execution_id,) = execution_ids([options["id"]])
-        preview = None if out.as_json else LONG_PREVIEW
-        story = read(execution_id, preview=preview, whole=out.as_json)
-        if story is None:
-            raise CommandError(not_found(execution_id))
+        """Show it, once or until it is final."""
+        text, seconds = _id_and_seconds(options)
+        (execution_id,) = execution_ids([text])
+        with_attempts = bool(options["attempts"])
+        if seconds is not None:
+            refuse_for_programs(options)
+            return watch(out, seconds, lambda: _view(execution_id, with_attempts=with_attempts))
+        story = _story(execution_id, whole=out.as_json)
         if out.as_json:
             out.document(_document(story))
             return OK
-        out.print(_headline(story), Text())
-        out.print(_facts(story), Text())
-        out.print(Text("Tree", style="bold"), Padding(_tree(story), (0, 0, 1, 2)))
-        out.print(Text(f"Timeline from {exact(story.execution.created_at)}", style="bold"))
-        out.print(Padding(_timeline(story), (0, 0, 1, 2)))
-        if story.steps:
-            out.print(Text("Steps", style="bold"), Padding(_steps(story), (0, 0, 1, 2)))
-        if mailbox := unclaimed(story.mailbox):
-            out.print(Text("Events", style="bold"), Padding(plain(mailbox), (0, 0, 1, 2)))
-        if story.execution.error and story.execution.status != ExecutionStatus.CANCELLED:
-            out.print(*_error(story))
+        out.print(*_drawn(story, with_attempts=with_attempts))
         return OK
+
+
+def _id_and_seconds(options: dict[str, Any]) -> tuple[str, float | None]:
+    """Return the id, and how often to look; ``None`` is once."""
+    text, seconds = options["id"], options["watch"]
+    if text is None and isinstance(seconds, str):
+        text, seconds = seconds, SECONDS
+    if text is None:
+        raise CommandError("Which execution? Give its id; `manage.py conductor ls` shows them.", returncode=USAGE)
+    if isinstance(seconds, str):
+        try:
+            seconds = positive_seconds(seconds)
+        except argparse.ArgumentTypeError as error:
+            raise CommandError(f"argument --watch: {error}", returncode=USAGE) from None
+    return text, seconds
+
+
+def _story(execution_id: uuid.UUID, *, whole: bool = False) -> Story:
+    story = read(execution_id, preview=None if whole else LONG_PREVIEW, whole=whole)
+    if story is None:
+        raise CommandError(not_found(execution_id))
+    return story
+
+
+def _view(execution_id: uuid.UUID, *, with_attempts: bool) -> View:
+    story = _story(execution_id)
+    tree = Execution.objects.using(database()).filter(root_id=story.execution.root_id)
+    is_final = story.execution.is_final and not tree.open().exists()
+    if is_final:
+        # It is the last time, and the tree may have ended after it was read.
+        story = _story(execution_id)
+    return View(list(_drawn(story, with_attempts=with_attempts)), story.now, is_final)
+
+
+def _drawn(story: Story, *, with_attempts: bool) -> Iterator[RenderableType]:
+    yield from (_headline(story), Text())
+    yield from (_facts(story), Text())
+    yield from (Text("Tree", style="bold"), Padding(_tree(story), (0, 0, 1, 2)))
+    yield Text(f"Timeline from {exact(story.execution.created_at)}", style="bold")
+    yield Padding(_timeline(story), (0, 0, 1, 2))
+    if story.steps:
+        yield from (Text("Steps", style="bold"), Padding(_steps(story), (0, 0, 1, 2)))
+    if with_attempts:
+        yield from attempts.drawn(story)
+    if mailbox := unclaimed(story.mailbox):
+        yield from (Text("Events", style="bold"), Padding(plain(mailbox), (0, 0, 1, 2)))
+    if story.execution.error and story.execution.status != ExecutionStatus.CANCELLED:
+        yield from _error(story)
 
 
 # ------------------------------------------------------------------------------------------------------------- drawing
@@ -88,7 +150,7 @@ def _facts(story: Story) -> Table:
         ("id", execution.pk),
         ("task", execution.task),
         ("status", status(shape.mark, shape.word)),
-        ("attempt", f"{attempts(execution)}, {execution.fence} run{'' if execution.fence == 1 else 's'}"),
+        ("attempt", f"{labels.attempts(execution)}, {execution.fence} run{'' if execution.fence == 1 else 's'}"),
         ("queue", execution.queue),
         ("root", "itself" if execution.parent_id is None else execution.root_id),
     ]
@@ -96,16 +158,28 @@ def _facts(story: Story) -> Table:
         rows.append(("parent", f'{execution.parent_id}, step "{execution.step}"'))
     if execution.idempotency_key:
         rows.append(("idempotency key", execution.idempotency_key))
+    if (key := shown_key(execution)) is not None:
+        whose = "" if story.key_holder in (None, execution.pk) else f", by now of {story.key_holder}"
+        rows.append(("unique key", f"{key}{whose}"))
+    if execution.predecessor is not None:
+        rows.append(("waits for the end of", execution.predecessor))
+    if story.tags:
+        rows.append(("tags", ", ".join(f"{key}={value}" for key, value in story.tags.items())))
+    if story.forks.forked_from is not None:
+        rows.append(("forked from", f'{story.forks.forked_from}, before step "{story.forks.before}"'))
+    for fork, before in story.forks.forks.items():
+        rows.append(("fork", f'{fork}, before step "{before}"'))
     if execution.lease_owner:
         rows.append(("worker", owners.shown(execution.lease_owner)))
     for name, when in (
         ("created", execution.created_at),
         ("started", execution.started_at),
         ("finished", execution.finished_at),
-        ("due", execution.due_at if execution.status == ExecutionStatus.QUEUED else None),
+        ("due", execution.told_due_at),
         ("start before", execution.deadline_at),
         ("lease expires", execution.lease_expires_at),
         ("cancel requested", execution.cancel_requested_at),
+        ("held since", execution.held_at if execution.is_held else None),
     ):
         if when is not None:
             rows.append((name, exact(when)))
@@ -140,7 +214,7 @@ def _node(row: Execution, story: Story) -> Text:
     text.append_text(plain(short_name(row.task), style="bold" if marked else ""))
     text.append(" ").append_text(status(shape.mark, shape.word))
     if row.attempt > 1:
-        text.append(f" attempt {attempts(row)}")
+        text.append(f" attempt {labels.attempts(row)}")
     if row.started_at is not None and row.finished_at is not None:
         text.append(f" {duration((row.finished_at - row.created_at).total_seconds())}", style="dim")
     text.append(f" {row.pk}", style="dim")
@@ -172,7 +246,7 @@ def _steps(story: Story) -> Table:
     hidden = story.step_count - len(story.steps)
     for number, step in enumerate(story.steps, start=hidden + 1):
         took = ""
-        if step.finished_at is not None and step.kind != StepKind.STEP:
+        if step.finished_at is not None and step.finished_at > step.created_at:
             took = duration((step.finished_at - step.created_at).total_seconds())
         table.add_row(
             str(number),
@@ -180,7 +254,7 @@ def _steps(story: Story) -> Table:
             str(step.kind),
             status(STEP_MARKS[StepStatus(step.status)], StepStatus(step.status).value),
             took,
-            str(step.attempt),
+            "copied" if step.is_copied else str(step.attempt),
             plain(_outcome(step, story)),
         )
     if hidden > 0:
@@ -195,9 +269,9 @@ def _outcome(step: Step, story: Story) -> str:
         return "" if value is None else _short(readable(value, is_cut=len(value) < length), PREVIEW, length)
     child = story.child_of(step)
     if step.status == StepStatus.PENDING:
-        if step.kind == StepKind.EVENT:
-            return f'event "{step.task}"'
-        return "" if child is None else f"{short_name(child.task)} {child.pk}"
+        if child is None:
+            return kinds.of(step.kind).named(step)
+        return f"{short_name(child.task)} {child.pk}"
     error = step.error or (child.error if child is not None else None)
     message = first_line(load_failure(error).message, PREVIEW) if error else ""
     return f"{message} ({child.pk})" if child is not None else message
@@ -257,15 +331,24 @@ def _document(story: Story) -> dict[str, Any]:
             "priority": execution.priority,
             "worker": execution.lease_owner or None,
             "lease_expires_at": execution.lease_expires_at,
-            "due_at": execution.due_at,
+            "due_at": None if execution.is_parked else execution.due_at,
             "start_deadline_at": execution.deadline_at,
             "dispatches": execution.dispatches,
             "cancel_requested_at": execution.cancel_requested_at,
             "cancel_reason": execution.cancel_reason or None,
+            "held": document_of_hold(execution),
+            "paused": None if story.situation.paused is None else document_of_pause(story.situation.paused),
             "idempotency_key": execution.idempotency_key,
+            "unique_key": shown_key(execution),
+            "unique_key_holder": story.key_holder,
+            "waits_for_end_of": execution.predecessor,
+            "tags": dict(story.tags),
+            **story.forks.document(),
             "payload": _value(execution.payload),
             "result": _value(execution.result),
         },
+        "attempts": [attempts.document(row) for row in story.attempts],
+        "operations": [deed.document() for deed in story.deeds],
         "steps": [_step_document(step) for step in story.steps],
         "events_not_taken": dict(story.mailbox),
         "errors": [
@@ -311,9 +394,11 @@ def _step_document(step: Step) -> dict[str, Any]:
         "name": step.name,
         "kind": step.kind,
         "status": step.status,
-        "task": step.task or None if step.kind != StepKind.EVENT else None,
-        "event": step.task if step.kind == StepKind.EVENT else None,
+        "task": None,
+        "event": None,
+        kinds.of(step.kind).noun: step.task or None,
         "child": step.child_id,
+        "copied": step.is_copied,
         "total": step.total,
         "remaining": step.remaining,
         "max_parallel": step.max_parallel,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import signal
 import threading
@@ -18,14 +17,24 @@ from rich.text import Text
 from conductor_app.conf import conductor_settings
 from conductor_app.engine import sweeper
 from conductor_app.management.output import STYLES, Output, plain
-from conductor_app.management.subcommands.base import OK, USAGE, Subcommand, celery_app
+from conductor_app.management.subcommands.base import (
+    OK,
+    USAGE,
+    Subcommand,
+    celery_app,
+    load_durable_tasks,
+    positive_seconds,
+)
 from conductor_app.transitions import dispatch
 
 _DONE = {
     "lapsed_leases": "executions taken from dead workers",
     "overdue_steps": "timeouts and sleeps ended",
     "expired": "executions that expired before they started",
+    "operations": "executions of operations decided",
+    "schedules": "schedules that have started their tasks",
     "cancelled": "executions cancelled as requested",
+    "unparked": "executions given back that were parked for nothing",
     "stranded": "executions woken that waited for nothing",
     "announced": "outcomes told to Celery",
     "published": "messages published",
@@ -45,7 +54,7 @@ class Sweep(Subcommand):
         parser.add_argument("--loop", action="store_true", help="go on until SIGINT or SIGTERM")
         parser.add_argument(
             "--interval",
-            type=_seconds,
+            type=positive_seconds,
             help='seconds between two sweeps of --loop (default: CONDUCTOR["SWEEP_SECONDS"])',
         )
 
@@ -55,7 +64,12 @@ class Sweep(Subcommand):
             raise CommandError(
                 "--interval is the pause of --loop. Add --loop, or leave --interval out.", returncode=USAGE
             )
-        publish = not dispatch.is_embedded(celery_app())
+        app = celery_app()
+        publish = not dispatch.is_embedded(app)
+        try:
+            load_durable_tasks(app)
+        except Exception as error:  # noqa: BLE001 - the project's own modules are imported
+            out.note(f"Schedules are left alone: loading the tasks failed: {type(error).__name__}: {error}")
         if not options["loop"]:
             found = sweeper.sweep(audit=True, publish=publish)
             out.document({"sweeps": 1, "done": dict(found), "published": publish})
@@ -123,13 +137,3 @@ def _told(found: Counter[str]) -> Text:
         return Text("Swept. Nothing was due.")
     told = "; ".join(f"{_DONE.get(what, what)}: {count:,}" for what, count in found.items())
     return plain(f"Swept. {told[0].upper()}{told[1:]}.")
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number of seconds greater than 0")
-    return seconds

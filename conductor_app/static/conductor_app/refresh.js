@@ -58,6 +58,7 @@
             told.className = tells.className;
             tells.replaceWith(told);
         }
+        document.title = page.title;
         main().replaceChildren(...fresh.childNodes);
         if (focused >= 0) {
             main().querySelectorAll("a, button, summary")[focused]?.focus({preventScroll: true});

@@ -25,6 +25,7 @@ from conductor_app.exceptions import Failure
 from conductor_app.models import Event, Execution, FailedExecution, Step
 from conductor_app.store import clock
 from tests.support import executions
+from tests.support.attendance import attends, runs
 
 BASE = "/admin/conductor_app"
 MODELS = ("execution", "step", "event", "failedexecution")
@@ -140,7 +141,7 @@ def addresses(world: dict[str, Any]) -> list[str]:
         *(f"{BASE}/execution/{query}" for query in ("?failed_child=1", "?kind=child", "?status__exact=failed")),
         *(f"{BASE}/execution/json/{query}" for query in ("?failed_child=1", "?kind=root", "?task=shop.tasks.charge")),
         *(f"{BASE}/failedexecution/{query}" for query in ("?scope=causes", "?scope=roots", "?error_class=acme.Error")),
-        *(f"{BASE}/execution/overview/{page}" for page in ("", "json/")),
+        *(f"{BASE}/execution/{name}/{page}" for name in ("overview", "workers") for page in ("", "json/")),
         *(f"{BASE}/{row}/{page}/" for row in rows for page in ("change", "json", "history")),
         *(f"{BASE}/{act}" for act in acts),
         "/admin/autocomplete/?app_label=conductor_app&model_name=step&field_name=execution&term=shop",
@@ -215,6 +216,9 @@ def test_whoever_sees_nothing_has_an_empty_site(client: Client, world: dict[str,
     found = client.get(f"{BASE}/execution/overview/json/").json()
     assert found["open"] == {"queued": 0, "running": 0, "waiting": 0}
     assert (found["failures"], found["queues"], found["workers"], found["overdue"]) == ([], [], [], {})
+    attends(queues=["acme"])
+    found = client.get(f"{BASE}/execution/workers/json/").json()
+    assert (found["workers"], found["queues"]) == ([], [])
     assert client.get(f"{BASE}/execution/overview/").status_code == 200
     for model in MODELS:
         assert client.get(f"{BASE}/{model}/json/").json()["rows"] == []
@@ -251,7 +255,7 @@ def test_an_own_tree_is_whole(acme: Client) -> None:
     assert (row["parent"], row["root"]) == (str(parent.pk), str(parent.pk))
     with CaptureQueriesContext(connection) as queries:
         acme.get(f"{BASE}/execution/{parent.pk}/change/")
-    assert len(queries) <= 14
+    assert len(queries) <= 15
 
 
 def test_filters_offer_no_names_of_others(acme: Client, world: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,3 +312,18 @@ def test_a_list_takes_as_many_queries_for_fifty_rows_as_for_one(acme: Client) ->
         family("acme", RIVAL)
     assert queries() == before
     assert max(before.values()) <= 11
+
+
+def test_workers_are_shown_with_what_they_do_for_a_tenant(acme: Client, world: dict[str, Any]) -> None:
+    attends("shared@host", queues=["acme", RIVAL, "celery"], slots=4)
+    attends(f"{RIVAL}@host", queues=[RIVAL])
+    runs("shared@host/0123abcd", queue=RIVAL)
+    mine = runs("shared@host/0123abcd", queue="acme")
+    answer = acme.get(f"{BASE}/execution/workers/json/")
+    assert RIVAL not in answer.content.decode()
+    found = {worker["name"]: worker for worker in answer.json()["workers"]}
+    assert set(found) == {"acme@host", "shared@host"}
+    assert found["shared@host"]["queues"] == ["acme"]
+    assert [run["id"] for run in found["shared@host"]["runs"]] == [str(mine.pk)]
+    assert [queue["queue"] for queue in answer.json()["queues"]] == ["acme"]
+    assert RIVAL not in acme.get(f"{BASE}/execution/workers/").content.decode()

@@ -15,15 +15,16 @@ from django.test import SimpleTestCase, TestCase, TransactionTestCase
 
 from conductor_app import ExecutionContext, api, testing
 from conductor_app.exceptions import InvalidArgument, InvalidArgumentType, UnknownTask
-from conductor_app.host import publishing
 from conductor_app.models import Execution, Step, database
 from conductor_app.store import clock
+from conductor_app.store.process import process
 from conductor_app.testing import Conductor, ConductorMixin, ConductorTestCase
 from conductor_app.transitions import dispatch
-from conductor_app.transitions.leases import keeper
+from conductor_app.transitions.leases import LeaseKeeper
 from tests.app import scenarios
 from tests.support.bodies import child, durable, reload
 from tests.support.executions import new, queued
+from tests.support.process import note_published
 
 pytestmark = pytest.mark.django_db
 
@@ -156,7 +157,7 @@ def test_advance_takes_a_duration(seconds: Any, error: type[Exception], conducto
 def test_a_run_in_a_tests_transaction_has_no_heartbeat_that_would_not_find_its_row(conductor: Conductor) -> None:
     @durable
     def lingers(ctx: ExecutionContext) -> bool:
-        return bool(keeper._held)
+        return bool(process.keeper._held)
 
     result = lingers.delay()
     conductor.drain()
@@ -289,12 +290,9 @@ def test_a_child_without_payload_has_none(conductor: Conductor) -> None:
 
 
 @pytest.fixture
-def sent(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def sent() -> list[Any]:
     """What is published, with a broker that others could hear."""
-    published: list[Any] = []
-    monkeypatch.setattr(dispatch, "is_embedded", lambda app=None: False)
-    monkeypatch.setattr(publishing, "send", lambda execution, waits: published.append(execution.pk))
-    return published
+    return note_published()
 
 
 def test_nothing_is_published_while_the_kit_is_in_use(
@@ -332,8 +330,8 @@ def test_other_threads_publish_nothing_either(conductor: Conductor) -> None:
 def test_the_clock_is_set_right_after_the_test() -> None:
     with Conductor() as conductor:
         conductor.advance(3_600)
-        assert clock._offset > dt.timedelta(minutes=59)
-    assert clock._offset == dt.timedelta()
+        assert process.clock_offset > dt.timedelta(minutes=59)
+    assert process.clock_offset == dt.timedelta()
     assert not dispatch.is_inline()
 
 
@@ -341,7 +339,7 @@ def test_no_thread_is_started(conductor: Conductor, monkeypatch: pytest.MonkeyPa
     def start(thread: threading.Thread) -> None:
         raise AssertionError(f"{thread.name} was started")
 
-    monkeypatch.setattr(keeper, "_thread", None)
+    process.keeper = LeaseKeeper()
     monkeypatch.setattr(threading.Thread, "start", start)
     result = waits_for_it.delay(timeout=60)
     conductor.advance(120)
@@ -381,7 +379,7 @@ class InTestCase(ConductorTestCase):
 
     def test_nothing_is_left_of_the_other_test(self) -> None:
         assert Execution.objects.count() == 1
-        assert clock._offset == dt.timedelta()
+        assert process.clock_offset == dt.timedelta()
 
     def test_rows_of_this_test_are_visible_to_its_bodies(self) -> None:
         self.conductor.drain()

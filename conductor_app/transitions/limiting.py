@@ -1,0 +1,507 @@
+"""Who may run: the places of limits. The only writer of ``Place`` and ``LimitKey``.
+
+A place counts while the execution that has it runs (or is open), which its own row tells: whatever ends a run or an
+execution frees its place by that, in the same write. What follows is to hand the place on. Whoever has ended a run does
+that in a transaction after it, and a sweep does it when nobody has.
+
+**Keys are locked before executions,** in the order of their names. An execution that may have no place is parked in the
+transaction that has counted. One that ends meanwhile is either counted as ended, or hands its place on after that
+transaction, and finds the one that was parked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime as dt
+import functools
+import random
+import uuid
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from django.db import DatabaseError, connections, transaction
+from django.db.models import Exists, OuterRef, Q, QuerySet
+
+from conductor_app.conf import conductor_settings
+from conductor_app.models import Attempt, Execution, LimitKey, PausedTask, Place, database
+from conductor_app.models.execution import PARKED_UNTIL
+from conductor_app.states import FINAL_STATUSES, OPEN_STATUSES, ExecutionStatus, LimitKind, PlaceState, RunOutcome
+from conductor_app.store import clock, transactions
+from conductor_app.store.errors import is_conflict
+from conductor_app.store.locks import locked
+from conductor_app.transitions import claiming, dispatch, guards
+from conductor_app.values.limits import Limit
+
+#: Most places that are handed on in one go.
+_GRANTED_TOGETHER = 100
+#: A key that nobody has used for so long is forgotten.
+KEPT = dt.timedelta(days=1)
+#: Of so many keys at most, those are chosen that a sweep looks at.
+_CHOSEN_OF = 2_000
+
+Wanted = Sequence[tuple[Limit, str]]
+
+
+@dataclass(frozen=True)
+class Parked:
+    """Why an execution was not claimed."""
+
+    limit: str
+    key: str
+    #: In how many seconds it may be tried again, or somebody is to look after its key, if that is known.
+    due_in: float | None
+
+    def __str__(self) -> str:
+        key = f' (key "{self.key}")' if self.key else ""
+        return f'waits for a place of limit "{self.limit}"{key}'
+
+
+class _LostRace(Exception):
+    """Somebody else has claimed it, or has cancelled it."""
+
+
+class _HasChanged(Exception):
+    """It has run since it was read, and is queued again."""
+
+
+def claim(
+    execution_id: uuid.UUID, owner: str, task: str, wanted_of: Callable[[Execution], Wanted]
+) -> Execution | Parked | None:
+    """queued → running, if all limits of the task have a place; else the execution is parked.
+
+    Args:
+        wanted_of: Returns the limits of an execution's task with its keys.
+
+    Returns:
+        The execution with its new fence; why it was parked; or ``None``, as ``claiming.claim``.
+    """
+
+    using, tries = database(), 0
+    while True:
+        # Before the transaction, which begins with the lock: at REPEATABLE READ it sees what is committed by then.
+        row = Execution.objects.using(using).filter(pk=execution_id, task=task).claimable().first()
+        if row is None:
+            return None
+        wanted = wanted_of(row)
+        try:
+            return transactions.together(using, functools.partial(_claim, row, owner, wanted))
+        except _LostRace:
+            return None
+        except _HasChanged:
+            continue
+        except DatabaseError as error:
+            # As with any claim, what else goes wrong is the caller's to judge: a lost COMMIT may have been made.
+            if not is_conflict(error) or tries >= transactions.CONFLICT_TRIES or connections[using].in_atomic_block:
+                raise
+            tries += 1
+            transactions.pause_after_conflict(tries)
+
+
+def _claim(row: Execution, owner: str, wanted: Wanted) -> Execution | Parked | None:
+    using, execution_id = database(), row.pk
+    keys = _lock(wanted)
+    has_rate = any(limit.kind is LimitKind.RATE for limit, _ in wanted)
+    # What it has had before matters to a rate, and to one that has begun.
+    mine = _places_of(row) if has_rate or row.started_at is not None else {}
+    now = clock.read(using) if has_rate else row.created_at
+    lacking: Parked | None = None
+    starts: list[tuple[LimitKey, dt.datetime]] = []
+    for limit, key in wanted:
+        place, known = mine.get(limit.name), keys[limit.name, key]
+        if limit.kind is LimitKind.RATE:
+            if place is not None and place.state != PlaceState.PARKED and place.attempt == row.attempt:
+                continue  # a run after a suspension, or its start was granted
+            paid, instant = _next_start(known, now)
+            if instant > now or _waits(limit.name, key, execution_id):
+                lacking = lacking or _refused(known, now, instant)
+            starts.append((known, paid))
+        elif limit.kind is LimitKind.OPEN and _holds_open(place, row):
+            continue
+        elif _holders(limit.name, key, limit.kind, but=execution_id) >= known.number:
+            lacking = lacking or Parked(limit.name, key, None)
+    if lacking is not None:
+        return _park(row, lacking, keys)
+    for known, paid in starts:
+        LimitKey.objects.using(using).filter(pk=known.pk).update(paid_until=paid)
+    if wanted:
+        _admit(row, wanted)
+    claimed = claiming.claim(execution_id, owner, row.task, savepoint=False)
+    if claimed is None:
+        raise _LostRace
+    if claimed.fence != row.fence + 1:
+        raise _HasChanged
+    return claimed
+
+
+def _places_of(row: Execution) -> dict[str, Place]:
+    return {place.limit: place for place in Place.objects.using(database()).filter(execution_id=row.pk)}
+
+
+def _holds_open(place: Place | None, row: Execution) -> bool:
+    """Tell whether it was admitted before: then it goes on, whatever the number is by now."""
+    return place is not None and place.state == PlaceState.HELD and row.started_at is not None
+
+
+def _lock(wanted: Wanted) -> dict[tuple[str, str], LimitKey]:
+    """Lock keys until the end of the transaction, and note what this process knows of their limits."""
+    rows = [
+        LimitKey(
+            limit=limit.name,
+            key=key,
+            kind=limit.kind.value,
+            number=limit.number,
+            seconds=limit.seconds,
+            used_at=clock.now(),
+        )
+        for limit, key in sorted(wanted, key=lambda each: (each[0].name, each[1]))
+    ]
+    if not rows:  # they cannot be told: the run fails by that
+        return {}
+    _upsert(rows, unique=["limit", "key"], update=["kind", "number", "seconds", "used_at"])
+    found = {(row.limit, row.key): row for row in rows}
+    rates = [(limit.name, key) for limit, key in wanted if limit.kind is LimitKind.RATE]
+    if rates:
+        found |= {(row.limit, row.key): row for row in _keys(rates)}
+    return found
+
+
+def _keys(names: Iterable[tuple[str, str]], *, skip: bool = False) -> list[LimitKey]:
+    condition = Q(pk__in=())
+    for limit, key in names:
+        condition |= Q(limit=limit, key=key)
+    # A locking read: whatever the isolation level, it sees what was committed before.
+    return list(locked(LimitKey.objects.using(database()).filter(condition).order_by("limit", "key"), skip=skip))
+
+
+def holding(kind: str) -> Q:
+    """Return the places of a kind that count; those of ended runs, and of final executions, do not."""
+    if kind == LimitKind.OPEN:
+        return Q(execution__status__in=sorted(OPEN_STATUSES))
+    # A dead worker's body may be at work still, so its execution keeps its place until its next run.
+    lost: Any = QuerySet(Attempt).filter(
+        execution_id=OuterRef("execution_id"), run=OuterRef("execution__fence"), outcome=RunOutcome.LOST
+    )
+    is_kept = Q(state=PlaceState.GRANTED) | Q(Exists(lost))
+    return Q(execution__status=ExecutionStatus.RUNNING) | Q(is_kept, execution__status=ExecutionStatus.QUEUED)
+
+
+def _holders(limit: str, key: str, kind: str, but: uuid.UUID | None = None) -> int:
+    """Return how many executions have a place."""
+    places = holders(limit, key, kind)
+    if but is not None:
+        places = places.exclude(execution_id=but)
+    return places.count()
+
+
+def holders(limit: str, key: str, kind: str) -> QuerySet[Place]:
+    """Return the places of a key that count."""
+    taken = Place.objects.using(database()).filter(
+        limit=limit, key=key, state__in=[PlaceState.GRANTED, PlaceState.HELD]
+    )
+    return taken.filter(holding(kind))
+
+
+def parked(limit: str, key: str) -> QuerySet[Place]:
+    """Return those who wait for a place of a key, the next one first."""
+    places = Place.objects.using(database()).filter(limit=limit, key=key, state=PlaceState.PARKED)
+    return places.order_by("since", "pk")
+
+
+def _waits(limit: str, key: str, but: uuid.UUID | None = None) -> bool:
+    places = parked(limit, key)
+    return bool((places if but is None else places.exclude(execution_id=but)).order_by().exists())
+
+
+# ------------------------------------------------------------------------------------------------------------- rates
+
+
+def _next_start(known: LimitKey, now: dt.datetime) -> tuple[dt.datetime, dt.datetime]:
+    """Return what a start that is allowed next writes (GCRA), and its instant."""
+    step = dt.timedelta(seconds=known.seconds or 0.0)
+    paid = max(known.paid_until or now, now) + step
+    return paid, max(paid - step * known.number, now)
+
+
+def _horizon() -> dt.timedelta:
+    """Return how far ahead starts are handed out: until after the next sweep."""
+    return dt.timedelta(seconds=2 * conductor_settings().SWEEP_SECONDS)
+
+
+def _refused(known: LimitKey, now: dt.datetime, instant: dt.datetime) -> Parked:
+    # A sweep looks after the key a little before, so that the start is handed out in time.
+    ahead = (instant - now - _horizon()).total_seconds()
+    return Parked(known.limit, known.key, max(ahead, 0.0))
+
+
+# ----------------------------------------------------------------------------------------------------- park, hand out
+
+
+def _park(row: Execution, lacking: Parked, keys: dict[tuple[str, str], LimitKey]) -> Parked | None:
+    """Let a queued execution wait for a place; return for which, or ``None`` if it is not queued any more."""
+    using = database()
+    rows = Execution.objects.using(using).filter(pk=row.pk, fence=row.fence).claimable()
+    if not rows.update(due_at=_parked_until(), dispatch_at=_parked_until(), dispatches=0):
+        return None
+    known = keys[lacking.limit, lacking.key]
+    # A grant of another limit is of no use now. What it holds as an open one, it keeps.
+    given_up = [
+        place
+        for place in _places_of(row).values()
+        if place.kind == LimitKind.RUN or (place.kind == LimitKind.OPEN and row.started_at is None)
+    ]
+    _delete(Place.objects.using(using).filter(pk__in=[place.pk for place in given_up]))
+    Place.objects.using(using).update_or_create(
+        execution_id=row.pk,
+        limit=lacking.limit,
+        defaults={
+            "key": lacking.key,
+            "kind": known.kind,
+            "state": PlaceState.PARKED,
+            "since": row.due_at or row.created_at,
+        },
+    )
+    for place in given_up:
+        if place.state == PlaceState.GRANTED and (place.limit, place.key) in keys:
+            _hand_out(keys[place.limit, place.key])
+    if known.kind == LimitKind.RATE and _hand_out(known):
+        due_at = Execution.objects.using(using).values_list("due_at", flat=True).get(pk=row.pk)
+        if due_at is not None and due_at != _parked_until():
+            return dataclasses.replace(lacking, due_in=max((due_at - clock.read(using)).total_seconds(), 0.0))
+    return lacking
+
+
+def _admit(row: Execution, wanted: Wanted) -> None:
+    """Note that an execution has a place of each limit."""
+    _upsert(
+        [
+            Place(
+                execution_id=row.pk,
+                limit=limit.name,
+                key=key,
+                kind=limit.kind.value,
+                state=PlaceState.HELD,
+                attempt=row.attempt,
+                since=row.due_at or row.created_at,
+            )
+            for limit, key in wanted
+        ],
+        unique=["execution", "limit"],
+        update=["key", "kind", "state", "attempt", "since"],
+    )
+
+
+def _upsert(rows: list[Any], *, unique: list[str], update: list[str]) -> None:
+    """Insert rows, or write over those that are there, in one statement; either locks them."""
+    using = database()
+    type(rows[0])._base_manager.using(using).bulk_create(
+        rows,
+        update_conflicts=True,
+        update_fields=update,
+        # MySQL takes any unique key for the one.
+        unique_fields=None if connections[using].vendor == "mysql" else unique,
+    )
+
+
+def _hand_out(known: LimitKey) -> int:
+    """Give what is free of a locked key to those who wait for it; return to how many."""
+    # Not to those that people keep from beginning: a place would be of no use to them.
+    first = parked(known.limit, known.key).filter(execution__held_at__isnull=True).exclude(_of_paused_tasks())
+    if known.kind == LimitKind.RATE:
+        return _hand_out_starts(known, list(first[:_GRANTED_TOGETHER]))
+    if not first.order_by().exists():
+        return 0
+    free = known.number - _holders(known.limit, known.key, known.kind)
+    granted = 0
+    # Some more, since others may have locked the first ones.
+    for place in first[: min(free, _GRANTED_TOGETHER) + 10] if free > 0 else ():
+        if granted >= min(free, _GRANTED_TOGETHER):
+            break
+        granted += _grant(place, place.since)
+    return granted
+
+
+def _of_paused_tasks() -> Exists:
+    return Exists(QuerySet(PausedTask).filter(name=OuterRef("execution__task")))
+
+
+def _hand_out_starts(known: LimitKey, waiting: list[Place]) -> int:
+    now = clock.read(database())
+    granted = 0
+    for place in waiting:
+        paid, instant = _next_start(known, now)
+        if instant > now + _horizon():
+            break
+        if _grant(place, instant):
+            known.paid_until = paid
+            granted += 1
+    if granted:
+        LimitKey.objects.using(database()).filter(pk=known.pk).update(paid_until=known.paid_until)
+    return granted
+
+
+def _grant(place: Place, due: dt.datetime) -> bool:
+    """Give a place to a parked execution, and let it be due; tell whether it has got it."""
+    using = database()
+    rows = Execution.objects.using(using).filter(pk=place.execution_id)
+    # Not waited for: whoever has locked it may wait for the key.
+    row = locked(rows, skip=True).first()
+    if row is None:
+        if not rows.exists():
+            _delete(Place.objects.using(using).filter(pk=place.pk))
+        return False
+    if row.status != ExecutionStatus.QUEUED or row.cancel_requested_at is not None or row.due_at != _parked_until():
+        # It has ended, or an operator has let it go on: it will ask for a place by itself.
+        _delete(Place.objects.using(using).filter(pk=place.pk))
+        return False
+    is_due = place.kind != LimitKind.RATE or due <= clock.read(using)
+    rows.update(
+        due_at=due,
+        dispatch_at=dispatch.first_instant(clock.now(), is_due=True, root_id=row.root_id) if is_due else due,
+        dispatches=0,
+    )
+    Place.objects.using(using).filter(pk=place.pk).update(state=PlaceState.GRANTED, attempt=row.attempt)
+    if is_due:
+        row.due_at = due
+        dispatch.on_commit(row)
+    return True
+
+
+def _parked_until() -> dt.datetime:
+    return clock.aware(PARKED_UNTIL)
+
+
+def deadlock(parent: Execution, wanted: Wanted) -> tuple[Limit, str, uuid.UUID] | None:
+    """Return for which place a child would wait for ever, since its parents have all of them until it ends.
+
+    Args:
+        parent: The execution that is about to wait.
+        wanted: The limits of the child's task, with its keys.
+
+    Returns:
+        The limit, the key, and the nearest execution that has a place.
+    """
+    parents: list[uuid.UUID] = []
+    for limit, key in wanted:
+        if limit.kind is not LimitKind.OPEN:
+            continue
+        of_tree = holders(limit.name, key, limit.kind).filter(execution__root_id=parent.root_id)
+        found = set(of_tree.values_list("execution_id", flat=True))
+        if len(found) < limit.number:
+            continue
+        parents = parents or _line_of(parent)
+        in_line = [execution_id for execution_id in parents if execution_id in found]
+        if len(in_line) >= limit.number:
+            return limit, key, in_line[0]
+    return None
+
+
+def _line_of(execution: Execution) -> list[uuid.UUID]:
+    """Return an execution and its parents, upwards."""
+    line, above = [execution.pk], execution.parent_id
+    while above is not None:
+        line.append(above)
+        above = Execution.objects.using(database()).values_list("parent_id", flat=True).get(pk=above)
+    return line
+
+
+# ------------------------------------------------------------------------------------------------- hand on what is free
+
+
+def leave(execution_id: uuid.UUID, *, run_only: bool = False, names: Collection[tuple[str, str]] | None = None) -> None:
+    """Hand on the places of a run, or of an execution, that has ended.
+
+    Args:
+        run_only: Whether the run alone has ended.
+        names: Its limits with its keys, if the caller knows them.
+    """
+
+    using = database()
+    places = Place.objects.using(using).filter(execution_id=execution_id)
+    if run_only:
+        places = places.filter(kind=LimitKind.RUN)
+
+    def work() -> None:
+        # Before the transaction, which begins with the locks.
+        known = names if names is not None else set(places.values_list("limit", "key"))
+        if not known:
+            return
+        with transaction.atomic(using=using):
+            keys = _keys(known)
+            # By what the row says now: it may run again by this time. Read before: MariaDB's DELETE would lock what it
+            # looks at, and wait for executions that somebody is just creating.
+            _delete_read(places.exclude(_is_of_use()))
+            for key in keys:
+                _hand_out(key)
+
+    guards.persist_briefly(work)
+
+
+def _is_of_use() -> Q:
+    """Return the places that count, or that somebody waits with."""
+    waits = Q(state=PlaceState.PARKED, execution__status=ExecutionStatus.QUEUED)
+    of_run = Q(kind=LimitKind.RUN)
+    # What a rate has allowed counts for one attempt, however many runs that takes.
+    return waits | (of_run & holding(LimitKind.RUN)) | (~of_run & holding(LimitKind.OPEN))
+
+
+def waited_for(limit: int, root_id: uuid.UUID | None = None) -> list[tuple[str, str]]:
+    """Return keys for which executions wait, a random choice if there are many.
+
+    Args:
+        limit: At most so many.
+        root_id: Those of one tree.
+    """
+    places = Place.objects.using(database()).filter(state=PlaceState.PARKED)
+    if root_id is not None:
+        places = places.filter(execution__root_id=root_id)
+    found = list(places.order_by().values_list("limit", "key").distinct()[:_CHOSEN_OF])
+    return random.sample(found, min(limit, len(found)))
+
+
+def hand_on(name: tuple[str, str]) -> int:
+    """Hand on what is free of a key, since whoever has freed it may have died; return to how many."""
+
+    def work() -> int:
+        with transaction.atomic(using=database()):
+            # Whoever has locked it decides about it now, or the next sweep does.
+            keys = _keys([name], skip=True)
+            if not keys:
+                return 0
+            limit = Limit.known(name[0])
+            if limit is not None:
+                # It may have changed, and nobody who begins is there to say so.
+                keys[0].kind, keys[0].number, keys[0].seconds = limit.kind.value, limit.number, limit.seconds
+            return _hand_out(keys[0])
+
+    return guards.persist_briefly(work)
+
+
+def forget_old() -> None:
+    """Delete places that count no more, of which nobody has said so, and keys that nobody has used for long."""
+    using = database()
+    final = Place.objects.using(using).filter(execution__status__in=sorted(FINAL_STATUSES))
+    for name in list(final.order_by().values_list("limit", "key").distinct()[:_GRANTED_TOGETHER]):
+        guards.persist_briefly(functools.partial(_clean, name))
+    old = LimitKey.objects.using(using).filter(used_at__lt=clock.after(-KEPT))
+    of_key = Place.objects.using(using).filter(limit=OuterRef("limit"), key=OuterRef("key"))
+    unpaid = Q(paid_until__isnull=True) | Q(paid_until__lt=clock.now())
+    guards.persist_briefly(lambda: _delete(old.filter(unpaid).exclude(Exists(of_key))))
+
+
+def _clean(name: tuple[str, str]) -> None:
+    using = database()
+    with transaction.atomic(using=using):
+        if _keys([name], skip=True):
+            places = Place.objects.using(using).filter(limit=name[0], key=name[1])
+            final = places.filter(execution__status__in=sorted(FINAL_STATUSES))
+            _delete_read(final)
+
+
+def _delete_read(places: QuerySet[Place]) -> None:
+    if keys := list(places.values_list("pk", flat=True)):
+        _delete(Place.objects.using(database()).filter(pk__in=keys))
+
+
+def _delete(rows: QuerySet[Any]) -> int:
+    return int(rows.order_by()._raw_delete(rows.db) or 0)  # of no rows, Django says nothing

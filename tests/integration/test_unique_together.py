@@ -1,0 +1,387 @@
+"""Two or more connections that want one unique key at once, in an order of steps, on each database."""
+
+from __future__ import annotations
+
+import copy
+import datetime as dt
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Self
+
+import pytest
+from django.db import connection, connections, transaction
+
+from conductor_app import DuplicateExecution, api, transitions
+from conductor_app.engine import calls, sweeper
+from conductor_app.exceptions import RetryRefused
+from conductor_app.models import Execution
+from conductor_app.states import ExecutionStatus, OnConflict
+from conductor_app.store import clock
+from conductor_app.store.process import process
+from conductor_app.values.uniqueness import Unique
+from tests.support.executions import FAILURE, OWNER, claimed, committing, fresh, invocation, new, running
+from tests.support.locks import locked
+from tests.support.polling import wait_until
+from tests.support.process import NotingBroker
+
+PATIENCE_SECONDS = 20
+#: What a user may set, or forget to set, in ``DATABASES["default"]["OPTIONS"]``.
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "sqlite": [{}],
+    "postgresql": [{}, {"isolation_level": 3}],
+    "mysql": [{}, {"isolation_level": "repeatable read"}],
+}
+
+#: Who waits for a lock.
+_WAITING = {
+    "postgresql": "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    " AND datname = current_database()",
+    "mysql": "SELECT count(*) FROM information_schema.processlist p JOIN information_schema.innodb_trx t"
+    " ON t.trx_mysql_thread_id = p.id WHERE t.trx_state = 'LOCK WAIT' AND p.db = DATABASE()",
+}
+
+
+@pytest.fixture
+def transactional_db(django_db_setup: None, django_db_blocker: Any) -> Iterator[None]:
+    """In the place of pytest-django's, which flushes every table after each test."""
+    process.broker = NotingBroker()
+    with committing(django_db_blocker):
+        yield
+
+
+@pytest.fixture(params=range(2))
+def options(request: pytest.FixtureRequest, transactional_db: None) -> dict[str, Any]:
+    """The options of the connections of each actor."""
+    each = OPTIONS[connection.vendor]
+    if request.param >= len(each):
+        pytest.skip("no other isolation level")
+    return each[request.param]
+
+
+class Actor:
+    """A thread with a connection of its own."""
+
+    def __init__(self, options: dict[str, Any], act: Callable[[], Any], *, holds: bool = False) -> None:
+        self._options = options
+        self._act = act
+        self._holds = holds
+        self._held, self._over = threading.Event(), threading.Event()
+        self._rolls_back = False
+        self._outcome: Any = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        mine = connections["default"]
+        mine.settings_dict = copy.deepcopy(mine.settings_dict)
+        mine.settings_dict["OPTIONS"].update(self._options)
+        try:
+            if not self._holds:
+                self._outcome = self._act()
+                return
+            with transaction.atomic():
+                self._outcome = self._act()
+                self._held.set()
+                assert self._over.wait(PATIENCE_SECONDS)
+                transaction.set_rollback(self._rolls_back)
+        except BaseException as error:  # noqa: BLE001 - told in the test's thread
+            self._outcome = error
+        finally:
+            self._held.set()
+            connections.close_all()
+
+    def held(self) -> Self:
+        """Return when all is written and nothing is committed."""
+        assert self._held.wait(PATIENCE_SECONDS)
+        assert not isinstance(self._outcome, BaseException), repr(self._outcome)
+        return self
+
+    def go_on(self, *, rolls_back: bool = False) -> Any:
+        """Let it commit, and return what it has come to."""
+        self._rolls_back = rolls_back
+        self._over.set()
+        return self.outcome()
+
+    def outcome(self) -> Any:
+        """Return what it has come to, an error too."""
+        self._thread.join(PATIENCE_SECONDS)
+        assert not self._thread.is_alive(), "it has not ended"
+        return self._outcome
+
+    def wait_blocked(self) -> Self:
+        """Return when it waits for a lock; SQLite does not tell."""
+        if connection.vendor in _WAITING:
+            # MariaDB shows what it has shown before to whoever asks more often than each 0.1 s.
+            wait_until(self._is_blocked, PATIENCE_SECONDS, interval=0.15, message="it does not wait")
+        return self
+
+    def _is_blocked(self) -> bool:
+        assert self._thread.is_alive(), f"it did not wait: {self._outcome!r}"
+        with connection.cursor() as cursor:
+            cursor.execute(_WAITING[connection.vendor])
+            return bool(cursor.fetchone()[0])
+
+
+def in_turn(options: dict[str, Any], first: Callable[[], Any], second: Callable[[], Any], **end: Any) -> list[Any]:
+    """Let one act, and the other one wait for its commit."""
+    holding = Actor(options, first, holds=True).held()
+    waiting = Actor(options, second).wait_blocked()
+    return [holding.go_on(**end), waiting.outcome()]
+
+
+def create(how: str = "return", payload: str = "[[],{}]", **unique: Any) -> Callable[[], tuple[Execution, bool]]:
+    """Return a call with the key ``k``."""
+    countdown = unique.get("debounce", 0)
+
+    def call() -> tuple[Execution, bool]:
+        wanted = Unique("k", OnConflict(how), **unique)
+        row = new(unique=wanted, options='{"unique": "k"}', payload=payload, countdown=countdown)
+        return calls.create(row, None)
+
+    return call
+
+
+def keys() -> list[Any]:
+    """Return who has the key."""
+    return list(Execution.objects.filter(unique_key="k").values_list("pk", flat=True))
+
+
+# -------------------------------------------------------------------------------------------------------- two creators
+
+
+def test_a_second_caller_gets_the_first_ones_execution_when_that_is_committed(options: Any) -> None:
+    first, second = in_turn(options, create(), create())
+
+    assert first[1]
+    assert (second[0].pk, second[1]) == (first[0].pk, False)
+
+
+def test_a_second_caller_is_refused_when_the_first_one_has_committed(options: Any) -> None:
+    first, second = in_turn(options, create(), create("refuse"))
+
+    assert isinstance(second, DuplicateExecution)
+    assert second.execution_id == first[0].pk
+
+
+@pytest.mark.parametrize("how", ["return", "refuse", "replace"])
+def test_a_second_caller_stores_its_own_when_the_first_one_rolls_back(options: Any, how: str) -> None:
+    first, second = in_turn(options, create(), create(how), rolls_back=True)
+
+    assert second[1]
+    assert keys() == [second[0].pk]
+    assert not Execution.objects.filter(pk=first[0].pk).exists()
+
+
+def test_a_second_caller_in_a_transaction_of_its_own_goes_on_in_it(options: Any) -> None:
+    if "isolation_level" in options:
+        pytest.skip("such a transaction cannot see it")
+
+    def in_a_transaction() -> Any:
+        with transaction.atomic():
+            Execution.objects.count()
+            found = create()()
+            return found, Execution.objects.filter(pk=found[0].pk).count()
+
+    first, (second, seen) = in_turn(options, create(), in_a_transaction)
+
+    assert (second[0].pk, second[1], seen) == (first[0].pk, False, 1)
+
+
+def test_of_two_that_replace_one_the_second_replaces_the_first(options: Any) -> None:
+    old = claimed(create()()[0])
+    first, second = in_turn(options, create("replace"), create("replace"))
+
+    assert keys() == [second[0].pk]
+    assert fresh(second[0]).predecessor == old.pk
+    assert fresh(first[0]).cancel_reason == f"replaced by {second[0].pk}"
+    assert fresh(old).cancel_reason == f"replaced by {first[0].pk}"
+    transitions.cancel_running(old)
+    assert fresh(second[0]).due_at is not None
+
+
+@pytest.mark.parametrize("how", ["return", "refuse", "replace"])
+def test_twenty_callers_of_one_key_at_once(options: Any, how: str) -> None:
+    gate = threading.Barrier(20)
+
+    def call() -> Any:
+        gate.wait(PATIENCE_SECONDS)
+        return create(how)()
+
+    outcomes = [actor.outcome() for actor in [Actor(options, call) for _ in range(20)]]
+    sweeper.sweep()
+
+    if how == "replace":
+        assert all(not isinstance(outcome, BaseException) and outcome[1] for outcome in outcomes), outcomes
+        queued = Execution.objects.get(status=ExecutionStatus.QUEUED)
+        assert keys() == [queued.pk]
+        assert queued.predecessor is None
+        assert Execution.objects.filter(status=ExecutionStatus.CANCELLED).count() == 19
+        return
+    assert Execution.objects.count() == 1
+    others = [outcome for outcome in outcomes if isinstance(outcome, BaseException) or not outcome[1]]
+    assert len(others) == 19
+    if how == "refuse":
+        assert {type(outcome) for outcome in others} == {DuplicateExecution}
+    else:
+        assert {outcome[0].pk for outcome in others} == set(keys())
+
+
+# --------------------------------------------------------------------------------------------- an end and its successor
+
+
+def end_of(run: Execution, how: str) -> Callable[[], Any]:
+    """Return the end of a run."""
+    if how == "succeeds":
+        return lambda: transitions.succeed(run, "1")
+    if how == "fails":
+        return lambda: transitions.fail(run, FAILURE)
+    return lambda: transitions.cancel_running(run)
+
+
+ENDS = [("succeeds", {"debounce": 5.0}), ("fails", {"debounce": 5.0}), ("is cancelled", {"how": "replace"})]
+
+
+@pytest.mark.parametrize(("how", "call"), ENDS, ids=[how for how, _ in ENDS])
+def test_an_end_that_waits_for_a_new_successor_lets_it_go(options: Any, how: str, call: dict[str, Any]) -> None:
+    old = claimed(create()()[0])
+    if how == "is cancelled":
+        transitions.request_cancel(old.pk, "enough")
+    successor, _ = in_turn(options, create(**call), end_of(old, how))
+
+    after = fresh(successor[0])
+    assert fresh(old).is_final
+    assert (after.predecessor, after.unique_key) == (None, "k")
+    assert after.due_at is not None
+    assert not sweeper.sweep(audit=True)["stranded"]
+
+
+@pytest.mark.parametrize(("how", "call"), ENDS, ids=[how for how, _ in ENDS])
+def test_a_call_that_waits_for_an_end_stores_one_that_waits_for_nothing(
+    options: Any, how: str, call: dict[str, Any]
+) -> None:
+    old = claimed(create()()[0])
+    if how == "is cancelled":
+        transitions.request_cancel(old.pk, "enough")
+    _, successor = in_turn(options, end_of(old, how), create(**call))
+
+    after = fresh(successor[0])
+    assert after.predecessor is None
+    assert after.due_at is not None
+    assert keys() == [after.pk]
+
+
+def test_an_end_lets_the_last_of_a_chain_go(options: Any) -> None:
+    old = claimed(create()()[0])
+    second = create("replace")()[0]
+    third, _ = in_turn(options, create("replace"), end_of(old, "is cancelled"))
+
+    assert fresh(third[0]).due_at is not None
+    assert fresh(second).cancel_requested_at is not None
+    assert transitions.claim(second.pk, OWNER) is None
+    assert not sweeper.sweep(audit=True)["stranded"]
+
+
+def test_one_that_comes_to_a_chain_while_that_ends_waits_for_the_one_that_was_let_go(options: Any) -> None:
+    old = claimed(create()()[0])
+    second = create("replace")()[0]
+    _, third = in_turn(options, end_of(old, "is cancelled"), create("replace"))
+    sweeper.sweep()
+
+    assert fresh(second).status == ExecutionStatus.CANCELLED
+    assert fresh(third[0]).predecessor is None
+    assert keys() == [third[0].pk]
+
+
+def test_a_cancel_of_one_that_waits_and_the_end_of_its_predecessor(options: Any) -> None:
+    old = claimed(create()()[0])
+    second = create("replace")()[0]
+    transitions.request_cancel(second.pk, "enough")
+    is_cancelled, _ = in_turn(options, lambda: transitions.cancel_flagged(second.pk), end_of(old, "is cancelled"))
+
+    assert is_cancelled
+    assert fresh(second).status == fresh(old).status == ExecutionStatus.CANCELLED
+    assert keys() == []
+
+
+def test_the_end_of_a_predecessor_and_a_cancel_of_one_that_waits(options: Any) -> None:
+    old = claimed(create()()[0])
+    second = create("replace")()[0]
+    transitions.request_cancel(second.pk, "enough")
+    _, is_cancelled = in_turn(options, end_of(old, "is cancelled"), lambda: transitions.cancel_flagged(second.pk))
+    if not is_cancelled:
+        sweeper.sweep()
+
+    assert fresh(second).status == fresh(old).status == ExecutionStatus.CANCELLED
+    assert keys() == []
+
+
+@pytest.mark.usefixtures("transactional_db")
+def test_a_cancel_of_one_that_waits_does_not_wait_for_its_predecessors_row() -> None:
+    """That is locked by an end, which may ask for the row of the one that waits next."""
+    old = claimed(create()()[0])
+    second = create("replace")()[0]
+    transitions.request_cancel(second.pk, "enough")
+    with locked(old):
+        assert transitions.cancel_flagged(second.pk) is False
+
+    assert transitions.cancel_flagged(second.pk) is True
+    assert keys() == [old.pk]
+
+
+# -------------------------------------------------------------------------------------------------- debounce and claim
+
+
+def test_a_claim_that_waits_for_a_debounced_call_comes_too_early(options: Any) -> None:
+    first = create(debounce=5.0)()[0]
+    clock.shift(dt.timedelta(seconds=6))
+    merged, run = in_turn(options, create(payload="[[2],{}]", debounce=5.0), lambda: transitions.claim(first.pk, OWNER))
+
+    assert (merged[0].pk, merged[1], run) == (first.pk, False, None)
+    assert fresh(first).args == [2]
+
+
+def test_a_debounced_call_that_waits_for_a_claim_is_run_after_it(options: Any) -> None:
+    first = create(debounce=5.0)()[0]
+    clock.shift(dt.timedelta(seconds=6))
+    run, second = in_turn(options, lambda: transitions.claim(first.pk, OWNER), create(payload="[[2],{}]", debounce=5.0))
+
+    assert second[1]
+    assert fresh(second[0]).predecessor == first.pk
+    assert (run.args, fresh(first).args) == ([], [])
+    transitions.succeed(run, "1")
+    assert fresh(second[0]).args == [2]
+    assert fresh(second[0]).predecessor is None
+
+
+# ----------------------------------------------------------------------------------------------------- retry; a child
+
+
+def test_a_call_that_waits_for_a_retry_gets_what_runs_again(options: Any) -> None:
+    failed = claimed(create()()[0])
+    transitions.fail(failed, FAILURE)
+    _, found = in_turn(options, lambda: api.retry(failed), create())
+
+    assert (found[0].pk, found[1]) == (failed.pk, False)
+
+
+def test_a_retry_that_waits_for_a_call_is_refused(options: Any) -> None:
+    failed = claimed(create()()[0])
+    transitions.fail(failed, FAILURE)
+    created, refused = in_turn(options, create(), lambda: api.retry(failed))
+
+    assert isinstance(refused, RetryRefused), refused
+    # Of a snapshot that is older, nothing else can be said.
+    assert refused.reason == "its unique key belongs to another execution"
+    assert refused.holder_id in (created[0].pk, None if "isolation_level" in options else created[0].pk)
+    assert fresh(failed).status == ExecutionStatus.FAILED
+
+
+def test_a_parent_that_waits_for_a_call_goes_on_without_its_child(options: Any) -> None:
+    parent = running()
+    wait = invocation(parent, unique=Unique("k", OnConflict.REFUSE))
+    created, suspended = in_turn(options, create(), lambda: transitions.suspend(parent, wait))
+
+    assert suspended is False
+    assert keys() == [created[0].pk]
+    assert fresh(parent).status == ExecutionStatus.RUNNING
+    assert not Execution.objects.filter(parent_id=parent.pk).exists()
