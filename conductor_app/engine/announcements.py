@@ -34,11 +34,12 @@ from conductor_app.engine.callbacks import (
     signature_of,
 )
 from conductor_app.engine.outcomes import Outcome, outcome_of
+from conductor_app.exceptions import ConductorError
 from conductor_app.models import Execution, database
 from conductor_app.states import ExecutionStatus
 from conductor_app.store.errors import is_outage, is_undone
 from conductor_app.store.ids import of_task_id
-from conductor_app.store.locks import locked
+from conductor_app.store.locks import RowsLocked, locked
 from conductor_app.store.opened import is_transaction
 from conductor_app.store.process import process
 from conductor_app.store.transactions import together
@@ -126,8 +127,11 @@ def _watched(shares_database: bool) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # For the executions' own database everything waits anyway, and goes on when it is back.
-        is_own = shares_database and isinstance(error, DatabaseError | InterfaceError)
+        # For the executions' own database everything waits anyway, and goes on when it is back. And what we
+        # refuse says nothing of a server: a durable task that may not be called now (its key is taken), a locked row.
+        is_own = isinstance(error, ConductorError | RowsLocked) or (
+            shares_database and isinstance(error, DatabaseError | InterfaceError)
+        )
         if not is_own and time.monotonic() - started >= SLOW_SECONDS:
             process.results_rest_until = time.monotonic() + REST_SECONDS
         raise

@@ -12,6 +12,7 @@ from conductor_app import signals, transitions
 from conductor_app.conf import conductor_settings
 from conductor_app.engine import announcements, outage
 from conductor_app.engine.leavings import leavings
+from conductor_app.exceptions import DuplicateExecution
 from conductor_app.models import Execution, database
 from conductor_app.models.execution import ExecutionQuerySet
 from conductor_app.models.stranded import waiting_for_nothing
@@ -77,6 +78,8 @@ def announce(root_id: uuid.UUID | None, limit: int) -> tuple[int, int]:
             told += _deliver(execution)
         except RowsLocked:
             pass  # taken again at the end of a lease
+        except DuplicateExecution as error:
+            logger.warning("What comes after execution %s is called again later: %s", execution.pk, error)
         except Exception as error:
             if is_outage(error) and not outage.database_answers():
                 raise

@@ -14,12 +14,13 @@ from celery.exceptions import NotRegistered, TaskRevokedError
 from celery.result import AsyncResult
 from django.db import OperationalError, connection, transaction
 
-from conductor_app import ExecutionContext, api
+from conductor_app import DuplicateExecution, ExecutionContext, api
 from conductor_app.engine import announcements, outcomes, sweeper
 from conductor_app.host.news import Revocation
 from conductor_app.host.revocations import Revoker
 from conductor_app.models import Execution
 from conductor_app.store import clock
+from conductor_app.store.locks import RowsLocked
 from project.celery import app
 from tests.app import plain, scenarios
 from tests.support.bodies import durable, go_on, reload
@@ -152,8 +153,13 @@ def test_a_state_that_the_database_refuses_costs_no_attempt(
 
 @pytest.mark.parametrize(
     ("error", "rests"),
-    [(OperationalError("server closed the connection"), False), (ConnectionRefusedError("it is away"), True)],
-    ids=["of the executions' database", "of another server"],
+    [
+        (OperationalError("server closed the connection"), False),
+        (DuplicateExecution("its key is taken"), False),
+        (RowsLocked("somebody changes it"), False),
+        (ConnectionRefusedError("it is away"), True),
+    ],
+    ids=["of the executions' database", "of a task that may not be called now", "of a locked row", "of another server"],
 )
 def test_only_what_another_server_takes_long_to_refuse_lets_announcements_rest(
     monkeypatch: pytest.MonkeyPatch, error: Exception, rests: bool
