@@ -1969,8 +1969,15 @@ MUTANTS = [
     Mutant(
         "let a result backend rest after an outage of the executions' own database",
         "engine/announcements.py",
-        "is_own = shares_database and isinstance(error, DatabaseError | InterfaceError)",
-        "is_own = False",
+        "shares_database and isinstance(error, DatabaseError | InterfaceError)",
+        "False",
+        (ANNOUNCEMENTS,),
+    ),
+    Mutant(
+        "let a result backend rest after what we refuse ourselves",
+        "engine/announcements.py",
+        "is_own = isinstance(error, ConductorError | RowsLocked) or (",
+        "is_own = (",
         (ANNOUNCEMENTS,),
     ),
     Mutant(
