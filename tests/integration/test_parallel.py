@@ -331,18 +331,18 @@ def test_no_more_than_max_parallel_are_in_flight_and_the_parent_is_not_woken_for
 
 @pytest.mark.parametrize("max_parallel", [3, 4])
 def test_max_parallel_that_is_not_exceeded_holds_nothing_back(max_parallel: int) -> None:
-    root = start(durable(lambda ctx: ctx.map("naps", nap, naps(1, 1, 1), max_parallel=max_parallel)))
+    root = start(durable(lambda ctx: ctx.map("naps", nap, naps(60, 60, 60), max_parallel=max_parallel)))
     assert children(root) == ["waiting"] * 3
 
 
 def test_a_held_back_child_that_is_cancelled_lets_nothing_go() -> None:
-    root = start(durable(lambda ctx: len(ctx.map("naps", nap, naps(1, 1, 1), max_parallel=1, return_exceptions=True))))
+    root = start(durable(lambda ctx: len(ctx.map("naps", nap, naps(60, 60, 60), max_parallel=1, return_exceptions=True))))
     assert api.cancel(Execution.objects.get(parent=root, position=1))
     assert children(root) == ["waiting", "cancelled", "queued"]
     assert Execution.objects.get(parent=root, position=2).due_at is None
-    advance(1.1)
+    advance(61)
     assert children(root) == ["succeeded", "cancelled", "waiting"]
-    advance(1.1)
+    advance(61)
     assert reload(root).get_result() == 3
 
 

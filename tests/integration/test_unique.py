@@ -66,7 +66,7 @@ def waiting(ctx: ExecutionContext, customer: str, value: int = 0) -> Any:
     return [value, ctx.wait_for("answer", "answered")]
 
 
-@durable(unique="customer", max_retries=3, retry_jitter=False)
+@durable(unique="customer", max_retries=3, retry_backoff=60, retry_jitter=False)
 def failing(ctx: ExecutionContext, customer: str) -> None:
     raise ValueError("no")
 
@@ -544,31 +544,31 @@ def test_an_operator_lets_a_replaced_child_go_on_and_its_successor_waits() -> No
 
 
 def test_a_debounced_call_waits_for_the_next_one() -> None:
-    first = plainly.apply_async(args=[1], unique_key="k", debounce=5)
+    first = plainly.apply_async(args=[1], unique_key="k", debounce=300)
     row = reload(first)
     assert row.due_at is not None
-    assert row.due_at - row.created_at == dt.timedelta(seconds=5)
-    clock.shift(dt.timedelta(seconds=4))
-    second = plainly.apply_async(args=[2], unique_key="k", debounce=5)
+    assert row.due_at - row.created_at == dt.timedelta(seconds=300)
+    clock.shift(dt.timedelta(seconds=240))
+    second = plainly.apply_async(args=[2], unique_key="k", debounce=300)
 
     assert (first.is_new, second.is_new, second.id) == (True, False, first.id)
     moved = reload(first)
     assert moved.args == [2]
     assert moved.due_at == moved.dispatch_at
-    assert dt.timedelta(seconds=9) <= moved.due_at - moved.created_at < dt.timedelta(seconds=10)  # type: ignore[operator]
-    assert advance(4.5) == 0
-    assert advance(1) == 1
+    assert dt.timedelta(seconds=540) <= moved.due_at - moved.created_at < dt.timedelta(seconds=600)  # type: ignore[operator]
+    assert advance(270) == 0
+    assert advance(60) == 1
     assert reload(first).get_result() == 2
 
 
 def test_a_debounced_one_begins_at_the_latest_after_debounce_max() -> None:
-    first = plainly.apply_async(args=[0], unique_key="k", debounce=5, debounce_max=12)
+    first = plainly.apply_async(args=[0], unique_key="k", debounce=300, debounce_max=720)
     for value in range(1, 5):
-        clock.shift(dt.timedelta(seconds=2.9))
-        plainly.apply_async(args=[value], unique_key="k", debounce=5, debounce_max=12)
+        clock.shift(dt.timedelta(seconds=174))
+        plainly.apply_async(args=[value], unique_key="k", debounce=300, debounce_max=720)
 
     row = reload(first)
-    assert row.due_at == row.created_at + dt.timedelta(seconds=12)
+    assert row.due_at == row.created_at + dt.timedelta(seconds=720)
     assert row.args == [4]
 
 
