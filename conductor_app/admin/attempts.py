@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from conductor_app.admin import pieces
@@ -12,11 +13,12 @@ from conductor_app.telling import words
 from conductor_app.telling.attempts import has_failed, queue_seconds, run_seconds
 
 
-def shown(row: Attempt, *, is_open: bool) -> dict[str, Any]:
+def shown(row: Attempt, asked: Iterable[str], *, is_open: bool) -> dict[str, Any]:
     """Return what the template shows of a run that has ended.
 
     Args:
         row: The run.
+        asked: What people had asked for before it, in words.
         is_open: Whether its traceback may be shown.
     """
     traced = frames(row.traceback) if is_open else []
@@ -26,6 +28,7 @@ def shown(row: Attempt, *, is_open: bool) -> dict[str, Any]:
         "worker": pieces.isolated(owners.shown(row.worker)),
         "queued": words.duration(queue_seconds(row)),
         "began": words.exact(row.started_at),
+        "asked": [words.visible(text) for text in asked],
         "took": words.duration(run_seconds(row)),
         "outcome": row.get_outcome_display(),
         "has_failed": has_failed(row),

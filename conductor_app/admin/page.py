@@ -97,7 +97,7 @@ class ExecutionPage(Downloads):
             with_messages=is_open,
         )
         drawn = timeline.timeline(story)
-        now = story.now
+        now, asked = story.now, story.asked_for
         label = labels.label(execution, now, story.situation.pending)
         name = words.visible(words.short_name(execution.task))
         headline = headlines.headline(story.situation)
@@ -143,7 +143,10 @@ class ExecutionPage(Downloads):
             "is_orphan": execution.parent_id is not None and execution.parent_id not in story.tree,
             "waiting": [self._awaited(step, story) for step in waits.awaited(story.situation)],
             **self._error(story),
-            "attempts": [attempts.shown(row, is_open=is_open) for row in reversed(story.attempts)],
+            "attempts": [
+                attempts.shown(row, [deed.text(execution) for deed in asked.get(row.run, ())], is_open=is_open)
+                for row in reversed(story.attempts)
+            ],
             "attempts_hidden": pieces.left_out(story.execution.fence - len(story.attempts) - is_running),
             "steps": [self._step(step, story, number, is_open) for number, step in enumerate(story.steps, 1)],
             "steps_hidden": pieces.left_out(story.step_count - len(story.steps)),

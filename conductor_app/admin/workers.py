@@ -68,6 +68,7 @@ def _for_page(owner: ReadOnlyAdmin, seen: Attendance) -> dict[str, Any]:
         "more_workers": seen.more_workers,
         "queues": [_queue(queue, seen.now) for queue in seen.queues],
         "more_queues": seen.more_queues,
+        "throughput": duration(seen.throughput_seconds),
         "minutes": int(workers.SHOWN_FOR.total_seconds() // 60),
     }
 
@@ -112,6 +113,7 @@ def _queue(queue: SeenQueue, now: dt.datetime) -> dict[str, Any]:
         "due": _bounded(queue.due),
         "oldest": queue.oldest_due_at and duration((now - queue.oldest_due_at).total_seconds()),
         "running": queue.running,
+        "per_minute": f"{queue.per_minute:,g}",
         "workers": [shown(name) for name in queue.workers[:MOST_NAMES]],
         "more_workers": max(len(queue.workers) - MOST_NAMES, 0),
     }

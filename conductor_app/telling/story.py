@@ -13,6 +13,7 @@ from django.db.models import QuerySet
 from conductor_app.models import Attempt, Execution, FailedExecution, Step, database
 from conductor_app.states import StepStatus
 from conductor_app.store import clock
+from conductor_app.telling.asked import asked_for
 from conductor_app.telling.attempts import read_attempts
 from conductor_app.telling.failures import Cause, causes, read_failures
 from conductor_app.telling.forks import Forks, read_forks
@@ -78,6 +79,11 @@ class Story:
     def tree(self) -> Mapping[uuid.UUID, Execution]:
         """The executions of its tree that were read."""
         return self.situation.tree
+
+    @property
+    def asked_for(self) -> Mapping[int, list[Deed]]:
+        """What people have asked for, of each run that began because of that; see ``asked.asked_for``."""
+        return asked_for(self.execution, self.attempts, self.deeds)
 
     def child_of(self, step: Step) -> Execution | None:
         """Return the child that stands behind a step, if it was read."""

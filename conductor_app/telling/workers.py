@@ -13,7 +13,7 @@ from django.db.models import Count, F, Min, Q, QuerySet, Window
 from django.db.models.functions import RowNumber
 
 from conductor_app.conf import conductor_settings
-from conductor_app.models import Execution, Worker, database
+from conductor_app.models import Attempt, Execution, Worker, database
 from conductor_app.models.execution import IS_STOPPED
 from conductor_app.states import ExecutionStatus
 from conductor_app.store import clock
@@ -31,6 +31,9 @@ MOST_READ = 5_000
 MOST_RUNS = 5
 #: So many queued executions are counted.
 MOST_QUEUED = 10_000
+#: Runs that ended within so many seconds make the throughput, and of all runs the latest so many.
+THROUGHPUT_SECONDS = 300
+LATEST_RUNS = 10_000
 
 ALIVE, STOPPING, SILENT = "alive", "stopping", "silent"
 SERVED, BUSY, PAUSED, UNSERVED = "served", "busy", "paused", "unserved"
@@ -123,6 +126,8 @@ class SeenQueue:
     stopped: int
     oldest_due_at: dt.datetime | None
     running: int
+    #: Runs that ended there, each minute.
+    per_minute: float
     #: The node names of workers that serve it and do not shut down.
     workers: list[str]
 
@@ -136,6 +141,7 @@ class SeenQueue:
             "stopped": self.stopped,
             "oldest_due_at": self.oldest_due_at,
             "running": self.running,
+            "per_minute": self.per_minute,
             "workers": self.workers[:MOST],
         }
 
@@ -149,6 +155,8 @@ class Attendance:
     queues: list[SeenQueue]
     more_workers: int
     more_queues: int
+    #: Over how many seconds the throughput was taken: less than ``THROUGHPUT_SECONDS`` if there were very many runs.
+    throughput_seconds: float
 
     def document(self) -> dict[str, Any]:
         """Return it for programs."""
@@ -159,11 +167,12 @@ class Attendance:
             "queues": [queue.document() for queue in self.queues],
             "more_queues": self.more_queues,
             "queued_are_bounded_at": MOST_QUEUED,
+            "throughput_seconds": self.throughput_seconds,
         }
 
 
 def read(seen: QuerySet[Execution] | None = None) -> Attendance:
-    """Read who is there and what waits, in five queries.
+    """Read who is there and what waits, in seven queries.
 
     Args:
         seen: The executions that somebody may see; all by default. Of those who see a part, nobody learns which other
@@ -177,9 +186,11 @@ def read(seen: QuerySet[Execution] | None = None) -> Attendance:
     _add_runs(workers, rows)
     if seen is not None:
         _narrow(workers, {*running, *queued})
-    queues = _queues(workers.values(), running, queued)
+    seconds, ended = _ended(seen, now)
+    queues = _queues(workers.values(), running, queued, {name: 60 * runs / seconds for name, runs in ended.items()})
     found = sorted(workers.values(), key=lambda each: (_WORKER_STATES.index(each.state), each.name, each.id))
-    return Attendance(now, found[:MOST], queues[:MOST], max(len(found) - MOST, 0), max(len(queues) - MOST, 0))
+    more_workers, more_queues = (max(len(every) - MOST, 0) for every in (found, queues))
+    return Attendance(now, found[:MOST], queues[:MOST], more_workers, more_queues, seconds)
 
 
 def alive() -> list[Worker]:
@@ -244,6 +255,25 @@ def _queued(rows: Any) -> dict[str, dict[str, Any]]:
     return {row["queue"]: row for row in found}
 
 
+def _ended(seen: QuerySet[Execution] | None, now: dt.datetime) -> tuple[float, dict[str, int]]:
+    """Return in how many seconds how many runs have ended in each queue.
+
+    An attempt has neither a queue of its own nor an index by its end: of the latest ``LATEST_RUNS`` by their ids, the
+    executions say the queue. If all of them have ended within ``THROUGHPUT_SECONDS``, the time is theirs.
+    """
+    rows = Attempt.objects.using(database())
+    since = now - dt.timedelta(seconds=THROUGHPUT_SECONDS)
+    # On its own: with a subquery in the place of the id, a planner may read the whole table.
+    last = rows.order_by("-id").values_list("id", "finished_at")[LATEST_RUNS - 1 : LATEST_RUNS].first()
+    if last is not None:
+        rows, since = rows.filter(id__gte=last[0]), max(last[1], since)
+    if seen is not None:
+        rows = rows.filter(execution__in=seen)
+    ended = rows.order_by().values("execution__queue").annotate(runs=Count("pk", filter=Q(finished_at__gt=since)))
+    found = {row["execution__queue"]: row["runs"] for row in ended if row["execution__queue"] is not None}
+    return max((now - since).total_seconds(), 1.0), found
+
+
 def _add_runs(workers: dict[str, SeenWorker], rows: Any) -> None:
     nth = Window(RowNumber(), partition_by=[F("lease_owner")], order_by=F("id").asc())
     running = rows.order_by().with_status(ExecutionStatus.RUNNING).annotate(nth=nth).filter(nth__lte=MOST_RUNS)
@@ -261,7 +291,10 @@ def _narrow(workers: dict[str, SeenWorker], queues: set[str]) -> None:
 
 
 def _queues(
-    workers: Iterable[SeenWorker], running: dict[str, int], queued: dict[str, dict[str, Any]]
+    workers: Iterable[SeenWorker],
+    running: dict[str, int],
+    queued: dict[str, dict[str, Any]],
+    per_minute: dict[str, float],
 ) -> list[SeenQueue]:
     serving: dict[str, list[SeenWorker]] = defaultdict(list)
     for worker in workers:
@@ -279,7 +312,15 @@ def _queues(
         names = sorted({worker.name for worker in serving[name]})
         found.append(
             SeenQueue(
-                name, state, row["queued"], row["due"], row["stopped"], row["oldest"], running.get(name, 0), names
+                name,
+                state,
+                row["queued"],
+                row["due"],
+                row["stopped"],
+                row["oldest"],
+                running.get(name, 0),
+                round(per_minute.get(name, 0.0), 1),
+                names,
             )
         )
     return sorted(found, key=lambda queue: (_QUEUE_STATES.index(queue.state), -queue.due, -queue.queued, queue.name))

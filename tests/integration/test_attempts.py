@@ -24,7 +24,7 @@ from conductor_app.telling.history import history
 from conductor_app.transitions import attempts
 from tests.support.bodies import advance, child, durable, go_on, reload, start
 from tests.support.command import told
-from tests.support.executions import OWNER, claimed, queued, running
+from tests.support.executions import OWNER, claimed, family, fresh, queued, running, starting
 
 pytestmark = pytest.mark.django_db
 
@@ -213,7 +213,7 @@ def retried_by_hand() -> Execution:
     advance(6)
     assert reload(result).status == "failed"
     clock.shift(dt.timedelta(hours=1))
-    api.retry(result)
+    api.retry(result, actor="ana", reason="stock is back")
     go_on()
     assert reload(result).status == "succeeded"
     return reload(result)
@@ -231,6 +231,7 @@ def test_the_command_tells_of_each_run(retried_by_hand: Execution) -> None:
     assert "no line in attempt 1" in plain.out, "the timeline names it"
     whole = told("show", "--attempts", retried_by_hand.pk)
     assert whole.out.count("in third_time") == 2
+    assert whole.out.count("retried by ana: stock is back") == 2, "in the history, and of the run"
     document = told("show", "--json", retried_by_hand.pk).json["attempts"]
     assert [(row["run"], row["outcome"], row["class"]) for row in document] == [
         (1, "retried", "builtins.ConnectionError"),
@@ -238,6 +239,8 @@ def test_the_command_tells_of_each_run(retried_by_hand: Execution) -> None:
         (3, "succeeded", None),
     ]
     assert all("in third_time" in row["traceback"] for row in document[:2])
+    asked = [[(deed["kind"], deed["actor"], deed["reason"]) for deed in row["asked_for"]] for row in document]
+    assert asked == [[], [], [("retry", "ana", "stock is back")]]
 
 
 def test_the_page_tells_of_each_run(retried_by_hand: Execution, client: Client) -> None:
@@ -246,6 +249,49 @@ def test_the_page_tells_of_each_run(retried_by_hand: Execution, client: Client) 
     assert page.count("no line in attempt 1") >= 2, "in the table and in the history"
     assert page.count('<pre class="cd-traceback"') == 2
     assert page.count("cd-bar--failed") == 2
+    assert page.count('<div class="cd-asked"><bdi>retried by ana: stock is back</bdi></div>') == 1
+
+
+def test_a_child_that_a_retry_of_its_root_reopens_says_whose_retry_that_was() -> None:
+    root, child = family()
+    transitions.fail(child, FAILURE)
+    transitions.fail(claimed(fresh(root)), FAILURE, step="child", child_id=child.pk)
+    clock.shift(dt.timedelta(hours=1))
+    api.retry(root, actor="ana")
+    transitions.succeed(claimed(fresh(child)), "1")
+    transitions.succeed(claimed(fresh(root)), "1")
+    assert asked(child) == {2: ["its root retried by ana"]}
+    assert asked(root) == {3: ["retried by ana"]}
+
+
+def test_a_child_that_had_not_ended_was_reopened_by_nobody() -> None:
+    root, (child,) = starting(1)
+    transitions.retry_later(child, FAILURE, 0)
+    transitions.fail(root, FAILURE)
+    api.retry(root, actor="ana")
+    transitions.succeed(claimed(fresh(child)), "1")
+    transitions.succeed(claimed(fresh(root)), "1")
+    assert (asked(child), asked(root)) == ({}, {2: ["retried by ana"]})
+
+
+def test_a_rerun_says_of_its_first_run_who_has_asked_for_it(retried_by_hand: Execution) -> None:
+    again = api.rerun(retried_by_hand, actor="ben", reason="to be sure")
+    go_on()
+    advance(6)
+    assert reload(again).is_final
+    assert list(asked(again)) == [1]
+    assert asked(again)[1] == [f"started as a rerun of {retried_by_hand.pk} by ben: to be sure"]
+
+
+def test_nobody_is_named_for_a_run_that_may_not_have_been_the_first(retried_by_hand: Execution) -> None:
+    Attempt.objects.filter(execution=retried_by_hand, run=2).delete()
+    assert asked(retried_by_hand) == {}
+
+
+def asked(execution: Execution) -> dict[int, list[str]]:
+    told_of = story.read(execution.pk, preview=None)
+    assert told_of is not None
+    return {run: [deed.text(told_of.execution) for deed in deeds] for run, deeds in told_of.asked_for.items()}
 
 
 def test_who_may_not_see_payloads_sees_classes_alone(retried_by_hand: Execution, client: Client) -> None:

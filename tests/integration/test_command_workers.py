@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,10 +64,10 @@ def test_it_shows_what_each_worker_is_and_runs() -> None:
     versions = "0.1.0, Celery 5.7.0, Django 5.2.19, Python 3.11.2"
     for text in ("celery@web1  alive", "prefork", "1/2", "celery,mail", versions, "2026.11.3", f"echo {first.pk}"):
         assert text in lines[1]
-    assert lines[3].split() == ["queue", "served", "queued", "due", "oldest", "due", "running", "workers"]
+    assert lines[3] == "queue   served  queued  due  oldest due  running  a minute  workers"
     assert [line.split() for line in lines[4:]] == [
-        ["celery", "yes", "0", "0", "1", "celery@web1"],
-        ["mail", "yes", "0", "0", "0", "celery@web1"],
+        ["celery", "yes", "0", "0", "1", "0", "celery@web1"],
+        ["mail", "yes", "0", "0", "0", "0", "celery@web1"],
     ]
 
 
@@ -99,6 +100,7 @@ def test_its_document_has_the_same() -> None:
         "stopped": 0,
         "oldest_due_at": None,
         "running": 1,
+        "per_minute": 0.0,
         "workers": ["celery@web1"],
     }
 
@@ -209,18 +211,53 @@ def test_there_is_an_end_to_what_is_shown(monkeypatch: pytest.MonkeyPatch) -> No
     assert "… and 3 workers more." in told("workers").out
 
 
-def test_it_takes_five_queries_however_many_there_are() -> None:
+def test_the_throughput_of_a_queue_is_what_ended_there_lately() -> None:
+    row = attends(queues=["mail", "idle"])
+    old = runs(row, queue="mail")
+    transitions.succeed(old, "1")
+    clock.shift(dt.timedelta(seconds=workers.THROUGHPUT_SECONDS + 1))
+    attends(queues=["mail", "idle"])
+    for _ in range(3):
+        transitions.succeed(runs(row, queue="mail"), "1")
+    transitions.fail(runs(row, queue="mail"), executions.FAILURE)
+    assert (queue("mail")["per_minute"], queue("idle")["per_minute"]) == (0.8, 0)
+    assert document()["throughput_seconds"] == 300
+    shown = {line.split()[0]: line.split() for line in told("workers").out.splitlines() if line}
+    assert "0.8" in shown["mail"]
+
+
+def test_of_very_many_runs_the_throughput_is_that_of_the_time_in_which_the_latest_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(workers, "LATEST_RUNS", 3)
+    row = attends()
+    for _ in range(2):
+        transitions.succeed(runs(row, queue="celery"), "1")
+    clock.shift(dt.timedelta(seconds=100))
+    for _ in range(2):
+        transitions.succeed(runs(row, queue="celery"), "1")
+    clock.shift(dt.timedelta(seconds=20))
+    attends()
+    found = workers.read()
+    assert found.throughput_seconds == pytest.approx(120, abs=10)
+    # The one at the beginning of that time is its mark.
+    assert found.queues[0].per_minute == pytest.approx(2 / 120 * 60, abs=0.2)
+    others = workers.read(executions.Execution.objects.none())
+    assert others.throughput_seconds == pytest.approx(found.throughput_seconds, abs=10)
+
+
+def test_it_takes_seven_queries_however_many_there_are() -> None:
     def queries() -> int:
         with CaptureQueriesContext(connection) as captured:
             workers.read()
         return len(captured)
 
     runs(attends(), queue="q0")
-    assert queries() == 5
+    assert queries() == 7
     for number in range(200):
         runs(attends(f"w{number}@h", queues=[f"q{number}"]), queue=f"q{number}")
         executions.queued(queue=f"q{number}")
-    assert queries() == 5
+    assert queries() == 7
 
 
 def test_names_cannot_draw_on_the_terminal() -> None:

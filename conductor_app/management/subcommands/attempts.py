@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rich.console import RenderableType
@@ -15,6 +15,7 @@ from conductor_app.models import Attempt
 from conductor_app.store import owners
 from conductor_app.telling.attempts import has_failed, queue_seconds, run_seconds
 from conductor_app.telling.history import in_short
+from conductor_app.telling.operations import Deed
 from conductor_app.telling.story import Story
 from conductor_app.telling.words import clean, duration, exact
 
@@ -30,7 +31,11 @@ def drawn(story: Story) -> Iterator[RenderableType]:
     for name in ("worker", "outcome"):
         table.add_column(name, no_wrap=True)
     table.add_column("error, or what it waits for")
+    asked = story.asked_for
+    if asked:
+        table.add_column("asked for")
     for row in story.attempts:
+        deeds = [plain("; ".join(deed.text(story.execution) for deed in asked.get(row.run, ())))] if asked else []
         table.add_row(
             str(row.run),
             str(row.attempt),
@@ -40,6 +45,7 @@ def drawn(story: Story) -> Iterator[RenderableType]:
             plain(owners.shown(row.worker)),
             str(row.get_outcome_display()),
             plain(in_short(row) if row.error_class else row.step),
+            *deeds,
         )
     yield Text("Attempts", style="bold")
     yield Padding(table if story.attempts else Text("no run has ended", style="dim"), (0, 0, 1, 2))
@@ -50,8 +56,8 @@ def drawn(story: Story) -> Iterator[RenderableType]:
             yield Padding(Text("\n".join(map(clean, traceback.splitlines())), style="dim"), (0, 0, 1, 2))
 
 
-def document(row: Attempt) -> dict[str, Any]:
-    """Return a run that has ended for programs."""
+def document(row: Attempt, deeds: Iterable[Deed]) -> dict[str, Any]:
+    """Return a run that has ended for programs, with what people had asked for before it."""
     return {
         "run": row.run,
         "attempt": row.attempt,
@@ -66,4 +72,5 @@ def document(row: Attempt) -> dict[str, Any]:
         "class": row.error_class or None,
         "message": row.message or None,
         "traceback": row.traceback or None,
+        "asked_for": [deed.document() for deed in deeds],
     }

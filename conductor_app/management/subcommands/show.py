@@ -320,7 +320,7 @@ def _short(text: str, limit: int, length: int | None = None) -> str:
 
 
 def _document(story: Story) -> dict[str, Any]:
-    execution, now = story.execution, story.now
+    execution, now, asked = story.execution, story.now, story.asked_for
     line = headline(story.situation)
     return {
         "headline": str(line),
@@ -347,7 +347,7 @@ def _document(story: Story) -> dict[str, Any]:
             "payload": _value(execution.payload),
             "result": _value(execution.result),
         },
-        "attempts": [attempts.document(row) for row in story.attempts],
+        "attempts": [attempts.document(row, asked.get(row.run, ())) for row in story.attempts],
         "operations": [deed.document() for deed in story.deeds],
         "steps": [_step_document(step) for step in story.steps],
         "events_not_taken": dict(story.mailbox),

@@ -32,7 +32,7 @@ _WORDS = {workers.BUSY: "all busy", workers.UNSERVED: "by nobody", workers.PAUSE
 
 
 class Workers(Subcommand):
-    """Shows workers and queues, in five queries however many there are."""
+    """Shows workers and queues, in seven queries however many there are."""
 
     name = "workers"
     help = "Show the workers that are there, what they run, and which queues they serve."
@@ -105,7 +105,7 @@ def _runs(worker: SeenWorker, *, with_ids: bool) -> str:
 
 
 def _queues(found: list[SeenQueue], now: dt.datetime) -> Table:
-    table = table_of("queue", "served", "queued", "due", "oldest due", "running", "workers")
+    table = table_of("queue", "served", "queued", "due", "oldest due", "running", "a minute", "workers")
     for queue in found:
         first = ", ".join(queue.workers[:3])
         more = len(queue.workers) - 3
@@ -116,6 +116,7 @@ def _queues(found: list[SeenQueue], now: dt.datetime) -> Table:
             _bounded(queue.due),
             "" if queue.oldest_due_at is None else since(queue.oldest_due_at, now),
             str(queue.running),
+            f"{queue.per_minute:g}",
             plain(first if more <= 0 else f"{first} and {more} more"),
         )
     return table

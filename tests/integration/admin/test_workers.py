@@ -12,6 +12,7 @@ from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
 
+from conductor_app import transitions
 from conductor_app.store import clock
 from conductor_app.store.process import process
 from conductor_app.telling import workers
@@ -79,6 +80,16 @@ def test_it_tells_queues_without_a_worker_from_those_whose_workers_are_busy(staf
     assert "90 s" in page
 
 
+def test_it_says_how_much_a_queue_does(staff: Client) -> None:
+    row = attends()
+    for _ in range(3):
+        transitions.succeed(runs(row, queue="celery"), "1")
+    page = text_of(staff)
+    assert "Runs a minute" in page
+    assert "those that ended in the last 5 min" in page
+    assert "<td>0.6</td>" in page
+
+
 def test_its_twin_says_the_same_as_the_command(staff: Client) -> None:
     runs(attends())
     since(executions.queued(queue="nobody"), 90)
@@ -102,7 +113,7 @@ def test_it_is_for_those_who_may_see_executions(client: Client, db: None) -> Non
     assert client.get(URL).status_code == 302
 
 
-def test_it_takes_seven_queries_with_one_worker_and_with_200(staff: Client) -> None:
+def test_it_takes_nine_queries_with_one_worker_and_with_200(staff: Client) -> None:
     """Two of them are about the session and the user."""
 
     def queries(address: str) -> int:
@@ -111,11 +122,11 @@ def test_it_takes_seven_queries_with_one_worker_and_with_200(staff: Client) -> N
         return len(captured)
 
     runs(attends(), queue="q0")
-    assert [queries(address) for address in (URL, f"{URL}json/")] == [7, 7]
+    assert [queries(address) for address in (URL, f"{URL}json/")] == [9, 9]
     for number in range(200):
         runs(attends(f"w{number}@h", queues=[f"q{number}"]), queue=f"q{number}")
         executions.queued(queue=f"q{number}")
-    assert [queries(address) for address in (URL, f"{URL}json/")] == [7, 7]
+    assert [queries(address) for address in (URL, f"{URL}json/")] == [9, 9]
 
 
 def test_there_is_an_end_to_it(staff: Client, monkeypatch: pytest.MonkeyPatch) -> None:
