@@ -9,7 +9,7 @@ from django.utils.translation import gettext_lazy as _
 
 from conductor_app.admin import filters
 from conductor_app.admin.base import ReadOnlyAdmin
-from conductor_app.admin.text import ago, readable_value, shown
+from conductor_app.admin.text import ago, or_dash, readable_value, shown
 from conductor_app.models import Event
 
 
@@ -62,7 +62,8 @@ class EventAdmin(ReadOnlyAdmin):
         """Return a link to the execution that it was sent to."""
         return self.link(event.execution_id)
 
-    @admin.display(description=_("taken by"), empty_value="-")
+    @admin.display(description=_("taken by"))
+    @or_dash
     def step_link(self, event: Event) -> str | None:
         """Return a link to the step that has taken it."""
         return self.link(event.step_id, "step")

@@ -14,7 +14,7 @@ from conductor_app.admin import filters
 from conductor_app.admin.access import VIEW_PAYLOAD, may_see_payloads
 from conductor_app.admin.actions import FailureActions
 from conductor_app.admin.base import ReadOnlyAdmin
-from conductor_app.admin.text import shown, tail, task_name
+from conductor_app.admin.text import or_dash, shown, tail, task_name
 from conductor_app.models import FailedExecution
 from conductor_app.telling.words import first_line, short_name
 
@@ -113,7 +113,8 @@ class FailedExecutionAdmin(FailureActions, ReadOnlyAdmin):
         """Return a link to the execution that failed."""
         return self.link(failure.execution_id)
 
-    @admin.display(description=_("root cause"), empty_value="-")
+    @admin.display(description=_("root cause"))
+    @or_dash
     def root_cause_link(self, failure: FailedExecution) -> str | None:
         """Return a link to the deepest descendant whose failure is behind this one."""
         return self.link(failure.root_cause_id)

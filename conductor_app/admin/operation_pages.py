@@ -18,7 +18,7 @@ from django.utils.translation import gettext_lazy as _
 from conductor_app.admin import access, filters, refresh
 from conductor_app.admin.base import ReadOnlyAdmin
 from conductor_app.admin.operations import ACTIONS
-from conductor_app.admin.text import WORDS, shown
+from conductor_app.admin.text import WORDS, or_dash, shown
 from conductor_app.models import Execution, Operation, OperationItem, database
 from conductor_app.states import OperationSource
 from conductor_app.telling import operations, words
@@ -89,17 +89,20 @@ class OperationAdmin(ReadOnlyAdmin):
         """Return what it does, and its number."""
         return f"{operation.get_kind_display()} {operation.pk}"
 
-    @admin.display(description=_("by"), empty_value="-")
+    @admin.display(description=_("by"))
+    @or_dash
     def actor_text(self, operation: Operation) -> SafeString | None:
         """Return who has asked for it."""
         return shown(operation.actor) if operation.actor else None
 
-    @admin.display(description=_("reason"), empty_value="-")
+    @admin.display(description=_("reason"))
+    @or_dash
     def reason_text(self, operation: Operation) -> SafeString | None:
         """Return why."""
         return shown(operation.reason) if operation.reason else None
 
-    @admin.display(description=_("filters"), empty_value="-")
+    @admin.display(description=_("filters"))
+    @or_dash
     def filters_text(self, operation: Operation) -> SafeString | None:
         """Return what has chosen its executions."""
         return shown(operation.filters) if operation.filters else None

@@ -6,11 +6,12 @@ Its figures are read at most once in ten seconds.
 from __future__ import annotations
 
 import datetime as dt
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from django.http import HttpRequest, HttpResponse
-from django.urls import URLPattern
+from django.urls import NoReverseMatch, URLPattern, reverse
 from django.utils import timezone
 from django.utils.translation import gettext as _
 
@@ -19,9 +20,21 @@ from conductor_app.admin.base import ReadOnlyAdmin
 from conductor_app.admin.figures_cache import cached
 from conductor_app.admin.sparkline import sparkline
 from conductor_app.admin.text import pill, shown, task_name
+from conductor_app.conf import conductor_settings
 from conductor_app.states import ExecutionStatus
 from conductor_app.telling.labels import MARKS, Label
 from conductor_app.telling.words import first_line, short_name, since
+
+#: Those of docs/monitoring/alerts.yml.
+ALERT_RULES = (
+    "ConductorQueueNotServed",
+    "ConductorQueueIsLate",
+    "ConductorTasksFail",
+    "ConductorRunsAreLost",
+    "ConductorNobodySweeps",
+    "ConductorGaugesAreMissing",
+    "ConductorWakeupHealed",
+)
 
 
 def urls(owner: ReadOnlyAdmin) -> list[URLPattern]:
@@ -43,6 +56,9 @@ def show(owner: ReadOnlyAdmin, request: HttpRequest) -> HttpResponse:
         _("Overview"),
         slow_url=owner.address("slow"),
         workers_url=owner.address("workers"),
+        counted=_counted(),
+        metrics_url=_metrics_url(),
+        alert_rules=ALERT_RULES,
         **_for_page(owner, document),
     )
 
@@ -59,6 +75,26 @@ def _permitted(owner: ReadOnlyAdmin, request: HttpRequest) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------- the page
+
+
+def _counted() -> str:
+    """Return whether workers count what happens, and serve that."""
+    settings = conductor_settings()
+    if not settings.METRICS:
+        return _('They count nothing: CONDUCTOR["METRICS"] is off.')
+    if not settings.METRICS_LISTEN:
+        return _('They count, and serve it nowhere: CONDUCTOR["METRICS_LISTEN"] is empty.')
+    return _('Each worker serves it at the address of CONDUCTOR["METRICS_LISTEN"].')
+
+
+def _metrics_url() -> str | None:
+    """Return the address of the metrics' view, if this site has one."""
+    # Whoever has it in a urlconf has imported it, and the package that it needs.
+    metrics = sys.modules.get("conductor_app.metrics")
+    try:
+        return None if metrics is None else reverse(metrics.view)
+    except NoReverseMatch:
+        return None
 
 
 def _for_page(owner: ReadOnlyAdmin, document: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from conductor_app import api
 from conductor_app.admin import refresh
 from conductor_app.admin.base import ReadOnlyAdmin
 from conductor_app.admin.operations import ReasonForm
-from conductor_app.admin.text import ago, shown, task_name
+from conductor_app.admin.text import ago, or_dash, shown, task_name
 from conductor_app.exceptions import ActionRefused
 from conductor_app.models import Schedule, database
 from conductor_app.models.operation import ACTOR_LENGTH
@@ -102,23 +102,27 @@ class ScheduleAdmin(ReadOnlyAdmin):
         """Return how long ago the last instant was that was acted on."""
         return ago(row.last_tick_at, row.read_at)
 
-    @admin.display(description=_("last execution"), empty_value="-")
+    @admin.display(description=_("last execution"))
+    @or_dash
     def execution_link(self, row: Schedule) -> str | None:
         """Return a link to what it has started last."""
         key = row.last_execution_id
         return self.link(key, text=f"{str(key)[:8]}…") if key else None
 
-    @admin.display(description=_("note"), empty_value="-")
+    @admin.display(description=_("note"))
+    @or_dash
     def note_text(self, row: Schedule) -> SafeString | None:
         """Return what was left out, or waits, and why."""
         return shown(row.note) if row.note else None
 
-    @admin.display(description=_("paused by"), empty_value="-")
+    @admin.display(description=_("paused by"))
+    @or_dash
     def actor_text(self, row: Schedule) -> SafeString | None:
         """Return who has paused it."""
         return shown(row.paused_by) if row.paused_by else None
 
-    @admin.display(description=_("reason"), empty_value="-")
+    @admin.display(description=_("reason"))
+    @or_dash
     def reason_text(self, row: Schedule) -> SafeString | None:
         """Return why."""
         return shown(row.pause_reason) if row.pause_reason else None

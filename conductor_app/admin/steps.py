@@ -16,7 +16,7 @@ from conductor_app.admin.access import may_see_payloads
 from conductor_app.admin.base import ReadOnlyAdmin
 from conductor_app.admin.plain_data import masked
 from conductor_app.admin.rows import RowsAdmin
-from conductor_app.admin.text import readable_value, shown, step_pill, tail, task_name
+from conductor_app.admin.text import or_dash, readable_value, shown, step_pill, tail, task_name
 from conductor_app.models import Step
 from conductor_app.states import StepStatus
 from conductor_app.telling.words import duration
@@ -71,17 +71,20 @@ class StepAdmin(ReadOnlyAdmin):
         "finished_at",
     )
 
-    @admin.display(description=_("result"), empty_value="-")
+    @admin.display(description=_("result"))
+    @or_dash
     def readable_result(self, step: Step) -> str | None:
         """Return the result, masked, for who may see it."""
         return readable_value(step.result)
 
-    @admin.display(description=_("error class"), empty_value="-")
+    @admin.display(description=_("error class"))
+    @or_dash
     def error_type(self, step: Step) -> str | None:
         """Return the class of the error."""
         return shown(load_failure(step.error).type) if step.error else None
 
-    @admin.display(description=_("error"), empty_value="-")
+    @admin.display(description=_("error"))
+    @or_dash
     def readable_error(self, step: Step) -> str | None:
         """Return the error with its message, arguments and attributes, masked, for who may see it."""
         return readable_value(step.error)
@@ -111,7 +114,8 @@ class StepAdmin(ReadOnlyAdmin):
         """Return a link to the execution that remembers the step."""
         return self.link(step.execution_id)
 
-    @admin.display(description=_("child"), empty_value="-")
+    @admin.display(description=_("child"))
+    @or_dash
     def child_link(self, step: Step) -> str | None:
         """Return a link to the child that the step stands for."""
         return self.link(step.child_id)

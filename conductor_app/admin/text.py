@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
-from typing import Any, cast
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 from django.utils.html import format_html
 from django.utils.safestring import SafeString
@@ -14,6 +16,9 @@ from conductor_app.states import StepStatus
 from conductor_app.telling.labels import STEP_MARKS, Label
 from conductor_app.telling.words import clean, duration, exact, middle, short_name, visible
 from conductor_app.values.redaction import readable
+
+T = TypeVar("T")
+Row = TypeVar("Row")
 
 #: Every word that ``labels.label`` says, and those of workers and queues, for translators.
 WORDS: dict[str, Any] = {
@@ -40,6 +45,17 @@ WORDS: dict[str, Any] = {
 
 #: Characters of a task's name in lists and tables.
 LONGEST_NAME = 28
+
+
+def or_dash(look: Callable[[Any, Row], T | None]) -> Callable[[Any, Row], T | str]:
+    """Let a column or a field say "-" where there is nothing: on a row's own page, Django would say "None"."""
+
+    @functools.wraps(look)
+    def looked(page: Any, row: Row) -> T | str:
+        found = look(page, row)
+        return "-" if found is None else found
+
+    return looked
 
 
 def shown(text: object, title: str = "") -> SafeString:

@@ -10,6 +10,10 @@ from tests.app.ledger import count, note
 
 #: While the ledger has no such line, nothing is packed.
 PACKER_IS_BACK = "the packer is back"
+#: While the ledger has no such line, no bill is paid.
+BANK_IS_OPEN = "the bank is open"
+#: Its account is closed for good.
+CLOSED_ACCOUNT = 13
 
 
 @durable_task(max_retries=0)
@@ -40,3 +44,12 @@ def deliver(ctx: ExecutionContext, order_id: int) -> dict[str, Any]:
 def release(ctx: ExecutionContext, order_id: int) -> bool:
     """Wait for a person."""
     return bool(ctx.wait_for("approval", "approved", timeout=86_400)["yes"])
+
+
+@durable_task(max_retries=0)
+def bill(ctx: ExecutionContext, order_id: int) -> int:
+    """Fail while the bank is closed."""
+    ctx.step("reserve", lambda: order_id)
+    if order_id == CLOSED_ACCOUNT or not count(BANK_IS_OPEN):
+        raise ConnectionError("the bank does not answer")
+    return order_id

@@ -5,8 +5,10 @@ The number of clicks is a property of each test in the report (``--junit-xml``),
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,8 @@ from django.urls import reverse
 
 from conductor_app import api
 from conductor_app.models import Execution
-from tests.app import operators
+from tests.app import operators, scenarios
+from tests.app.ledger import note
 from tests.browser import scene
 from tests.browser.conftest import Tab
 from tests.support.polling import wait_until
@@ -23,6 +26,7 @@ from tests.support.worker import Worker
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
+TRACE = "0af7651916cd43dd8448eb211c80319c"
 OTHER_TENANT = "tenant=globex"
 
 
@@ -99,6 +103,28 @@ def test_the_failures_of_one_cause_are_retried_and_watched(operator: Operator) -
     assert roots >= scene.FAILURES
 
 
+def test_the_failures_of_one_cause_are_watched_to_their_end(worker: Callable[..., Worker], operator: Operator) -> None:
+    worker()
+    orders = [operators.bill.delay(order_id=number) for number in range(37)]
+    failed = Execution.objects.filter(pk__in=[order.id for order in orders], status="failed")
+    wait_until(lambda: failed.count() == 37, 60, message=lambda: f"{failed.count()} have failed")
+    note(None, operators.BANK_IS_OPEN)
+    operator.click("Overview")
+    operator.click("Failed trees, to retry")
+    operator.select_all_and("Retry from the failed step", "Retry from the failed step")
+    assert "37 retried" in operator.text
+    operator.click("Operations")
+    operator.click(re.compile("^retry"))
+    end = "37 retried: 36 succeeded, 1 failed."
+    wait_until(lambda: operator.page.reload() and end in operator.text, 60, 0.3, lambda: operator.text)
+
+
+def test_where_one_finds_how_to_be_alerted(operator: Operator) -> None:
+    operator.click("Overview")
+    for words in ("Alerts", "ConductorTasksFail", "docs/howto/monitoring.md", 'CONDUCTOR["METRICS"] is off'):
+        assert words.lower() in operator.text.lower()
+
+
 def test_everything_of_a_tenant_is_cancelled(operator: Operator) -> None:
     scene.play()
     of_tenant = Execution.objects.filter(root__tags__key="tenant", root__tags__value="globex")
@@ -138,6 +164,33 @@ def test_what_it_did_step_by_step_on_which_worker_with_which_logs(operator: Oper
             assert words in operator.text
         logs = operator.page.get_by_role("link", name="logs", exact=True).get_attribute("href")
         assert logs == f"https://logs.example.com/?root={played.known['worked'].pk}"
+
+
+def test_a_trace_is_followed_across_suspensions(
+    worker: Callable[..., Worker], operator: Operator, tmp_path: Path
+) -> None:
+    path = tmp_path / "spans"
+    worker(
+        conductor={"TRACING": True},
+        env={"CONDUCTOR_TEST_SPANS": str(path)},
+        args=["--include=tests.app.traced"],
+    )
+    # As an instrumented web process would pass it on.
+    headers = {"traceparent": f"00-{TRACE}-b7ad6b7169203331-01"}
+    root = scenarios.three_children.apply_async(kwargs={"value": 1}, headers=headers)
+    wait_until(lambda: api.find(root).status == "succeeded", 40)
+    with override_settings(CONDUCTOR={"LINKS": {"trace": "https://traces.example.com/{trace_id}"}}):
+        operator.click("Executions")
+        operator.click("root")
+        operator.click(re.compile("^three_children"))
+        of_root = operator.page.get_by_role("link", name="trace", exact=True).get_attribute("href")
+        operator.click_at(operator.page.locator("a[href*='/change/']").filter(has_text=re.compile("^echo")).first)
+        of_child = operator.page.get_by_role("link", name="trace", exact=True).get_attribute("href")
+    assert of_root == of_child == f"https://traces.example.com/{TRACE}"
+    # There it finds every run: four of the root, which three suspensions divide, and one of each child.
+    wait_until(lambda: path.exists() and len(path.read_text().splitlines()) == 7)
+    spans = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {span["context"]["trace_id"] for span in spans} == {f"0x{TRACE}"}
 
 
 def test_it_is_compared_with_the_run_that_worked(operator: Operator) -> None:

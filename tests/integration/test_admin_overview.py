@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import datetime as dt
+import re
 from typing import Any
 
 import pytest
+from django.contrib import admin
 from django.contrib.auth.models import Permission, User
 from django.core.cache import cache
 from django.db import connection
 from django.db.models import F
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
-from django.urls import reverse
+from django.urls import path, reverse
 
-from conductor_app import transitions
-from conductor_app.admin import causes, figures
+from conductor_app import metrics, transitions
+from conductor_app.admin import causes, figures, overview
 from conductor_app.exceptions import Failure
 from conductor_app.models import Execution, FailedExecution, Step
 from tests.support import executions
+from tests.support.worker import ROOT
+
+#: Of a site that shows its metrics.
+urlpatterns = [path("monitoring/metrics", metrics.view), path("admin/", admin.site.urls)]
 
 URL = "/admin/conductor_app/execution/overview/"
 HOSTILE = "<script>alert(1)</script>\u202e"
@@ -88,6 +94,30 @@ def test_it_shows_who_works_and_when_they_last_said_so(staff: Client) -> None:
     page = staff.get(URL).content.decode()
     assert "40 s ago" in page
     assert "A running execution&#x27;s lease has ended" in page
+
+
+def test_it_says_whether_anybody_can_be_alerted(staff: Client, settings: Any) -> None:
+    page = text_of(staff)
+    assert "They count nothing: CONDUCTOR[&quot;METRICS&quot;] is off." in page
+    assert "No address of this site leads to conductor_app.metrics.view." in page
+    settings.CONDUCTOR = {**settings.CONDUCTOR, "METRICS": True}
+    assert "CONDUCTOR[&quot;METRICS_LISTEN&quot;] is empty" in text_of(staff)
+    settings.CONDUCTOR = {**settings.CONDUCTOR, "METRICS_LISTEN": "10.1.2.3:9464"}
+    settings.ROOT_URLCONF = __name__
+    page = text_of(staff)
+    assert "Each worker serves it at the address of" in page
+    assert "10.1.2.3" not in page, "whoever may see executions may not see the network"
+    assert '<a href="/monitoring/metrics">' in page
+
+
+def test_it_names_the_rules_that_there_are() -> None:
+    rules = (ROOT / "docs/monitoring/alerts.yml").read_text(encoding="utf-8")
+    assert tuple(re.findall(r"alert: (\w+)", rules)) == overview.ALERT_RULES
+
+
+def text_of(client: Client) -> str:
+    cache.clear()
+    return client.get(URL).content.decode()
 
 
 def test_it_shows_queues_that_nobody_serves(staff: Client) -> None:
