@@ -52,6 +52,8 @@ def cancel(execution: ExecutionRef, reason: str = "", *, actor: str = "") -> boo
 
     Queued and waiting ones are cancelled at once, the first 100 of a tree by this call and the others by a sweeper; a
     running body notices at its next ``ctx`` call. A child that is cancelled raises ``ChildCancelled`` in its parent.
+    With more than 1,000 unfinished children none of them starts any more when the call returns, and a sweeper ends it
+    and them: its status is ``cancelled`` some seconds later.
 
     Args:
         execution: The execution, its id, or its ``AsyncResult``.
@@ -71,6 +73,8 @@ def cancel(execution: ExecutionRef, reason: str = "", *, actor: str = "") -> boo
         OperationKind.CANCEL, found.pk, by, lambda note: acting.cancel(found.pk, reason or by.reason, note)
     ):
         return False
+    if transitions.flag_many_children(found.pk):
+        return True
     # Parents before children, so that no parent is woken for a child's sake. The sweeper finishes what this leaves.
     level, left = [found.pk], _CANCELLED_AT_ONCE
     while level:

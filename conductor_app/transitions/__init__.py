@@ -14,7 +14,14 @@ from __future__ import annotations
 
 from conductor_app.transitions.announcing import announce_now, announced, take_for_announcement
 from conductor_app.transitions.auditing import wake_stranded
-from conductor_app.transitions.cancelling import EXPIRED, cancel_flagged, cancel_running, expire, request_cancel
+from conductor_app.transitions.cancelling import (
+    EXPIRED,
+    cancel_flagged,
+    cancel_running,
+    expire,
+    flag_many_children,
+    request_cancel,
+)
 from conductor_app.transitions.claiming import HandOff, claim, claim_again
 from conductor_app.transitions.creating import NewExecution, create
 from conductor_app.transitions.creating_many import create_many
@@ -77,6 +84,7 @@ __all__ = [
     "dispatch_now",
     "expire",
     "fail",
+    "flag_many_children",
     "give_back",
     "hasten",
     "hold",

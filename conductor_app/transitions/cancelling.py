@@ -24,6 +24,9 @@ from conductor_app.transitions import claiming, guards, parts, running, steps, s
 from conductor_app.values.failures import dump_failure
 from conductor_app.values.texts import clean_text
 
+#: An execution with more open children than that is ended by a sweeper, and not by whoever asks for it.
+MANY_CHILDREN = 1_000
+
 
 def cancel_running(
     execution: Execution, hand_off: claiming.HandOff | None = None, *, result: str | None = None
@@ -118,6 +121,29 @@ def flag_children(execution_id: uuid.UUID) -> None:
     for step in steps.pending_maps(execution_id):
         waking.cancel_unstarted(steps.children_of(execution_id, step.name), reason)
     flag_all(Execution.objects.using(database()).filter(parent_id=execution_id), reason)
+
+
+def flag_many_children(execution_id: uuid.UUID) -> bool:
+    """Flag the open children of a flagged execution that runs no body, if there are more than ``MANY_CHILDREN``.
+
+    One statement, after which none of them starts. A sweeper ends the execution and them, as it does with all that is
+    flagged: the execution first, whose flag is older.
+
+    Returns:
+        Whether there are so many.
+    """
+    using = database()
+    children = Execution.objects.using(using).filter(parent_id=execution_id)
+
+    def work() -> bool:
+        if not Execution.objects.using(using).filter(pk=execution_id).to_cancel().exists():
+            return False
+        if children.open().order_by()[: MANY_CHILDREN + 1].count() <= MANY_CHILDREN:
+            return False
+        flag_all(children, "its parent was cancelled")
+        return True
+
+    return guards.persist_briefly(work)
 
 
 def flag_all(executions: ExecutionQuerySet, reason: str) -> None:

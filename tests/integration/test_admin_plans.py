@@ -12,7 +12,8 @@ from django.db import connection, transaction
 from django.test import Client
 
 from conductor_app.admin import causes, changelist, figures, filters, paginator
-from conductor_app.models import Execution, Tag
+from conductor_app.models import Attempt, Execution, Tag
+from conductor_app.telling import workers
 from tests.integration.test_query_plans import EVENTS, EXECUTIONS, FAILURES, STEPS, open_ids  # noqa: F401
 from tests.support.command import told
 
@@ -21,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(connection.vendor == "mysql", reason="looks into PostgreSQL and SQLite"),
 ]
 
-TAGS = Tag._meta.db_table
+ATTEMPTS, TAGS = Attempt._meta.db_table, Tag._meta.db_table
 
 trusts_the_index = pytest.mark.skipif(
     connection.vendor == "sqlite", reason="SQLite has no statistics, and reads all that has the task"
@@ -57,6 +58,12 @@ def filled(open_ids: dict[str, Any], django_db_blocker: Any) -> Iterator[dict[st
             f"""INSERT INTO {EVENTS} (execution_id, name, key, payload, taken_at, created_at)
             SELECT id, 'approved', 'mail-7', '1', finished_at, created_at FROM {EXECUTIONS}"""
         )
+        cursor.execute(
+            f"""INSERT INTO {ATTEMPTS} (execution_id, attempt, run, worker, due_at, started_at, finished_at, outcome,
+                step, error_class, message, traceback)
+            SELECT id, 1, 1, 'w@h/1', created_at, created_at, created_at, 'succeeded', '', '', '', ''
+            FROM {EXECUTIONS}"""
+        )
         number = "row_number() OVER (ORDER BY id)"
         for key, value in (("order", f"{number}"), ("tenant", f"{number} % 10")):
             text = "text" if connection.vendor == "postgresql" else "TEXT"
@@ -65,8 +72,9 @@ def filled(open_ids: dict[str, Any], django_db_blocker: Any) -> Iterator[dict[st
                 f"SELECT id, '{key}', CAST({value} AS {text}) FROM {EXECUTIONS}"
             )
         if connection.vendor == "postgresql":
-            cursor.execute(f"ANALYZE {FAILURES}, {EVENTS}, {TAGS}")
+            cursor.execute(f"ANALYZE {FAILURES}, {EVENTS}, {TAGS}, {ATTEMPTS}")
         yield open_ids
+        cursor.execute(f"DELETE FROM {ATTEMPTS}")
         cursor.execute(f"DELETE FROM {TAGS}")
         cursor.execute(f"DELETE FROM {EVENTS}")
         cursor.execute(f"DELETE FROM {FAILURES}")
@@ -82,6 +90,7 @@ def _bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(filters, "LATEST_FAILURES", COUNTED)
     monkeypatch.setattr(figures, "LATEST", WINDOW)
     monkeypatch.setattr(figures, "MOST_OPEN", COUNTED)
+    monkeypatch.setattr(workers, "LATEST_RUNS", COUNTED)
     cache.clear()
 
 
@@ -116,6 +125,7 @@ def _bounds(monkeypatch: pytest.MonkeyPatch) -> None:
         "execution/?o=2.-3",
         "execution/json/?queue=none",
         "execution/overview/",
+        "execution/workers/",
         "execution/{waiting}/json/",
         "step/",
         "step/?status__exact=pending",
@@ -159,7 +169,7 @@ def _plans(look: Callable[[], object]) -> Iterator[tuple[str, Any]]:
     statements: list[tuple[str, Any]] = []
 
     def note(execute: Any, sql: str, params: Any, many: bool, context: Any) -> Any:
-        if any(table in sql for table in (EXECUTIONS, STEPS, FAILURES, EVENTS, TAGS)):
+        if any(table in sql for table in (EXECUTIONS, STEPS, FAILURES, EVENTS, TAGS, ATTEMPTS)):
             statements.append((sql, params))
         return execute(sql, params, many, context)
 

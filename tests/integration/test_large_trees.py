@@ -11,11 +11,21 @@ from django.test.utils import CaptureQueriesContext
 
 from conductor_app import ExecutionContext, api, transitions
 from conductor_app.engine import sweeper
-from conductor_app.models import Execution, FailedExecution, Step
+from conductor_app.models import Execution, FailedExecution, Operation, Step
 from conductor_app.store.ids import derive_child_id
-from conductor_app.transitions import reopening
+from conductor_app.transitions import AwaitEvent, cancelling, reopening
 from tests.support.bodies import durable, start
-from tests.support.executions import FAILURE, claimed, family, fresh, invocation, mapping, step_of
+from tests.support.executions import (
+    FAILURE,
+    OWNER,
+    claimed,
+    family,
+    fresh,
+    invocation,
+    mapping,
+    starting,
+    step_of,
+)
 from tests.support.process import note_published
 
 pytestmark = pytest.mark.django_db
@@ -130,3 +140,43 @@ def test_a_cancel_ends_some_and_leaves_the_others_to_a_sweeper(monkeypatch: pyte
         return len(captured)
 
     assert statements(4) == statements(9)
+
+
+@pytest.mark.parametrize("kind", ["map", "invocations"])
+def test_a_cancel_of_very_many_stops_them_and_leaves_every_end_to_a_sweeper(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(cancelling, "MANY_CHILDREN", 3)
+
+    def statements(count: int) -> int:
+        if kind == "map":
+            parent, children = mapping(count)
+        else:
+            parent, children = starting(count)
+            for child in children:
+                transitions.release(child)
+            assert transitions.suspend(parent, AwaitEvent("approval", "approved", None))
+        with CaptureQueriesContext(connection) as captured:
+            assert api.cancel(parent, "enough", actor="ana")
+        assert fresh(parent).cancel_requested_at is not None
+        assert fresh(parent).cancel_reason == "enough"
+        assert not any(transitions.claim(child.pk, OWNER) for child in children), "none of them starts"
+        assert fresh(parent).status == "waiting"
+        assert statuses(parent) == {"queued": count}
+        operation = Operation.objects.get(items__execution=parent)
+        assert (operation.kind, operation.actor, operation.reason) == ("cancel", "ana", "enough")
+        assert api.cancel(parent, "again")
+        sweeper.sweep()
+        assert fresh(parent).status == "cancelled"
+        assert statuses(parent) == {"cancelled": count}
+        return len(captured)
+
+    assert statements(4) == statements(9)
+
+
+def test_a_cancel_of_very_many_leaves_the_children_of_a_running_body_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cancelling, "MANY_CHILDREN", 3)
+    parent, children = starting(5)
+    assert api.cancel(parent, "enough")
+    assert not Execution.objects.filter(parent=parent, cancel_requested_at__isnull=False).exists()
+    assert len(children) == 5

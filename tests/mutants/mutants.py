@@ -13,6 +13,7 @@ TAGS = "tests/integration/test_tags.py"
 UNIQUE = "tests/integration/test_unique.py"
 UNIQUE_TOGETHER = "tests/integration/test_unique_together.py"
 CANCEL = "tests/integration/test_cancel.py"
+LARGE_TREES = "tests/integration/test_large_trees.py"
 SWEEPER = "tests/integration/test_sweeper.py"
 COMMITS = "tests/integration/test_commits.py"
 DISPATCH = "tests/integration/test_dispatch.py"
@@ -307,6 +308,21 @@ MUTANTS = [
         "            steps.end_waits(execution_id, _cancel_error(flagged))\n",
         "",
         (CANCEL,),
+    ),
+    Mutant(
+        "stop the many children of a body that still runs",
+        "transitions/cancelling.py",
+        "        if not Execution.objects.using(using).filter(pk=execution_id).to_cancel().exists():\n"
+        "            return False\n",
+        "",
+        (LARGE_TREES,),
+    ),
+    Mutant(
+        "let the many children of a cancelled execution start until a sweep",
+        "transitions/cancelling.py",
+        '        flag_all(children, "its parent was cancelled")\n        return True\n',
+        "        return True\n",
+        (LARGE_TREES,),
     ),
     Mutant(
         "let a retry skip the sleep that a cancel has ended",
