@@ -491,3 +491,13 @@ def test_a_worker_wakes_for_the_next_deadline() -> None:
     assert found is not None
     assert 28 < found <= 30
     assert sweeper.due_in(10) is None
+
+
+def test_what_a_sweeper_that_died_has_left_half_done_the_next_one_ends() -> None:
+    root = running(deadline=30)
+    below = invoke(root)
+    clock.shift(dt.timedelta(seconds=31))
+    assert transitions.end_late(root.pk)
+    assert not transitions.end_late(root.pk)
+    assert sweeper.sweep(publish=False, reclaim=False) == {"cancelled": 2}
+    assert [fresh(row).status for row in (root, below)] == ["cancelled"] * 2
