@@ -364,6 +364,7 @@ def test_an_eager_run_ends_at_its_deadline() -> None:
 
 def test_an_eager_run_leaves_other_trees_to_the_workers() -> None:
     other = running(deadline=30)
+    Execution.objects.filter(pk=other.pk).update(tree_deadline_at=in_seconds(-1))
     assert bounded.apply().state == "REVOKED"
     assert fresh(other).cancel_requested_at is None
 
