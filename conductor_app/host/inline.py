@@ -182,7 +182,7 @@ def _is_running_elsewhere(root_id: uuid.UUID) -> bool:
 
 
 def next_instant(root_id: uuid.UUID | None = None, after: dt.datetime | None = None) -> dt.datetime | None:
-    """Return when something is due next: a countdown, a retry, a sleep, a timeout, a schedule, a start or an end too late.
+    """Return when something is due next: a countdown, a retry, a sleep, a timeout, a schedule, a start or end too late.
 
     Args:
         root_id: Only in this tree.

@@ -387,7 +387,7 @@ class Execution(models.Model):
 
     @property
     def max_duration(self) -> float | None:
-        """``max_duration`` of the task of which it is a root, in seconds: an operator's retry has as much time again."""
+        """``max_duration`` of the task of which it is a root, in seconds: a retry has as much time again."""
         # Without a look at most options: see ``own_key``.
         return self.get_options().get("max_duration") if '"max_duration"' in self.options else None
 

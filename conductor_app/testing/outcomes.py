@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import copy
+import datetime as dt
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypeVar

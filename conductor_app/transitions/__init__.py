@@ -14,7 +14,14 @@ from __future__ import annotations
 
 from conductor_app.transitions.announcing import announce_now, announced, take_for_announcement
 from conductor_app.transitions.auditing import wake_stranded
-from conductor_app.transitions.cancelling import EXPIRED, cancel_flagged, cancel_running, end_late, expire, request_cancel
+from conductor_app.transitions.cancelling import (
+    EXPIRED,
+    cancel_flagged,
+    cancel_running,
+    end_late,
+    expire,
+    request_cancel,
+)
 from conductor_app.transitions.claiming import HandOff, claim, claim_again
 from conductor_app.transitions.creating import NewExecution, create
 from conductor_app.transitions.creating_many import create_many

@@ -200,7 +200,7 @@ def is_bounded(new: NewExecution) -> bool:
 
 
 def bounded(slot: Callable[[str, AnyField], Slot]) -> dict[str, Any]:
-    """Return the deadlines of a root as ``times`` and ``bounds`` give them. It must not start after that of its tree."""
+    """Return the deadlines of a root as ``times`` and ``bounds`` give them: it starts before that of its tree."""
     instant, span = DateTimeField(), DurationField()
     longest = after(slot("ends_in", span))
     ends = Earlier(Coalesce(slot("ends_at", instant), longest), longest, output_field=instant)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import datetime as dt
-import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from django.test.utils import CaptureQueriesContext
 
 from conductor_app import ExecutionContext, Limit, api, durable_task, transitions
 from conductor_app.engine import schedules, sweeper
-from conductor_app.exceptions import ChildCancelled, ExecutionCancelled, InvalidArgument, InvalidArgumentType
+from conductor_app.exceptions import ExecutionCancelled, InvalidArgument, InvalidArgumentType
 from conductor_app.models import Execution
 from conductor_app.states import ExecutionStatus
 from conductor_app.store import clock
