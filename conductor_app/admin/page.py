@@ -204,6 +204,7 @@ class ExecutionPage(Downloads):
             (_("due"), execution.told_due_at),
             (_("due at the earliest"), execution.due_then),
             (_("to be started before"), execution.deadline_at),
+            (_("deadline of its tree"), story.situation.deadline),
             (_("lease expires"), execution.lease_expires_at),
             (_("cancel requested"), execution.cancel_requested_at),
         ):

@@ -124,7 +124,10 @@ def looks_like_milliseconds(seconds: float) -> bool:
 _HOUR, _DAY = 3_600, 86_400
 
 
-_NO_KEY = "The step's name is the key: its child is stored once, however often the body runs."
+_NOT_A_CHILDS = {
+    "idempotency_key": "The step's name is the key: its child is stored once, however often the body runs.",
+    "deadline": "It bounds a whole tree, so it is an option of the root's call; a child has timeout=, of ctx.invoke.",
+}
 
 
 def resolve_child(
@@ -155,7 +158,7 @@ def resolve_child(
             )
         if payload is not None:
             raise InvalidArgumentType(f"{call} got a signature and a payload. Put the arguments into the signature.")
-        check_call_options(child.options, f"The signature given to {call}", also=OPTIONS, hint=_NO_KEY)
+        check_call_options(child.options, f"The signature given to {call}", also=OPTIONS, hints=_NOT_A_CHILDS)
         if "task_id" in child.options and "reply_to" not in child.options:  # which Celery adds when it freezes one
             raise InvalidArgumentType(
                 f"The signature given to {call} has a task_id. A child's id follows from its step."

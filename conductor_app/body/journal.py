@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 from conductor_app import transitions
 from conductor_app.conf import conductor_settings
 from conductor_app.exceptions import DuplicateExecution, Failure
-from conductor_app.models import Execution
+from conductor_app.models import Execution, database
 from conductor_app.transitions import limiting, steps, uniqueness
 from conductor_app.values.limits import Limit
 
@@ -54,6 +55,9 @@ class Journal(Protocol):
 
     def duplicate_of(self, children: Sequence[transitions.NewExecution]) -> DuplicateExecution | None:
         """Return the error to raise if an open execution has the unique key of one of the children."""
+
+    def deadline(self) -> dt.datetime | None:
+        """Return when the tree is cancelled."""
 
     def tag(self, tags: Mapping[str, str]) -> None:
         """Set tags of the tree.
@@ -119,6 +123,11 @@ class DatabaseJournal:
         if holder is None or holder.unique_key not in keyed:
             return None
         return uniqueness.duplicate(task, holder.unique_key, holder, keyed[holder.unique_key].unique)
+
+    def deadline(self) -> dt.datetime | None:
+        """Read the root's row; an operator's retry changes it only between two runs."""
+        root = Execution.objects.using(database()).filter(pk=self._execution.root_id)
+        return transitions.patiently(lambda: root.values_list("tree_deadline_at", flat=True).first())
 
     def tag(self, tags: Mapping[str, str]) -> None:
         """Write them with the root."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import logging
 import os
 import sys
@@ -134,6 +135,15 @@ class BodyRun:
             return None
         found: dt.datetime | None = self._execution.get_options().get("scheduled_at")
         return found
+
+    @functools.cached_property
+    def deadline(self) -> dt.datetime | None:
+        """When the tree of this execution is cancelled, if it has not ended; ``None`` if nothing says so.
+
+        Read once in a run, when it is asked for. An operator's retry gives the tree another one.
+        """
+        with self._beyond_the_body():
+            return self._journal.deadline()
 
     @property
     def task(self) -> Task[Any, Any] | None:

@@ -148,6 +148,9 @@ def _like(found: Execution, new_id: uuid.UUID, idempotency_key: str | None, **ma
         kept["announce"] = True
     if found.own_key is not None:
         kept["unique"] = found.own_key
+    # As much time as the old one had by its task. A deadline of the call's own was that call's.
+    if found.max_duration is not None:
+        kept["max_duration"] = found.max_duration
     return transitions.NewExecution(
         id=new_id,
         task=found.task,
@@ -155,6 +158,7 @@ def _like(found: Execution, new_id: uuid.UUID, idempotency_key: str | None, **ma
         payload=found.payload,
         max_attempts=found.max_attempts,
         priority=found.priority,
+        max_duration=found.max_duration,
         idempotency_key=idempotency_key,
         unique=None if found.own_key is None else Unique(found.own_key, OnConflict.REFUSE),
         options=dump_options({**kept, **marks}),

@@ -25,7 +25,7 @@ from conductor_app.models.execution import ExecutionQuerySet
 from conductor_app.states import ExecutionStatus
 from conductor_app.store import clock
 from conductor_app.store.locks import waiting_at_most
-from conductor_app.transitions import limiting, steps
+from conductor_app.transitions import cancelling, limiting, steps
 
 #: How long a sweep waits for a locked row, in seconds, before it goes on to the next finding: not at all.
 AT_ONCE_SECONDS = 0.001
@@ -90,6 +90,8 @@ def _sweep(
         work.each("lapsed_leases", lambda known: findings.ids(executions.lapsed(), known), findings.lose)
     work.decide_overdue(conductor_settings().SWEEP_BATCH, root_id)
     work.each("expired", lambda known: findings.ids(executions.expired(), known), transitions.expire)
+    # Those that have begun, and before what is to be cancelled, as they are.
+    work.each("deadlines", lambda known: findings.ids(executions.past_deadline(), known), transitions.end_late)
     if root_id is None:
         # Before what is to be cancelled, which they ask for.
         while work.each("operations", acting.pending_items, acting.decide):
@@ -133,7 +135,11 @@ def due_in(seconds: float, *, since: float = 0.0, publish: bool = True) -> float
             too early.
         publish: Whether executions count that become due; with ``memory://`` the feed looks for them all the time.
     """
-    found = [steps.next_deadline_in(seconds, since), schedules.due_in(seconds, since)]
+    found = [
+        steps.next_deadline_in(seconds, since),
+        cancelling.next_deadline_in(seconds, since),
+        schedules.due_in(seconds, since),
+    ]
     if publish:
         # What was published before has a later instant than its due time, and a bound that counts in minutes.
         unpublished = _executions().with_status(ExecutionStatus.QUEUED).filter(dispatch_at=F("due_at"))

@@ -182,7 +182,7 @@ def _is_running_elsewhere(root_id: uuid.UUID) -> bool:
 
 
 def next_instant(root_id: uuid.UUID | None = None, after: dt.datetime | None = None) -> dt.datetime | None:
-    """Return when something is due next: a countdown, a retry, a sleep, a timeout, a schedule, a start too late.
+    """Return when something is due next: a countdown, a retry, a sleep, a timeout, a schedule, a start or end too late.
 
     Args:
         root_id: Only in this tree.
@@ -196,7 +196,12 @@ def next_instant(root_id: uuid.UUID | None = None, after: dt.datetime | None = N
     if root_id is None and (tick := schedules.next_instant(after)) is not None:
         instants.append(tick)
     unstarted = queued.filter(started_at__isnull=True)
-    for rows, column in ((queued, "due_at"), (pending, "deadline_at"), (unstarted, "deadline_at")):
+    bounded = Execution.objects.using(database()).filter(finished_at=None, cancel_requested_at=None)
+    bounded = bounded if root_id is None else bounded.filter(pk=root_id)
+    for rows, column in (
+        *((queued, "due_at"), (pending, "deadline_at"), (unstarted, "deadline_at")),
+        (bounded, "tree_deadline_at"),
+    ):
         later = {f"{column}__isnull": False} if after is None else {f"{column}__gt": after}
         instants += rows.filter(**later).order_by(column).values_list(column, flat=True)[:1]
     return min(instants, default=None)

@@ -130,6 +130,12 @@ class ExecutionQuerySet(models.QuerySet["Execution"]):
         overdue = self.with_status(ExecutionStatus.QUEUED).filter(deadline_at__lte=clock.now())
         return overdue.filter(started_at__isnull=True).order_by("deadline_at")
 
+    def past_deadline(self) -> Self:
+        """Open, past the deadline of the tree of which it is the root, and nobody has asked for its end."""
+        # Not by the status, as in ``held``.
+        overdue = self.filter(finished_at__isnull=True, tree_deadline_at__lte=clock.now())
+        return overdue.filter(cancel_requested_at__isnull=True).order_by("tree_deadline_at")
+
     def tagged(self, tags: Mapping[str, str]) -> Self:
         """Of a tree that has all of these tags."""
         tag: Any = Execution._meta.get_field("tags").related_model
@@ -197,8 +203,10 @@ class Execution(models.Model):
     #: While queued: not to be claimed before. Null holds a child back until ``max_parallel`` of its map lets it go, and
     #: another one until its ``predecessor`` has ended.
     due_at = models.DateTimeField(_("due"), null=True, blank=True)
-    #: Celery's ``expires``: not to be started after.
+    #: Celery's ``expires``: not to be started after. Of a root with ``tree_deadline_at``, that one, if it is earlier.
     deadline_at = models.DateTimeField(_("start deadline"), null=True, blank=True)
+    #: Of a root: when it is cancelled with its whole tree, if it is open then. By ``deadline=`` or ``max_duration=``.
+    tree_deadline_at = models.DateTimeField(_("deadline of the tree"), null=True, blank=True)
     #: While queued: when the sweeper publishes the message (again).
     dispatch_at = models.DateTimeField(_("next dispatch"), null=True, blank=True)
     #: How often the sweeper has published since it was queued.
@@ -264,6 +272,12 @@ class Execution(models.Model):
                 fields=["status", "deadline_at"],
                 where=Q(status="queued", deadline_at__isnull=False),
                 name="conductor_ex_deadline",
+            ),
+            # The sweeper: whose time is over.
+            PartialIndex(
+                fields=["finished_at", "tree_deadline_at"],
+                where=Q(finished_at__isnull=True, tree_deadline_at__isnull=False),
+                name="conductor_ex_tree_deadline",
             ),
             # The children of one parent, those of a map in the order of their payloads.
             models.Index(fields=["parent", "step", "position"], name="conductor_ex_children"),
@@ -370,6 +384,12 @@ class Execution(models.Model):
         """The unique key that it was given; it has it (``unique_key``) while it is open, unless another took it."""
         # Without a look at most options: each end asks this.
         return self.get_options().get("unique") if '"unique"' in self.options else None
+
+    @property
+    def max_duration(self) -> float | None:
+        """``max_duration`` of the task of which it is a root, in seconds: a retry has as much time again."""
+        # Without a look at most options: see ``own_key``.
+        return self.get_options().get("max_duration") if '"max_duration"' in self.options else None
 
     @property
     def runs_again(self) -> bool:

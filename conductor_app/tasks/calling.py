@@ -49,6 +49,7 @@ class CallingTask(RefusingTask[P, R]):
         idempotency_keys: Sequence[str | None] | None = None,
         tags: Mapping[str, str] | None = None,
         countdown: float | dt.timedelta | None = None,
+        deadline: float | dt.timedelta | dt.datetime | str | None = None,
     ) -> list[DurableResult[R]]:
         """Store one execution for each payload in the current transaction, all or none, in few statements.
 
@@ -61,6 +62,7 @@ class CallingTask(RefusingTask[P, R]):
                 payloads with one key, the first is stored.
             tags: Those of each execution's tree; they win over the decorator's.
             countdown: Seconds, or a ``timedelta``, until they may start.
+            deadline: When the tree of each is cancelled; as for ``apply_async``.
 
         Returns:
             For each payload the result of its execution, whose ``is_new`` tells whether this payload has been stored.
@@ -81,7 +83,7 @@ class CallingTask(RefusingTask[P, R]):
             return []
         if None in keys:
             hint_at_repeated_call(self.name)
-        given: dict[str, Any] = {"tags": tags, "countdown": countdown}
+        given: dict[str, Any] = {"tags": tags, "countdown": countdown, "deadline": deadline}
         self._add_callers(given)
         news = []
         for place, (payload, key) in enumerate(zip(each, keys, strict=True)):
@@ -135,6 +137,7 @@ class CallingTask(RefusingTask[P, R]):
         on_conflict: Literal["return", "refuse", "replace"] | None = None,
         debounce: float | dt.timedelta | None = None,
         debounce_max: float | dt.timedelta | None = None,
+        deadline: float | dt.timedelta | dt.datetime | str | None = None,
         **options: Unpack[CallOptions],
     ) -> DurableResult[R]:
         """Do as ``apply_async``, and let the event loop go on meanwhile.
@@ -148,6 +151,7 @@ class CallingTask(RefusingTask[P, R]):
             "on_conflict": on_conflict,
             "debounce": debounce,
             "debounce_max": debounce_max,
+            "deadline": deadline,
         }
         result: DurableResult[R] = await call(args, kwargs, task_id, producer, **given, **options)
         return result
@@ -159,11 +163,12 @@ class CallingTask(RefusingTask[P, R]):
         idempotency_keys: Sequence[str | None] | None = None,
         tags: Mapping[str, str] | None = None,
         countdown: float | dt.timedelta | None = None,
+        deadline: float | dt.timedelta | dt.datetime | str | None = None,
     ) -> list[DurableResult[R]]:
         """Do as ``start_many``, and let the event loop go on meanwhile.
 
         Args and errors: as for ``start_many``.
         """
         return await sync_to_async(self.start_many)(
-            payloads, idempotency_keys=idempotency_keys, tags=tags, countdown=countdown
+            payloads, idempotency_keys=idempotency_keys, tags=tags, countdown=countdown, deadline=deadline
         )

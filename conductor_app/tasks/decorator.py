@@ -17,6 +17,7 @@ from conductor_app.body.context import ExecutionContext
 from conductor_app.engine.limits import follow
 from conductor_app.states import OnConflict
 from conductor_app.tasks.task import DurableTask
+from conductor_app.values.arguments import check_duration
 from conductor_app.values.limits import check_limits
 from conductor_app.values.options import RoutingOptions, TaskOptions, check_task_options
 from conductor_app.values.retention import Retention
@@ -90,6 +91,9 @@ def durable_task(fn: Any = None, /, **options: Any) -> Any:
             so long after they have ended; ``CONDUCTOR["KEEP"]`` and ``CONDUCTOR["KEEP_FAILED"]`` by default, and
             ``float("inf")`` keeps them for good.
 
+            ``max_duration``, seconds or a ``timedelta``, lets workers cancel a tree of which it is the root so long
+            after its creation, with all that it waits for. A child has none: the deadline of its root bounds it.
+
     Raises:
         TypeError: The function cannot be a durable body, or ``around`` not be called; an option without effect;
             ``unique`` names no argument.
@@ -138,6 +142,8 @@ def _register(options: Mapping[str, Any], fn: Callable[..., Any]) -> Any:
     celery_options["retention"] = Retention.of(
         celery_options.pop("keep", None), celery_options.pop("keep_failed", None)
     )
+    if (longest := celery_options.pop("max_duration", None)) is not None:
+        celery_options["max_duration"] = check_duration(longest, "max_duration", allow_zero=False)
     for name in SCHEDULE_OPTIONS:
         celery_options.pop(name, None)
     celery_options["stores_ignored_errors"] = bool(celery_options.pop("store_errors_even_if_ignored", False))

@@ -44,7 +44,7 @@ from conductor_app.tasks.signatures import body_signature, misfit_of_call
 from conductor_app.transitions import dispatch
 from conductor_app.values.arguments import call_arguments, check_priority, due_time, expiry, routed
 from conductor_app.values.limits import Limit, keys_of
-from conductor_app.values.options import OF_A_CHORD, CallOptions, check_call_options, check_callbacks
+from conductor_app.values.options import OF_A_CHORD, OF_A_ROOT, CallOptions, check_call_options, check_callbacks
 from conductor_app.values.payloads import dump_call, dump_options, loads
 from conductor_app.values.retention import Retention
 from conductor_app.values.retries import RetryPolicy
@@ -96,6 +96,8 @@ class DurableTask(CallingTask[P, R]):
     on_conflict: ClassVar[OnConflict] = OnConflict.RETURN
     #: When it is started by itself, as the decorator says; ``None``: never.
     plan: ClassVar[Plan | None] = None
+    #: The decorator's ``max_duration``: after so many seconds a tree of which it is the root is cancelled.
+    max_duration: ClassVar[float | None] = None
     #: How long trees of it are kept, as the decorator says.
     retention: ClassVar[Retention] = Retention()
     #: Options that were given and mean nothing here; the system check W019 tells of them.
@@ -148,6 +150,7 @@ class DurableTask(CallingTask[P, R]):
         on_conflict: Literal["return", "refuse", "replace"] | None = None,
         debounce: float | dt.timedelta | None = None,
         debounce_max: float | dt.timedelta | None = None,
+        deadline: float | dt.timedelta | dt.datetime | str | None = None,
         **options: Unpack[CallOptions],
     ) -> DurableResult[R]:
         """Store an execution in the current transaction, and publish its message when that is committed.
@@ -165,6 +168,8 @@ class DurableTask(CallingTask[P, R]):
                 lets it begin so much later; if there is none, it is stored, to begin so much later, and not before one
                 that has begun has ended.
             debounce_max: Seconds after the first of these calls at which it begins at the latest.
+            deadline: Seconds, a ``timedelta`` or an instant, as ``expires``: when the whole tree is cancelled, if it
+                has not ended. The earlier one of this and the decorator's ``max_duration`` counts.
 
         Returns:
             The result; ``is_new`` says whether this call has stored the execution.
@@ -186,6 +191,7 @@ class DurableTask(CallingTask[P, R]):
             "on_conflict": on_conflict,
             "debounce": debounce,
             "debounce_max": debounce_max,
+            "deadline": deadline,
         }
         if any(given.get(name) for name in ("link", "link_error", "chain", "chord")):
             check_callbacks(given, self.app, lambda task: isinstance(task, DurableTask))
@@ -276,7 +282,7 @@ class DurableTask(CallingTask[P, R]):
             options,
             f"{self.name}.apply()",
             also=("logfile", "loglevel", *OF_A_CHORD),
-            hint="It always runs the task; use apply_async.",
+            hints=dict.fromkeys(OF_A_ROOT, "It always runs the task; use apply_async."),
         )
         kept = {key: value for key, value in options.items() if key in ("task_id", "link", "link_error", "tags")}
         kept["ignore_result"] = not self.app.conf.task_store_eager_result
@@ -357,7 +363,7 @@ class DurableTask(CallingTask[P, R]):
             path: How it is called in an error that names a part of it.
             execution_id: ``None`` makes a new one.
             idempotency_key: Unique per task.
-            is_root: Whether its result is Celery's business too.
+            is_root: Whether its result is Celery's business too, and its tree may have a deadline.
 
         Raises:
             NotSerializable, PayloadTooLarge, InvalidArgument, InvalidArgumentType: Nothing is stored.
@@ -390,6 +396,9 @@ class DurableTask(CallingTask[P, R]):
         kept = kept_options(self, options, is_root=is_root)
         if unique is not None:
             kept["unique"] = unique.key  # for an operator's retry, which takes it again
+        max_duration = self.max_duration if is_root else None
+        if max_duration is not None:
+            kept["max_duration"] = max_duration  # for an operator's retry, which begins it again
         return transitions.NewExecution(
             id=execution_id or new_root_id(),
             task=self.name,
@@ -401,6 +410,8 @@ class DurableTask(CallingTask[P, R]):
             countdown=countdown,
             eta=eta,
             expires=expiry(options.get("expires")),
+            deadline=expiry(options.get("deadline"), "deadline"),
+            max_duration=max_duration,
             idempotency_key=idempotency_key,
             unique=unique,
             tags=tags_of_call(self.tag_source, given.get("tags"), args, kwargs),

@@ -47,8 +47,8 @@ def headline(situation: Situation) -> Headline:
         ExecutionStatus.CANCELLED: cancelled,
     }[ExecutionStatus(situation.execution.status)]
     said = _stopped(situation, write(situation))
-    astray = _astray(situation.execution)
-    return replace(said, text=f"{sentence(said.text)} {astray}") if astray else said
+    more = [text for text in (_astray(situation.execution), _bounded(situation)) if text]
+    return replace(said, text=" ".join([sentence(said.text), *more])) if more else said
 
 
 def _stopped(situation: Situation, said: Headline) -> Headline:
@@ -88,6 +88,17 @@ def _astray(execution: Execution) -> str:
         return _('A run that step "%(woken)s" had woken returned without coming to it again.') % values
     text = _('A run that step "%(woken)s" had woken came to step "%(instead)s" without coming to it again.')
     return text % values
+
+
+def _bounded(situation: Situation) -> str:
+    """Return what is to be said of the deadline of its tree, while that has not passed into a cancellation."""
+    execution, at = situation.execution, situation.deadline
+    if at is None or execution.is_final or execution.cancel_requested_at is not None:
+        return ""
+    if at <= situation.now:
+        text = _("The deadline of its tree was %(instant)s: it is cancelled at the next sweep.")
+        return text % {"instant": instant(at, situation.now)}
+    return _("It will be cancelled at %(instant)s (%(when)s), with its tree.") % dated(at, situation.now)
 
 
 def _queued(situation: Situation) -> Headline:

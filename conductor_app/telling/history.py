@@ -68,6 +68,9 @@ def _moments(story: Story) -> Iterator[Moment]:
         reason = execution.cancel_reason.rstrip(": ")
         requested = _("cancel requested: %(reason)s") % {"reason": reason} if reason else _("cancel requested")
         yield Moment(execution.cancel_requested_at, requested)
+    ends_at = story.situation.deadline
+    if ends_at is not None and not execution.is_final and execution.cancel_requested_at is None:
+        yield Moment(ends_at, _("the deadline of its tree: it is cancelled"))
     if execution.status == ExecutionStatus.RUNNING and execution.lease_expires_at is not None:
         yield Moment(execution.lease_expires_at, _("its lease expires, unless it is renewed"))
     if execution.finished_at is not None:

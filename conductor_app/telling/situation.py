@@ -74,6 +74,14 @@ class Situation:
     counted: Census | None = None
 
     @property
+    def deadline(self) -> dt.datetime | None:
+        """When its tree is cancelled, if the row of the root is known; ``None`` if nothing says so."""
+        root = self.execution if self.execution.parent_id is None else self.tree.get(self.execution.root_id)
+        # Not where a list has left it out: that would be a query for each line.
+        is_known = root is not None and "tree_deadline_at" not in root.get_deferred_fields()
+        return root.tree_deadline_at if root is not None and is_known else None
+
+    @property
     def pending(self) -> list[Step]:
         """The steps that are awaited."""
         return [step for step in self.steps if step.status == StepStatus.PENDING]

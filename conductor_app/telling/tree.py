@@ -44,6 +44,7 @@ TREE_FIELDS = (
     "started_at",
     "run_started_at",
     "finished_at",
+    "tree_deadline_at",
 )
 #: Most executions of a tree that are read, beside those on the way from the root to the execution.
 MOST_NODES = 200

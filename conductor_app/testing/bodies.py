@@ -53,6 +53,7 @@ def run(
     events: Mapping[str, object] | None = None,
     attempt: int = 1,
     scheduled_at: dt.datetime | None = None,
+    deadline: dt.datetime | None = None,
     calls: list[StepCall] | None = None,
     tags: dict[str, str] | None = None,
 ) -> R:
@@ -81,6 +82,7 @@ def run(
             it does not come in time.
         attempt: What ``ctx.attempt`` says, counted from 1.
         scheduled_at: What ``ctx.scheduled_at`` says.
+        deadline: What ``ctx.deadline`` says; nothing is cancelled.
         calls: A list that gets a ``StepCall`` for each thing that the body does, in order.
         tags: A dict that gets the tags of the tree, beside those that it has already.
 
@@ -99,6 +101,7 @@ def run(
         raise InvalidArgument(f"attempt must be an int from 1 on, got {shown(attempt)}.")
     outcomes = Outcomes(children or {}, steps or {}, events or {}, [] if calls is None else calls, _run)
     outcomes.tags = {} if tags is None else tags
+    outcomes.deadline = None if deadline is None else check_instant(deadline, "deadline of run()")
     options = {} if scheduled_at is None else {"scheduled_at": check_instant(scheduled_at, "scheduled_at of run()")}
     result: R = _run(body, args, kwargs, outcomes, attempt, options)
     return result
@@ -216,6 +219,10 @@ class _MemoryJournal:
 
     def duplicate_of(self, children: Sequence[NewExecution]) -> None:
         return None
+
+    def deadline(self) -> dt.datetime | None:
+        """Return what the test says."""
+        return self._outcomes.deadline
 
     def tag(self, tags: Mapping[str, str]) -> None:
         self._outcomes.tag(tags)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime as dt
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypeVar
@@ -105,6 +106,8 @@ class Outcomes:
         self.maps: dict[str, list[ChildOutcome]] = {}
         #: Those of the tree; the bodies of children share them.
         self.tags: dict[str, str] = {}
+        #: What ``ctx.deadline`` says.
+        self.deadline: dt.datetime | None = None
 
     def for_another_body(self) -> Outcomes:
         """Return the same for the body of a child, whose steps may have the same names."""

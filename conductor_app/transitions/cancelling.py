@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -187,7 +188,7 @@ EXPIRED = "it expired before it started"
 
 
 def expire(execution_id: uuid.UUID) -> bool:
-    """queued → cancelled: Celery's ``expires`` has passed and it was never started."""
+    """queued → cancelled: Celery's ``expires``, or the deadline of its tree, has passed and it was never started."""
 
     def work() -> bool:
         with transaction.atomic(using=database()):
@@ -195,7 +196,7 @@ def expire(execution_id: uuid.UUID) -> bool:
             execution = guards.take(rows)
             if execution is None or not uniqueness.lock_predecessor(execution):
                 return False
-            execution.cancel_reason = EXPIRED
+            execution.cancel_reason = _why_too_late(execution)
             if not rows.update(**cancelled_values(execution), cancel_reason=execution.cancel_reason):
                 return False
             after_cancel(execution)
@@ -203,6 +204,47 @@ def expire(execution_id: uuid.UUID) -> bool:
 
     guards.leave_if_locked(execution_id)
     return guards.persist_briefly(work)
+
+
+def _why_too_late(execution: Execution) -> str:
+    ends_at = execution.tree_deadline_at
+    # The earlier one has passed, which is not the later one.
+    return EXPIRED if ends_at is None or execution.deadline_at != ends_at else deadline_reason(ends_at)
+
+
+def deadline_reason(ends_at: dt.datetime) -> str:
+    """Return why a tree is cancelled whose deadline is over."""
+    return f"its deadline of {clock.aware(ends_at).isoformat(sep=' ', timespec='seconds')} is over"
+
+
+def end_late(execution_id: uuid.UUID) -> bool:
+    """Flag a root whose deadline is over, as ``request_cancel`` does; its tree follows, as of any cancel.
+
+    One guarded write: an end, an operator's retry, which has another deadline, and another sweeper come before or after
+    it. What is flagged already keeps its reason.
+    """
+
+    def work() -> bool:
+        late = Execution.objects.using(database()).filter(pk=execution_id).past_deadline()
+        ends_at = late.values_list("tree_deadline_at", flat=True).first()
+        if ends_at is None:
+            return False
+        reason = deadline_reason(ends_at)
+        return bool(late.order_by().update(cancel_requested_at=clock.now(), cancel_reason=reason))
+
+    guards.leave_if_locked(execution_id)
+    is_flagged = guards.persist_briefly(work)
+    if is_flagged:
+        # As in ``request_cancel``.
+        transaction.on_commit(lambda: process.keeper.note_cancel(execution_id), using=database(), robust=True)
+    return is_flagged
+
+
+def next_deadline_in(seconds: float, since: float) -> float | None:
+    """Return in how many seconds the next tree's deadline passes; see ``steps.next_deadline_in``."""
+    open_roots = Execution.objects.using(database()).filter(finished_at__isnull=True, cancel_requested_at__isnull=True)
+    soon = open_roots.filter(tree_deadline_at__gt=clock.after(-since), tree_deadline_at__lte=clock.after(seconds))
+    return clock.seconds_to_first(soon, "tree_deadline_at")
 
 
 def cancelled_values(execution: Execution, *, running: bool = False) -> dict[str, Any]:

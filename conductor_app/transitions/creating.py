@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from django.db import IntegrityError, transaction
-from django.db.models import BooleanField, Case, DateTimeField, DurationField, When
-from django.db.models.functions import Coalesce
+from django.db.models import BooleanField, Case, DateTimeField, DurationField, Value, When
+from django.db.models.functions import Coalesce, Least
 
 from conductor_app import signals
 from conductor_app.models import Execution, database
@@ -19,7 +19,7 @@ from conductor_app.states import ExecutionStatus
 from conductor_app.store import clock, forks
 from conductor_app.store.moves import Insert, Move
 from conductor_app.store.opened import note_created
-from conductor_app.store.slots import NOW, AnyField, Given, Slot, after, given
+from conductor_app.store.slots import NOW, AnyField, Earlier, Given, Slot, after, given
 from conductor_app.transitions import dispatch, guards, parts, tagging, uniqueness
 from conductor_app.values.limits import Limit
 from conductor_app.values.uniqueness import Unique
@@ -43,6 +43,10 @@ class NewExecution:
     eta: dt.datetime | None = None
     #: Seconds, or the instant, after which it must not start any more.
     expires: float | dt.datetime | None = None
+    #: Of a root: seconds, or the instant, after which its whole tree is cancelled.
+    deadline: float | dt.datetime | None = None
+    #: Of a root: the same in seconds, as its task says; the earlier of both counts.
+    max_duration: float | None = None
     idempotency_key: str | None = None
     #: Its unique key, and what is to be done if an open execution has that.
     unique: Unique | None = None
@@ -70,15 +74,15 @@ def create(new: NewExecution) -> tuple[Execution, bool]:
     tries = 0
 
     def store(predecessor: uuid.UUID | None = None) -> None:
-        more = times(new, is_held=predecessor is not None)
+        more = times(new, is_held=predecessor is not None) | (bounds(new) if is_bounded(new) else {})
         if new.unique is not None:
             more |= _then(new, predecessor)
             row.predecessor = predecessor
         # By Django's cursor: the caller's tools are to see it.
         with transaction.atomic(using=using) if new.tags else contextlib.nullcontext():
-            ((row.created_at, row.due_at, row.dispatch_at, row.deadline_at),) = (
-                _CREATE if new.unique is None else _CREATE_UNIQUE
-            ).make(using, at_once=False, **given, **more)
+            (instants,) = _move(new).make(using, at_once=False, **given, **more)
+            row.created_at, row.due_at, row.dispatch_at, row.deadline_at, *bound = instants
+            row.tree_deadline_at = bound[0] if bound else None
             if new.tags:
                 tagging.insert(new.id, new.tags)
 
@@ -95,8 +99,7 @@ def create(new: NewExecution) -> tuple[Execution, bool]:
                 if existing is None:
                     raise
         else:
-            late = {"deadline_at": _deadline(new)}
-            existing = uniqueness.create(new.unique, row, store, lambda: find_existing(new), **late)
+            existing = uniqueness.create(new.unique, row, store, lambda: find_existing(new), **_deadlines(new))
         if existing is None:
             return row, True
         # After a COMMIT that got no answer it is this one.
@@ -191,6 +194,32 @@ def times(new: NewExecution, *, is_held: bool = False) -> dict[str, Any]:
     }
 
 
+def is_bounded(new: NewExecution) -> bool:
+    """Tell whether a root has a deadline for its whole tree."""
+    return new.deadline is not None or new.max_duration is not None
+
+
+def bounded(slot: Callable[[str, AnyField], Slot]) -> dict[str, Any]:
+    """Return the deadlines of a root as ``times`` and ``bounds`` give them: it starts before that of its tree."""
+    instant, span = DateTimeField(), DurationField()
+    longest = after(slot("ends_in", span))
+    ends = Earlier(Coalesce(slot("ends_at", instant), longest), longest, output_field=instant)
+    starts = Coalesce(slot("expires_at", instant), after(slot("expires_in", span)))
+    return {"tree_deadline_at": ends, "deadline_at": Earlier(ends, starts, output_field=instant)}
+
+
+def bounds(new: NewExecution) -> dict[str, Any]:
+    """Return when the tree of a root with a deadline is cancelled, for ``bounded``."""
+    instant, seconds = _bounds(new)
+    return {"ends_at": instant, "ends_in": None if seconds is None else clock.interval(seconds)}
+
+
+def _bounds(new: NewExecution) -> tuple[dt.datetime | None, float | None]:
+    """Return the instant and the seconds of which the earlier one is a tree's deadline."""
+    spans = [span for span in (new.deadline, new.max_duration) if isinstance(span, (int, float))]
+    return (new.deadline if isinstance(new.deadline, dt.datetime) else None), min(spans, default=None)
+
+
 def has_times(new: NewExecution) -> bool:
     """Tell whether anything else is to be known of when it may start than that it is due."""
     return not is_due(new) or new.expires is not None
@@ -206,9 +235,24 @@ def _then(new: NewExecution, predecessor: uuid.UUID | None) -> dict[str, Any]:
     }
 
 
-def _deadline(new: NewExecution) -> Any:
-    """Return after when it must not start, for a write that is no move."""
-    return clock.after(new.expires) if isinstance(new.expires, (int, float)) else new.expires
+def _deadlines(new: NewExecution) -> dict[str, Any]:
+    """Return both deadlines of a root for a write that is no move: a debounced call begins them anew."""
+    starts = clock.after(new.expires) if isinstance(new.expires, (int, float)) else new.expires
+    if not is_bounded(new):
+        return {"deadline_at": starts, "tree_deadline_at": None}
+    instant, seconds = _bounds(new)
+    ends = _earliest(instant, None if seconds is None else clock.after(seconds))
+    return {"deadline_at": _earliest(ends, starts), "tree_deadline_at": ends}
+
+
+def _earliest(*instants: Any) -> Any:
+    """Return the earliest of some instants and expressions, without those that are ``None``."""
+    known = [
+        Value(found, output_field=DateTimeField()) if isinstance(found, dt.datetime) else found
+        for found in instants
+        if found is not None
+    ]
+    return Least(*known) if len(known) > 1 else known[0]
 
 
 def _create(**more: Any) -> Move:
@@ -221,14 +265,27 @@ def _create(**more: Any) -> Move:
         **more,
     }
     told = ["created_at", "due_at", "dispatch_at", "deadline_at"]
+    if "tree_deadline_at" in more:
+        told.append("tree_deadline_at")
     return Move(Insert("created", Execution, values, returning=told))
 
 
+_UNIQUE: dict[str, Any] = {
+    "predecessor": given(Execution, "predecessor"),
+    "due_then": Coalesce(Given("then_at", DateTimeField()), after("then_in")),
+}
 _CREATE = _create()
-_CREATE_UNIQUE = _create(
-    predecessor=given(Execution, "predecessor"),
-    due_then=Coalesce(Given("then_at", DateTimeField()), after("then_in")),
-)
+_CREATE_UNIQUE = _create(**_UNIQUE)
+#: Those with a deadline: the others know nothing of one.
+_CREATE_BOUNDED = _create(**bounded(Given))
+_CREATE_UNIQUE_BOUNDED = _create(**_UNIQUE, **bounded(Given))
+
+
+def _move(new: NewExecution) -> Move:
+    """Return the move that stores a root."""
+    if is_bounded(new):
+        return _CREATE_BOUNDED if new.unique is None else _CREATE_UNIQUE_BOUNDED
+    return _CREATE if new.unique is None else _CREATE_UNIQUE
 
 
 #: The fields in the order in which a model takes their values, which it does in half of the time that names take.

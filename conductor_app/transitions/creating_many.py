@@ -24,22 +24,24 @@ FIRST_MESSAGES = 1_000
 #: So many of them share one confirmation of RabbitMQ's.
 CONFIRMED_TOGETHER = 100
 
-#: Roots.
-_CREATE = Move(
-    Insert(
-        "created",
-        Execution,
-        {
-            **{name: each(Execution, name) for name in (*creating.OWN, "idempotency_key")},
-            "root_id": Each("id", column(Execution, "root_id")),
-            "created_at": NOW,
-            **creating.timed(Each),
-        },
-        rows="roots",
-    )
-)
+
+def _create(**more: Any) -> Move:
+    """Return the move that stores roots."""
+    values = {
+        **{name: each(Execution, name) for name in (*creating.OWN, "idempotency_key")},
+        "root_id": Each("id", column(Execution, "root_id")),
+        "created_at": NOW,
+        **creating.timed(Each),
+        **more,
+    }
+    return Move(Insert("created", Execution, values, rows="roots"))
+
+
+_CREATE = _create()
+#: Those with a deadline, which all have that are created together, or none.
+_CREATE_BOUNDED = _create(**creating.bounded(Each))
 #: What is the same of all that are created together, and only the database knows.
-_INSTANTS = ("created_at", "due_at", "deadline_at")
+_INSTANTS = ("created_at", "due_at", "deadline_at", "tree_deadline_at")
 
 
 def create_many(
@@ -117,6 +119,7 @@ def _given(place: int, new: creating.NewExecution, row: Execution) -> dict[str, 
     return {
         **{name: getattr(row, name) for name in (*creating.OWN, "idempotency_key")},
         **times,
+        **(creating.bounds(new) if creating.is_bounded(new) else {}),
         "is_due": times["is_due"] and not is_sweepers,
         "dispatch_in": clock.interval(dispatch.first_publication(None, place).seconds),
     }
@@ -133,7 +136,8 @@ def _insert(
         try:
             with transaction.atomic(using=using):
                 for batch in _batches(left):
-                    _CREATE.make(using, savepoint=False, roots=[given[new.id] for new in batch], dispatch_by=None)
+                    move = _CREATE_BOUNDED if creating.is_bounded(batch[0]) else _CREATE
+                    move.make(using, savepoint=False, roots=[given[new.id] for new in batch], dispatch_by=None)
                 tagging.insert_all({new.id: new.tags for new in left if new.tags})
             break
         except IntegrityError:
@@ -186,4 +190,4 @@ def _note_instants(using: str, rows: Sequence[Execution]) -> None:
         return
     instants = Execution.objects.using(using).values_list(*_INSTANTS).get(pk=rows[-1].pk)
     for row in rows:
-        row.created_at, row.due_at, row.deadline_at = instants
+        row.created_at, row.due_at, row.deadline_at, row.tree_deadline_at = instants

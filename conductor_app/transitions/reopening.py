@@ -17,6 +17,7 @@ from conductor_app.exceptions import (
 )
 from conductor_app.models import Execution, FailedExecution, Step, database
 from conductor_app.states import FINAL_STATUSES, ExecutionStatus, StepStatus
+from conductor_app.store import clock
 from conductor_app.store.opened import snapshot_level
 from conductor_app.transitions import dispatch, guards, kinds, parts, uniqueness
 from conductor_app.transitions.kinds import Next, Walk
@@ -139,7 +140,7 @@ def reopen_one(execution: Execution, *, is_held: bool = False) -> Walk:
     if is_held and not waits:
         values = {"due_at": None, **parts.NOT_QUEUED}
     status = ExecutionStatus.WAITING if waits else ExecutionStatus.QUEUED
-    _change(execution, status=status, **_ANEW, **values)
+    _change(execution, status=status, **_ANEW, **_time_anew(execution), **values)
     if not waits and not is_held:
         execution.attempt = 1
         dispatch.on_commit(execution)
@@ -156,6 +157,14 @@ _ANEW: dict[str, Any] = {
     **parts.RELEASED,
 }
 _NOT_CANCELLED: dict[str, Any] = {"error": None, "cancel_requested_at": None, "cancel_reason": ""}
+
+
+def _time_anew(execution: Execution) -> dict[str, Any]:
+    """Return the deadline of a tree that is retried: as much time as its task gives. The caller's own is forgotten."""
+    if execution.tree_deadline_at is None:
+        return {}
+    seconds = execution.max_duration
+    return {"tree_deadline_at": None if seconds is None else clock.after(seconds)}
 
 
 def _adopt_result(execution: Execution) -> None:

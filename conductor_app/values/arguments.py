@@ -192,8 +192,8 @@ def due_time(options: Mapping[str, Any]) -> tuple[float, dt.datetime | None]:
     return 0.0, check_instant(_from_iso8601(eta, "eta"), "eta")
 
 
-def expiry(value: Any) -> float | dt.datetime | None:
-    """Return Celery's ``expires``: seconds, an instant, or ``None``.
+def expiry(value: Any, name: str = "expires") -> float | dt.datetime | None:
+    """Return Celery's ``expires``, or another option of the kind: seconds, an instant, or ``None``.
 
     Raises:
         InvalidArgument, InvalidArgumentType: It is neither.
@@ -201,8 +201,8 @@ def expiry(value: Any) -> float | dt.datetime | None:
     if value is None:
         return None
     if isinstance(value, (str, dt.datetime)):
-        return check_instant(_from_iso8601(value, "expires"), "expires")
-    return check_duration(value, "expires", allow_past=True)
+        return check_instant(_from_iso8601(value, name), name)
+    return check_duration(value, name, allow_past=True)
 
 
 def _from_iso8601(value: Any, name: str) -> Any:

@@ -10,6 +10,7 @@ import datetime as dt
 import difflib
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Any, Literal, TypedDict
 from zoneinfo import ZoneInfo
 
@@ -93,6 +94,8 @@ class TaskOptions(RoutingOptions, total=False):
     # How long trees of it are kept; see ``retention``.
     keep: float | dt.timedelta | None
     keep_failed: float | dt.timedelta | None
+    #: After how much time trees of it are cancelled, from the creation of their roots.
+    max_duration: float | dt.timedelta | None
     # Celery's own.
     bind: bool
     typing: bool
@@ -143,8 +146,8 @@ _PASSED_ON = frozenset(
         *("correlation_id", "message_id", "timestamp", "user_id", "app_id", "type", "cluster_id"),
     )
 )
-#: Of a call that stores a root: which execution it may be answered with.
-OF_A_ROOT = ("idempotency_key", "unique_key", "on_conflict", "debounce", "debounce_max")
+#: Of a call that stores a root: which execution it may be answered with, and when its tree is cancelled.
+OF_A_ROOT = ("idempotency_key", "unique_key", "on_conflict", "debounce", "debounce_max", "deadline")
 #: What a chord hands on to its body, together with its own options.
 OF_A_CHORD = ("interval", "max_retries", "eager", "propagate")
 _CALL_OPTIONS = frozenset(CallOptions.__annotations__)
@@ -153,13 +156,14 @@ _OF_THE_DECORATOR = (*TaskOptions.__annotations__, "base")
 
 #: What those may have meant who write these, beside what looks alike.
 _HINTS_AT_A_CALL = {
-    "timeout": "A run is limited by time_limit=, the time until it starts by expires=; both are seconds.",
-    "deadline": "The time until it starts is limited by expires=, in seconds.",
+    "timeout": "A run is limited by time_limit=, the time until it starts by expires=, its whole tree by deadline=.",
+    "max_duration": "It is an option of @durable_task; one call has deadline=.",
     "delay": 'Did you mean "countdown"?',
     **dict.fromkeys((*RetryPolicy.__dataclass_fields__, *SCHEDULE_OPTIONS), "It is an option of @durable_task."),
 }
 _HINTS_AT_THE_DECORATOR = {
-    "timeout": "A run is limited by time_limit=, a child by the timeout= of ctx.invoke; both are seconds.",
+    "timeout": "A run is limited by time_limit=, a child by timeout= of ctx.invoke, a whole tree by max_duration=.",
+    "deadline": 'Did you mean "max_duration"? A deadline is an option of apply_async.',
     "retries": 'Did you mean "max_retries"?',
     "retry": 'Did you mean "max_retries"?',
     "max_attempts": 'Did you mean "max_retries"? It does not count the first attempt.',
@@ -177,7 +181,11 @@ _HINTS_AT_THE_DECORATOR = {
 
 
 def check_call_options(
-    options: Mapping[str, Any], call: str, *, also: Collection[str] = OF_A_ROOT, hint: str = ""
+    options: Mapping[str, Any],
+    call: str,
+    *,
+    also: Collection[str] = OF_A_ROOT,
+    hints: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Refuse an option of a call that nobody would ever look at.
 
@@ -185,7 +193,7 @@ def check_call_options(
         options: Those of ``apply_async``, or of a signature.
         call: How the call is named in the error.
         also: Further names that are known here.
-        hint: What to say of ``OF_A_ROOT`` where they are not known.
+        hints: What to say of those of ``OF_A_ROOT`` that are not known here.
 
     Raises:
         InvalidArgumentType: One is not known; the message names the nearest one.
@@ -201,7 +209,7 @@ def check_call_options(
     for name in unknown:
         if name in stamps or ("reply_to" in options and name in OF_A_CHORD):
             continue
-        advice = hint if name in OF_A_ROOT else _HINTS_AT_A_CALL.get(name)
+        advice = hints.get(name) or _HINTS_AT_A_CALL.get(name)
         advice = advice or _did_you_mean(name, known)
         if advice or not is_lenient:
             raise InvalidArgumentType(f'{call} has no option "{name}". {advice}'.rstrip())

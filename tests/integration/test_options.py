@@ -37,7 +37,7 @@ MISSPELT = {
     "idempotencykey": 'Did you mean "idempotency_key"?',
     "expire": 'Did you mean "expires"?',
     "count_down": 'Did you mean "countdown"?',
-    "timeout": "A run is limited by time_limit=, the time until it starts by expires=; both are seconds.",
+    "timeout": "A run is limited by time_limit=, the time until it starts by expires=, its whole tree by deadline=.",
     "max_retries": "It is an option of @durable_task.",
     "whatever": "",
 }
@@ -194,8 +194,8 @@ def test_a_child_s_signature_with_an_option_that_would_be_lost_is_refused(
     [
         (
             {"timeout": 5},
-            'durable_task() has no option "timeout". A run is limited by time_limit=, a child by the timeout= of '
-            "ctx.invoke; both are seconds.",
+            'durable_task() has no option "timeout". A run is limited by time_limit=, a child by timeout= of '
+            "ctx.invoke, a whole tree by max_duration=.",
         ),
         ({"retries": 1}, 'durable_task() has no option "retries". Did you mean "max_retries"?'),
         ({"retry": 1}, 'durable_task() has no option "retry". Did you mean "max_retries"?'),

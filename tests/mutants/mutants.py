@@ -15,6 +15,7 @@ UNIQUE_TOGETHER = "tests/integration/test_unique_together.py"
 CANCEL = "tests/integration/test_cancel.py"
 LARGE_TREES = "tests/integration/test_large_trees.py"
 SWEEPER = "tests/integration/test_sweeper.py"
+DEADLINES = "tests/integration/test_deadlines.py"
 COMMITS = "tests/integration/test_commits.py"
 DISPATCH = "tests/integration/test_dispatch.py"
 DECORATOR = "tests/integration/test_decorator.py"
@@ -40,6 +41,7 @@ RACING_TAGS = "tests/races/test_tags.py"
 HOLDERS = "tests/races/test_holders.py"
 LOCKED_ROWS = "tests/races/test_locked_rows.py"
 OPERATORS = "tests/races/test_operators.py"
+RACING_DEADLINES = "tests/races/test_deadlines.py"
 OUTCOMES = "tests/races/test_outcomes.py"
 SWEEPERS = "tests/races/test_sweepers.py"
 WAKE_UPS = "tests/races/test_wake_ups.py"
@@ -831,6 +833,69 @@ MUTANTS = [
         '        return overdue.filter(started_at__isnull=True).order_by("deadline_at")',
         '        return overdue.order_by("deadline_at")',
         (TRANSITIONS, SWEEPER),
+    ),
+    Mutant(
+        "end a tree before its deadline",
+        "models/execution.py",
+        "        overdue = self.filter(finished_at__isnull=True, tree_deadline_at__lte=clock.now())\n",
+        "        overdue = self.filter(finished_at__isnull=True, tree_deadline_at__isnull=False)\n",
+        (DEADLINES, RACING_DEADLINES),
+    ),
+    Mutant(
+        "flag a root that has ended in time",
+        "models/execution.py",
+        "        overdue = self.filter(finished_at__isnull=True, tree_deadline_at__lte=clock.now())\n",
+        "        overdue = self.filter(tree_deadline_at__lte=clock.now())\n",
+        (DEADLINES, RACING_DEADLINES),
+    ),
+    Mutant(
+        "give a root another reason when its deadline is over as well",
+        "models/execution.py",
+        '        return overdue.filter(cancel_requested_at__isnull=True).order_by("tree_deadline_at")\n',
+        '        return overdue.order_by("tree_deadline_at")\n',
+        (DEADLINES, RACING_DEADLINES),
+    ),
+    Mutant(
+        "end a tree by a deadline that a retry has changed since",
+        "transitions/cancelling.py",
+        "bool(late.order_by().update(",
+        "bool(Execution.objects.using(database()).filter(pk=execution_id).open().unasked().update(",
+        (RACING_DEADLINES,),
+    ),
+    Mutant(
+        "retry into the old deadline",
+        "transitions/reopening.py",
+        "**_ANEW, **_time_anew(execution), **values)",
+        "**_ANEW, **values)",
+        (DEADLINES,),
+    ),
+    Mutant(
+        "begin what is too late for its tree",
+        "transitions/creating.py",
+        '"deadline_at": Earlier(ends, starts, output_field=instant)}',
+        '"deadline_at": starts}',
+        (DEADLINES,),
+    ),
+    Mutant(
+        "give a child the time of its task",
+        "tasks/task.py",
+        "max_duration = self.max_duration if is_root else None",
+        "max_duration = self.max_duration",
+        (DEADLINES,),
+    ),
+    Mutant(
+        "end other trees by their deadlines in an eager run",
+        "engine/sweeper.py",
+        "findings.ids(executions.past_deadline(), known)",
+        "findings.ids(_of(None).past_deadline(), known)",
+        (DEADLINES,),
+    ),
+    Mutant(
+        "sleep past the deadline of a tree",
+        "engine/sweeper.py",
+        "        cancelling.next_deadline_in(seconds, since),\n",
+        "",
+        (DEADLINES,),
     ),
     Mutant(
         "put back what has been queued anew",

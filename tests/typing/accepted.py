@@ -49,6 +49,7 @@ def many() -> None:
     assert_type(results[0].is_new, bool | None)
     charge.start_many({"order_id": n} for n in range(3))
     charge.start_many([], countdown=dt.timedelta(minutes=1))
+    charge.start_many([], deadline=dt.datetime.now(dt.UTC))
 
 
 async def in_an_event_loop(execution: Execution) -> None:
@@ -156,6 +157,7 @@ def outside() -> None:
     charge.delay_on_commit(1)
     charge.apply_async((1,), headers={"tenant": "a"}, time_limit=5, soft_time_limit=4, eta=dt.datetime.now(dt.UTC))
     charge.apply_async((1,), tags={"tenant": "a"})
+    charge.apply_async((1,), deadline=dt.timedelta(hours=1))
     api.tag("id", {"tenant": "a", "order": None})
     assert_type(api.get_tags("id"), dict[str, str])
     result = refund.delay(1)

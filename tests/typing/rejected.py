@@ -94,6 +94,8 @@ def outside() -> None:
     charge.apply_async((1,), idempotencykey="7")  # E: call-arg
     charge.apply_async((1,), timeout=5)  # E: call-arg
     charge.apply_async((1,), countdown="5")  # E: arg-type
+    charge.apply_async((1,), deadline=[5])  # E: arg-type
+    charge.start_many([7], deadline=[5])  # E: arg-type
     charge.apply_async((1,), tags={"order": 7})  # E: dict-item
     durable_task(tags="order")  # E: call-overload
     api.tag("id", {"order": 7})  # E: dict-item

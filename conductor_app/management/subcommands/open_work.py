@@ -171,6 +171,7 @@ def _stuck(rows: Any, grace: float) -> Finding:
         .filter(lease_expires_at__lt=before)
         .count(),
         "waiting past a deadline": late.count(),
+        "open past the deadline of their tree": rows.past_deadline().filter(tree_deadline_at__lt=before).count(),
         "to be cancelled": rows.to_cancel().filter(cancel_requested_at__lt=before).count(),
         "waiting for nothing": waiting_for_nothing(rows).count() + len(auditing.in_vain()),
     }

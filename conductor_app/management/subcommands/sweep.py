@@ -31,6 +31,7 @@ _DONE = {
     "lapsed_leases": "executions taken from dead workers",
     "overdue_steps": "timeouts and sleeps ended",
     "expired": "executions that expired before they started",
+    "deadlines": "trees to be cancelled, past their deadline",
     "operations": "executions of operations decided",
     "schedules": "schedules that have started their tasks",
     "cancelled": "executions cancelled as requested",
