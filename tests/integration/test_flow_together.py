@@ -280,6 +280,26 @@ def test_one_that_is_parked_while_the_holder_is_lost_is_not_let_go(options: Any)
     assert places(other) == ["parked"]
 
 
+@pytest.mark.xfail(strict=True, reason="limiting.holding counts what was granted to one that cannot begin")
+@pytest.mark.parametrize("how", ["held", "paused"])
+def test_a_place_that_was_granted_to_one_that_people_keep_from_beginning_is_anothers(options: Any, how: str) -> None:
+    taken, first, second = limited_claim(limited_queued())(), limited_queued(), limited_queued()
+    assert isinstance(taken, Execution)
+    for one in (first, second):
+        assert isinstance(limited_claim(one)(), str)
+    transitions.release(taken)
+    assert (places(first), places(second)) == (["granted"], ["parked"])
+
+    if how == "held":
+        hold(first)()
+    else:
+        transitions.pause(limited.gives.name, "bank incident", "ana")
+        # Of another task that has the limit.
+        Execution.objects.filter(pk=second.pk).update(task=limited.holds_until_told.name)
+    sweeper.sweep(publish=False)
+    assert places(second) == ["granted"]
+
+
 # ---------------------------------------------------------------------------------------------------------- retention
 
 
