@@ -222,7 +222,7 @@ def _run(execution: Execution) -> None:
         if isinstance(exception, (TypeError, AttributeError, NameError, AssertionError)):
             mistakes.append(exception)
 
-    # Who runs alone looks afterwards whether it is due as it was. Here, others have let it be due again since its claim.
+    # Who runs alone looks afterwards whether it is due as it was. Here, others may have let it be due meanwhile.
     with receiving(task_failure, look), suppress(RuntimeError):
         inline.run_once(execution, app)
     if mistakes:
