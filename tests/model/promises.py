@@ -70,7 +70,9 @@ def stranded() -> Iterator[str]:
         if limit.kind is LimitKind.RATE:
             known = LimitKey.objects.get(limit=limit.name)
             step = dt.timedelta(seconds=limit.seconds or 0)
-            is_free = known.paid_until is None or known.paid_until - (limit.number - 1) * step <= now
+            # Starts that are handed out may be paid for when they take place.
+            granted = sum(place.state == PlaceState.GRANTED for place in places.values())
+            is_free = max(known.paid_until or now, now) + (granted + 1 - limit.number) * step <= now
         else:
             taken = {row for row, what in rows.items() if (what.runs if limit.kind is LimitKind.RUN else what.is_begun)}
             taken |= {row for row, place in places.items() if place.state == PlaceState.GRANTED and not row.is_final}
