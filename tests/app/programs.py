@@ -9,7 +9,16 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from conductor_app import ChildCancelled, ChildFailed, ChildTimedOut, EventTimedOut, ExecutionContext, durable_task
+from conductor_app import (
+    ChildCancelled,
+    ChildFailed,
+    ChildTimedOut,
+    DurableTask,
+    EventTimedOut,
+    ExecutionContext,
+    Limit,
+    durable_task,
+)
 
 #: One instruction: ``{"do": "invoke", "program": [...], "timeout": 5, "catch": True}``, for example.
 Instruction = dict[str, Any]
@@ -18,6 +27,9 @@ MAX_ATTEMPTS = 3
 RETRY_SECONDS = 5
 #: Name of the event for which every program waits.
 EVENT = "go"
+
+#: What a schedule starts.
+TICKING: list[Instruction] = [{"do": "sleep", "seconds": 45}, {"do": "atomic"}]
 
 #: Outcomes of others that a program may catch.
 OUTCOMES = (ChildFailed, ChildTimedOut, ChildCancelled, EventTimedOut)
@@ -33,16 +45,69 @@ class Flaky(Exception):
     """A failure of early attempts."""
 
 
-@durable_task(
-    max_retries=MAX_ATTEMPTS - 1,
-    default_retry_delay=RETRY_SECONDS,
-    retry_backoff=False,
-    retry_jitter=False,
-    dont_autoretry_for=(Refused,),
-)
+#: How every program is tried again.
+RETRIES: dict[str, Any] = {
+    "max_retries": MAX_ATTEMPTS - 1,
+    "default_retry_delay": RETRY_SECONDS,
+    "retry_backoff": False,
+    "retry_jitter": False,
+    "dont_autoretry_for": (Refused,),
+}
+
+
+@durable_task(**RETRIES)
 def interpret(ctx: ExecutionContext, program: list[Instruction]) -> list[Any]:
     """Follow the instructions, and return the outcome of each."""
+    return follow(ctx, program)
+
+
+def follow(ctx: ExecutionContext, program: list[Instruction]) -> list[Any]:
+    """Follow the instructions, and return the outcome of each."""
     return [_follow(ctx, name_of(number, instruction), instruction) for number, instruction in enumerate(program)]
+
+
+two_run, two_open = Limit("programs-run", 2, holds="run"), Limit("programs-open", 2, holds="open")
+left, right = Limit("programs-left", 1, holds="run"), Limit("programs-right", 1, holds="run")
+started = Limit("programs-started", rate="30/m", burst=2)
+
+
+@durable_task(limits=[two_run], **RETRIES)
+def interpret_two(ctx: ExecutionContext, program: list[Instruction]) -> list[Any]:
+    """As ``interpret``; two run at a time."""
+    return follow(ctx, program)
+
+
+@durable_task(limits=[two_open], **RETRIES)
+def interpret_two_open(ctx: ExecutionContext, program: list[Instruction]) -> list[Any]:
+    """As ``interpret``; two are open at a time. Its program has no children, which could wait for such a place."""
+    return follow(ctx, program)
+
+
+@durable_task(limits=[left, right], **RETRIES)
+def interpret_both(ctx: ExecutionContext, program: list[Instruction]) -> list[Any]:
+    """As ``interpret``; one runs at a time."""
+    return follow(ctx, program)
+
+
+@durable_task(limits=[right, left, started], **RETRIES)
+def interpret_all(ctx: ExecutionContext, program: list[Instruction]) -> list[Any]:
+    """As ``interpret_both``, besides which one runs; and one starts every two seconds."""
+    return follow(ctx, program)
+
+
+#: What runs a program, by what an instruction says in ``"by"``.
+TASKS: dict[str, DurableTask[..., Any]] = {
+    "": interpret,
+    "two": interpret_two,
+    "two open": interpret_two_open,
+    "both": interpret_both,
+    "all": interpret_all,
+}
+
+
+def task_of(instruction: Instruction) -> DurableTask[..., Any]:
+    """Return the task of an instruction's children."""
+    return TASKS[instruction.get("by", "")]
 
 
 def name_of(number: int, instruction: Instruction) -> str:
@@ -71,13 +136,14 @@ def _is_list(instruction: Instruction) -> bool:
 
 def _invoke(ctx: ExecutionContext, name: str, instruction: Instruction) -> Any:
     payload = {"program": instruction["program"]}
-    return ctx.invoke(name, interpret, payload, timeout=instruction["timeout"], on_timeout=instruction["on_timeout"])
+    options = {"timeout": instruction["timeout"], "on_timeout": instruction["on_timeout"]}
+    return ctx.invoke(name, task_of(instruction), payload, **options)
 
 
 def _map(ctx: ExecutionContext, name: str, instruction: Instruction) -> Any:
     return ctx.map(
         name,
-        interpret,
+        task_of(instruction),
         [{"program": program} for program in instruction["programs"]],
         timeout=instruction["timeout"],
         on_timeout=instruction["on_timeout"],
@@ -88,14 +154,14 @@ def _map(ctx: ExecutionContext, name: str, instruction: Instruction) -> Any:
 
 def _gather(ctx: ExecutionContext, name: str, instruction: Instruction) -> Any:
     handles = [
-        ctx.start(f"{name}-{number}", interpret, {"program": program}, timeout=instruction["timeout"])
+        ctx.start(f"{name}-{number}", task_of(instruction), {"program": program}, timeout=instruction["timeout"])
         for number, program in enumerate(instruction["programs"])
     ]
     return ctx.gather(*handles, return_exceptions=instruction["return_exceptions"])
 
 
 def _start(ctx: ExecutionContext, name: str, instruction: Instruction) -> Any:
-    ctx.start(name, interpret, {"program": instruction["program"]})
+    ctx.start(name, task_of(instruction), {"program": instruction["program"]})
 
 
 def _step(ctx: ExecutionContext, name: str, instruction: Instruction) -> Any:

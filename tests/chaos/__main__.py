@@ -86,33 +86,38 @@ def _round(options: argparse.Namespace) -> int:
 
         from tests.chaos import checker
         from tests.chaos.nemesis import Nemesis
+        from tests.chaos.operators import Operator
         from tests.chaos.workload import Client
         from tests.support import history
 
         call_command("migrate", verbosity=0)
         with history.recording(), stack.Workers(directory) as workers:
             client = Client(options.seed, options.roots, options.seconds)
+            operator = Operator(options.seed)
             nemesis = Nemesis(servers, workers, options.seed)
             started_after = time.monotonic() - began
 
             connection.close()  # it would not outlive what follows
             client.start()
+            operator.start()
             nemesis.begin()
             _watch("faults", options.seconds, lambda: not client.is_alive(), nemesis.tick, client, nemesis)
             nemesis.end()
             client.finish()
+            operator.finish()
             healed = time.monotonic()
             is_quiet = lambda: not client.count_open()  # noqa: E731
             _watch("healing", QUIET_SECONDS, is_quiet, workers.look_after, client, nemesis)
             quiet_after = time.monotonic() - healed
 
             logs = {worker.log_path.name: worker.log for worker in workers.all}
-            verdict = checker.check(client.roots, nemesis, logs, servers.postgres.log)
+            verdict = checker.check(client.roots, operator, nemesis, logs, servers.postgres.log)
             verdict.figures |= {
                 "seed": options.seed,
                 "broker": options.broker,
                 "kills": nemesis.kills,
                 "acts": dict(nemesis.counts),
+                "of_operators": dict(operator.counts),
                 "commits_cut": servers.database_proxy.commits_cut,
                 "client_errors": dict(client.errors),
                 "seconds_to_start": round(started_after, 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import re
 import uuid
 from collections import Counter, defaultdict
@@ -13,11 +14,13 @@ from django.db import connection
 from django.db.models import F
 
 from conductor_app.conf import conductor_settings
-from conductor_app.models import Execution, FailedExecution, Step
-from conductor_app.states import ExecutionStatus, StepKind, StepStatus
+from conductor_app.models import Attempt, Execution, FailedExecution, Place, Step
+from conductor_app.states import ExecutionStatus, LimitKind, RunOutcome, StepKind, StepStatus
+from conductor_app.values.limits import Limit, limits_of
 from tests.app.models import Ledger
 from tests.chaos import tasks
 from tests.chaos.nemesis import FROZEN_SECONDS, Act, Nemesis
+from tests.chaos.operators import LAST_WINS, SCHEDULED, Operator, name_of
 from tests.chaos.workload import Root
 from tests.support import history, invariants
 
@@ -26,6 +29,9 @@ GRACE_SECONDS = 2.0
 
 #: How much later than its end a run must have written to be a zombie.
 ZOMBIE_SECONDS = 1.0
+
+#: What others than the client start.
+OF_OPERATORS = {task.name for task in (tasks.keyed, *SCHEDULED)}
 
 #: Lines of a worker's log that must not be there.
 _FORBIDDEN = ("lost wake-up is healed", "swallowed")
@@ -75,7 +81,11 @@ class Verdict:
 
 
 def check(
-    roots: Mapping[uuid.UUID, Root], nemesis: Nemesis, worker_logs: Mapping[str, str], database_log: str
+    roots: Mapping[uuid.UUID, Root],
+    operator: Operator,
+    nemesis: Nemesis,
+    worker_logs: Mapping[str, str],
+    database_log: str,
 ) -> Verdict:
     """Hold the tables, the ledgers, the history and the logs against what was to be; the stack is quiet."""
     verdict = Verdict()
@@ -83,6 +93,9 @@ def check(
     verdict.violations += [f"Not settled: {text}" for text in invariants.unsettled()]
     verdict.violations += invariants.violations()
     verdict.violations += _of_roots(roots, executions)
+    verdict.violations += _of_limits(verdict.figures)
+    verdict.violations += _of_keys(operator.accepted, operator.last_numbers)
+    verdict.violations += _of_schedules(operator.instants)
     verdict.violations += _of_ledgers(verdict.figures)
     verdict.violations += _of_fences()
     verdict.violations += _of_children()
@@ -107,7 +120,7 @@ def check(
 
 
 def _of_roots(roots: Mapping[uuid.UUID, Root], executions: Mapping[uuid.UUID, Execution]) -> Iterator[str]:
-    stored = {key for key, execution in executions.items() if execution.parent_id is None}
+    stored = {key for key, row in executions.items() if row.parent_id is None and row.task not in OF_OPERATORS}
     for key in stored ^ set(roots):
         yield f"Root {key} was {'never started' if key in stored else 'accepted, and is lost'}"
     for key, root in roots.items():
@@ -123,6 +136,118 @@ def _of_roots(roots: Mapping[uuid.UUID, Root], executions: Mapping[uuid.UUID, Ex
     for key, root in roots.items():
         if root.task is tasks.unforgiving and causes.get(key) == key:
             yield f"{key} failed of itself, not of its child"
+
+
+Interval = tuple[dt.datetime, dt.datetime]
+
+
+def _of_limits(figures: dict[str, Any]) -> Iterator[str]:
+    """At no time more than a limit has, by what was recorded of runs and executions; and nobody left waiting."""
+    for limit, key, intervals in _held():
+        name = f"{limit.name} {key}".rstrip()
+        most = _most_at_once(intervals)
+        figures.setdefault("most_at_once", {})[name] = most
+        if most > limit.number:
+            yield f"Limit {name} was held by {most} at once"
+    yield from _of_rate(tasks.starts, figures)
+    for place in Place.objects.exclude(state="held"):
+        yield f"Place {place} of {place.execution_id} is left"
+    figures["places_left"] = Place.objects.count()
+
+
+def _held() -> Iterator[tuple[Limit, str, list[Interval]]]:
+    """Yield limits with their keys, and from when to when each run or execution had a place."""
+    by_key: dict[tuple[Limit, str], list[Interval]] = defaultdict(list)
+    for task in (tasks.banked, tasks.accounted):
+        rows = {row.pk: row for row in Execution.objects.filter(task=task.name)}
+        runs: dict[uuid.UUID, list[Attempt]] = defaultdict(list)
+        for run in Attempt.objects.filter(execution__task=task.name).order_by("run"):
+            runs[run.execution_id].append(run)
+        for row in rows.values():
+            kwargs = row.kwargs
+            for limit in limits_of(task):
+                key = str(kwargs[limit.per]) if isinstance(limit.per, str) else ""
+                if limit.kind is LimitKind.RUN:
+                    by_key[limit, key] += _runs(row, runs[row.pk])
+                elif row.started_at is not None and row.finished_at is not None:
+                    by_key[limit, key].append((row.started_at, row.finished_at))
+    for (limit, key), intervals in by_key.items():
+        yield limit, key, intervals
+
+
+def _runs(execution: Execution, runs: list[Attempt]) -> Iterator[Interval]:
+    for run, following in zip(runs, [*runs[1:], None], strict=True):
+        until = run.finished_at
+        if run.outcome == RunOutcome.LOST:
+            # Its body may be at work still: it keeps its place until its next run.
+            until = following.started_at if following is not None else execution.finished_at or until
+        yield run.started_at, until
+
+
+def _most_at_once(intervals: Iterable[Interval]) -> int:
+    """Return how many there were at the same time; one may begin at the instant at which another one ends."""
+    changes = sorted((instant, change) for begin, end in intervals for instant, change in ((begin, 1), (end, -1)))
+    most = now = 0
+    for _, change in changes:
+        now += change
+        most = max(most, now)
+    return most
+
+
+def _of_rate(limit: Limit, figures: dict[str, Any]) -> Iterator[str]:
+    """No more starts since the first one than the rate lets; one that was let, and came late, may be beside others."""
+    starts: dict[tuple[uuid.UUID, int], dt.datetime] = {}
+    for run in Attempt.objects.filter(execution__task=tasks.rated.name).order_by("-run"):
+        starts[run.execution_id, run.attempt] = run.started_at
+    assert limit.seconds is not None
+    instants = sorted(starts.values())
+    figures["starts_of_a_rate"] = len(instants)
+    for number, instant in enumerate(instants, 1):
+        allowed = limit.number + (instant - instants[0]).total_seconds() / limit.seconds
+        if number > allowed:
+            yield f"Of limit {limit.name}, {number} had started at {instant}, and {allowed:.1f} were allowed"
+
+
+def _of_keys(accepted: Iterable[uuid.UUID], last_numbers: Mapping[str, int]) -> Iterator[str]:
+    """Of each key one after another. Only what another one has replaced is cancelled; the last one runs to its end."""
+    by_key: dict[str, list[Execution]] = defaultdict(list)
+    for row in Execution.objects.filter(task=tasks.keyed.name).order_by("created_at"):
+        by_key[row.own_key or ""].append(row)
+    for lost in set(accepted) - {row.pk for rows in by_key.values() for row in rows}:
+        yield f"{lost} was accepted with a unique key, and is lost"
+    for key, rows in by_key.items():
+        open_ones = [(row.started_at, row.finished_at) for row in rows if row.started_at and row.finished_at]
+        if _most_at_once(open_ones) > 1:
+            yield f"Of the unique key {key}, {_most_at_once(open_ones)} were open at once"
+        last = rows[-1]
+        if last.status != ExecutionStatus.SUCCEEDED:
+            yield f"{last} is the last of the unique key {key}, and {last.status}"
+        elif key in LAST_WINS and last.get_result() != last_numbers[key]:
+            yield f"{last} of the key {key} returned {last.get_result()}, and was last called with {last_numbers[key]}"
+        for row in rows:
+            if row.status == ExecutionStatus.CANCELLED and key == "returned":
+                yield f"{row} of the unique key {key} is cancelled, and nobody has replaced it"
+            elif row.status not in (ExecutionStatus.SUCCEEDED, ExecutionStatus.CANCELLED):
+                yield f"{row} of the unique key {key} {row.status}"
+
+
+def _of_schedules(instants: Mapping[str, set[dt.datetime]]) -> Iterator[str]:
+    """Each instant that came was started once; or at most once, if it may be left out."""
+    for task in SCHEDULED:
+        name = name_of(task)
+        rows = list(Execution.objects.filter(task=task.name))
+        started = Counter(row.get_options().get("scheduled_at") for row in rows)
+        for instant, times in started.items():
+            if times > 1 or instant not in instants[name]:
+                yield f"Schedule {name} has started {instant} {times} times"
+        if task is tasks.ticking:
+            for instant in instants[name] - set(started):
+                yield f"Schedule {name} has never started {instant}"
+        elif _most_at_once([(row.created_at, row.finished_at) for row in rows if row.finished_at]) > 1:
+            yield f"Executions of schedule {name} were open beside each other"
+        for row in rows:
+            if row.status != ExecutionStatus.SUCCEEDED:
+                yield f"{row} of schedule {name} {row.status}: {row.error_message}"
 
 
 def _of_ledgers(figures: dict[str, Any]) -> Iterator[str]:

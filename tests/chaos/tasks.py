@@ -12,7 +12,7 @@ from typing import Any
 
 from celery import shared_task
 
-from conductor_app import ChildFailed, ChildTimedOut, ExecutionContext, durable_task
+from conductor_app import ChildFailed, ChildTimedOut, ExecutionContext, Limit, durable_task
 from conductor_app.store.ids import as_child_id
 from tests.app.ledger import note
 
@@ -192,6 +192,65 @@ def overlong(ctx: ExecutionContext, n: int) -> int:
     if ctx.attempt == 1:
         time.sleep(3)
     return int(ctx.invoke("work", work, {"n": n}))
+
+
+bank = Limit("chaos-bank", 3, holds="run")
+account = Limit("chaos-account", 1, holds="open", per="account")
+starts = Limit("chaos-starts", rate="60/m", burst=3)
+
+
+@durable_task(**PATIENT, limits=[bank])
+def banked(ctx: ExecutionContext, n: int) -> int:
+    """Three run at a time; between its two runs, others may."""
+    time.sleep(PAUSE_SECONDS)
+    ctx.sleep("nap", 0.2)
+    time.sleep(PAUSE_SECONDS)
+    return n
+
+
+@durable_task(**PATIENT)
+def crowd(ctx: ExecutionContext, numbers: list[int], max_parallel: int | None) -> list[int]:
+    return list(ctx.map("crowd", banked, [{"n": n} for n in numbers], max_parallel=max_parallel))
+
+
+@durable_task(**PATIENT, limits=[account, bank])
+def accounted(ctx: ExecutionContext, account: int, n: int) -> int:
+    """One of an account is open at a time, and three run, with those of ``banked``."""
+    return int(ctx.invoke("work", work, {"n": n}))
+
+
+@durable_task(**PATIENT, limits=[starts])
+def rated(ctx: ExecutionContext, n: int) -> int:
+    """One a second starts."""
+    ctx.sleep("nap", 0.2)
+    return n
+
+
+@durable_task(**PATIENT)
+def keyed(ctx: ExecutionContext, n: int) -> int:
+    """Be open for a while, of which half needs a worker."""
+    time.sleep(PAUSE_SECONDS)
+    ctx.sleep("nap", 0.5)
+    time.sleep(PAUSE_SECONDS)
+    return n
+
+
+# The operator lets their instants come; a line of cron names whole minutes.
+@durable_task(**PATIENT, cron="0 0 1 1 *", overlap="allow", schedule="chaos-allow")
+def ticking(ctx: ExecutionContext) -> str:
+    return _tick(ctx)
+
+
+@durable_task(**PATIENT, cron="0 0 1 1 *", overlap="skip", schedule="chaos-skip")
+def ticking_alone(ctx: ExecutionContext) -> str:
+    return _tick(ctx)
+
+
+def _tick(ctx: ExecutionContext) -> str:
+    time.sleep(PAUSE_SECONDS)
+    ctx.sleep("nap", 2)
+    assert ctx.scheduled_at is not None
+    return ctx.scheduled_at.isoformat()
 
 
 @durable_task(max_retries=2)

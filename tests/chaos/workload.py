@@ -116,13 +116,30 @@ def _overlong(dice: random.Random, n: int) -> Root:
     return Root(tasks.overlong, {"n": n}, result=_worked(n))
 
 
+def _banked(dice: random.Random, n: int) -> Root:
+    return Root(tasks.banked, {"n": n}, result=n)
+
+
+def _crowd(dice: random.Random, n: int) -> Root:
+    numbers = list(range(n, n + 4))
+    return Root(tasks.crowd, {"numbers": numbers, "max_parallel": dice.choice([None, None, 2])}, result=numbers)
+
+
+def _accounted(dice: random.Random, n: int) -> Root:
+    return Root(tasks.accounted, {"account": dice.randrange(3), "n": n}, result=_worked(n))
+
+
+def _rated(dice: random.Random, n: int) -> Root:
+    return Root(tasks.rated, {"n": n}, result=n)
+
+
 def _poison(dice: random.Random, n: int) -> Root:
     return Root(tasks.poison, {}, ExecutionStatus.FAILED, error="Worker died: ")
 
 
 #: How many of 100 roots are of each kind.
 KINDS: dict[Callable[[random.Random, int], Root], int] = {
-    _sequence: 24,
+    _sequence: 15,
     _lingering: 4,
     _mapped: 10,
     _gathered: 8,
@@ -137,6 +154,10 @@ KINDS: dict[Callable[[random.Random, int], Root], int] = {
     _doomed: 2,
     _reckless: 2,
     _overlong: 2,
+    _banked: 3,
+    _crowd: 2,
+    _accounted: 2,
+    _rated: 2,
     _poison: 1,
 }
 
@@ -225,10 +246,15 @@ class Client(threading.Thread):
         heapq.heappush(self._later, (time.monotonic() + self._dice.uniform(0, 2), next(self._numbers), act))
 
     def _insist(self, call: Callable[[], T]) -> T:
-        while True:
-            try:
-                return call()
-            except Error as error:
-                self.errors[type(error).__name__] += 1
-                connection.close()
-                time.sleep(0.1)
+        return insist(call, self.errors)
+
+
+def insist(call: Callable[[], T], errors: Counter[str]) -> T:
+    """Call again and again while the database is away."""
+    while True:
+        try:
+            return call()
+        except Error as error:
+            errors[type(error).__name__] += 1
+            connection.close()
+            time.sleep(0.1)

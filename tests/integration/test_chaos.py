@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import socket
 import threading
 import time
@@ -17,11 +18,13 @@ pytest.importorskip("psycopg")
 pytest.importorskip("redis")
 
 from conductor_app import transitions
-from conductor_app.models import Execution, Step
+from conductor_app.models import Attempt, Execution, Step
 from conductor_app.states import ExecutionStatus
+from conductor_app.store import clock
 from tests.app.models import Ledger
 from tests.chaos import checker, soak, tasks
 from tests.chaos.nemesis import Act
+from tests.chaos.operators import SCHEDULED, name_of
 from tests.chaos.workload import Root
 from tests.support.executions import running
 from tests.support.proxy import Proxy
@@ -81,6 +84,91 @@ def test_the_checker_sees_what_a_zombie_has_written(monkeypatch: pytest.MonkeyPa
     assert list(checker._of_fences()) == []
     monkeypatch.setattr(checker.history, "left_running", lambda **_: {(run.pk, 1): recorded_at - 3})
     assert list(checker._of_fences()) == [f"Step inside of {run.pk} was recorded by run 1, 3.0s after its end"]
+
+
+def attempt(of: Execution, run: int, begin: float, end: float, outcome: str = "succeeded") -> Attempt:
+    """A run of a task, from and to so many seconds after the execution was stored."""
+    instants = [of.created_at + dt.timedelta(seconds=seconds) for seconds in (begin, end)]
+    return Attempt.objects.create(
+        execution=of,
+        attempt=run,
+        run=run,
+        worker="w@h",
+        due_at=instants[0],
+        started_at=instants[0],
+        finished_at=instants[1],
+        outcome=outcome,
+    )
+
+
+@pytest.mark.django_db
+def test_the_checker_sees_more_at_once_than_a_limit_has() -> None:
+    rows = [Execution.objects.get(pk=tasks.banked.delay(n=n).id) for n in range(4)]
+    Execution.objects.update(created_at=rows[0].created_at)
+    for row in rows:
+        row.refresh_from_db()
+        attempt(row, 1, 0, 2)
+    assert list(checker._of_limits({})) == ["Limit chaos-bank was held by 4 at once"]
+    Attempt.objects.filter(execution=rows[3]).delete()
+    attempt(rows[3], 1, 2, 3)
+    figures: dict[str, Any] = {}
+    assert list(checker._of_limits(figures)) == []
+    assert figures["most_at_once"] == {"chaos-bank": 3}
+    # One whose worker is taken for dead keeps its place until its next run.
+    Attempt.objects.filter(execution=rows[0]).update(outcome="lost")
+    attempt(rows[0], 2, 5, 6)
+    attempt(rows[1], 2, 2, 4)
+    assert list(checker._of_limits({})) == []
+    attempt(rows[2], 2, 3.5, 4)
+    assert list(checker._of_limits({})) == []
+    attempt(rows[3], 2, 3.6, 4)
+    assert list(checker._of_limits({})) == ["Limit chaos-bank was held by 4 at once"]
+
+
+@pytest.mark.django_db
+def test_the_checker_sees_more_starts_than_a_rate_lets() -> None:
+    row = Execution.objects.get(pk=tasks.rated.delay(n=1).id)
+    for run, begin in enumerate((0, 0, 0, 1, 2), 1):
+        attempt(row, run, begin, begin)
+    assert list(checker._of_limits({})) == []
+    attempt(row, 6, 2.5, 3)
+    instant = row.created_at + dt.timedelta(seconds=2.5)
+    assert list(checker._of_limits({})) == [f"Of limit chaos-starts, 6 had started at {instant}, and 5.5 were allowed"]
+
+
+@pytest.mark.django_db
+def test_the_checker_wants_keys_one_after_another_and_the_last_call_to_run() -> None:
+    first = Execution.objects.get(pk=tasks.keyed.apply_async(kwargs={"n": 1}, unique_key="debounced").id)
+    lost = uuid.uuid4()
+    run = transitions.claim(first.pk, "w@h:1:1")
+    assert run is not None
+    transitions.succeed(run, "1")
+    assert list(checker._of_keys([first.pk], {"debounced": 1})) == []
+    assert list(checker._of_keys([lost], {"debounced": 2})) == [
+        f"{lost} was accepted with a unique key, and is lost",
+        f"{first} of the key debounced returned 1, and was last called with 2",
+    ]
+    second = Execution.objects.get(pk=tasks.keyed.apply_async(kwargs={"n": 2}, unique_key="debounced").id)
+    transitions.request_cancel(second.pk, "a test")
+    transitions.cancel_flagged(second.pk)
+    first.refresh_from_db()
+    assert first.finished_at is not None
+    Execution.objects.update(started_at=first.finished_at - dt.timedelta(seconds=1))
+    assert list(checker._of_keys([], {})) == [
+        "Of the unique key debounced, 2 were open at once",
+        f"{second} is the last of the unique key debounced, and cancelled",
+    ]
+
+
+@pytest.mark.django_db
+def test_the_checker_wants_each_tick_once() -> None:
+    instant = clock.read("default")
+    none: dict[str, set[dt.datetime]] = {name_of(task): set() for task in SCHEDULED}
+    assert list(checker._of_schedules(none)) == []
+    assert list(checker._of_schedules({**none, "chaos-allow": {instant}})) == [
+        f"Schedule chaos-allow has never started {instant}"
+    ]
+    assert list(checker._of_schedules({**none, "chaos-skip": {instant}})) == [], "one that is open leaves it out"
 
 
 def test_the_checker_knows_which_tracebacks_are_to_be_expected() -> None:

@@ -12,7 +12,7 @@ from conductor_app.models import CopiedOutcome, Event, Execution, Step
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
 from conductor_app.values.failures import load_failure
 from conductor_app.values.payloads import loads
-from tests.app.programs import Flaky, Instruction, Refused, name_of
+from tests.app.programs import TICKING, Flaky, Instruction, Refused, name_of
 
 _ERRORS = {StepStatus.TIMED_OUT: "ChildTimedOut", StepStatus.CANCELLED: "ChildCancelled"}
 
@@ -42,7 +42,7 @@ class Oracle:
         for execution in self._executions.values():
             wrong = self._mistake(execution)
             if wrong:
-                yield f"{execution} ({execution.status}) {wrong}; its program is {execution.kwargs['program']}"
+                yield f"{execution} ({execution.status}) {wrong}; its program is {_program_of(execution)}"
 
     def _mistake(self, execution: Execution) -> str:
         if execution.status not in (ExecutionStatus.SUCCEEDED, ExecutionStatus.FAILED):
@@ -72,7 +72,7 @@ class Oracle:
 
     def _run(self, execution: Execution) -> list[Any]:
         values = []
-        for number, instruction in enumerate(execution.kwargs["program"]):
+        for number, instruction in enumerate(_program_of(execution)):
             try:
                 values.append(self._follow(execution, name_of(number, instruction), instruction))
             except Raised as error:
@@ -193,6 +193,11 @@ class Oracle:
                     raise
                 values.append(str(error))
         return values
+
+
+def _program_of(execution: Execution) -> list[Instruction]:
+    program: list[Instruction] = execution.kwargs.get("program", TICKING)
+    return program
 
 
 def _copied_error(status: StepStatus, error: str | None) -> str:

@@ -34,14 +34,19 @@ from conductor_app.models import (
     Execution,
     FailedExecution,
     Fork,
+    LimitKey,
     PausedTask,
+    Place,
+    Schedule,
     Step,
 )
 from conductor_app.models.stranded import waiting_for_nothing
 from conductor_app.states import StepKind, StepStatus
 from conductor_app.store import clock
 from conductor_app.transitions import dispatch
-from tests.app.programs import EVENT, interpret
+from conductor_app.values.schedules import CatchUp, Overlap
+from tests.app.programs import EVENT, TASKS, interpret
+from tests.model import promises
 from tests.model.oracle import Oracle
 from tests.model.simulation import Actor, Stage, World, renew
 from tests.support import history, invariants
@@ -58,6 +63,8 @@ EXAMPLES, STEPS = (3_000, 80) if IS_THOROUGH else (30, 40)
 MOST_ACTORS, MOST_ROOTS = 6, 2
 #: Beside those, about so many that are called with one unique key.
 MOST_KEYED = 4
+#: And so many of tasks that have limits.
+MOST_LIMITED = 5
 #: Rounds of sweeps and deliveries in which everything has to end when nothing goes wrong any more.
 MOST_ROUNDS = 80
 
@@ -72,21 +79,25 @@ _simple = st.one_of(
 )
 
 
-def _with_children(programs: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+def _with_children(programs: st.SearchStrategy[Any], limited: list[str]) -> st.SearchStrategy[Any]:
+    by = st.sampled_from(["", "", "", *limited])
     outcomes = {"timeout": _timeouts, "on_timeout": st.sampled_from(["cancel", "abandon"]), "catch": st.booleans()}
     several = {"programs": st.lists(programs, min_size=1, max_size=3), "return_exceptions": st.booleans(), **outcomes}
     parallel = st.sampled_from([None, 1, 2])
     return st.one_of(
-        st.fixed_dictionaries({"do": st.just("invoke"), "program": programs, **outcomes}),
-        st.fixed_dictionaries({"do": st.just("map"), "max_parallel": parallel, **several}),
-        st.fixed_dictionaries({"do": st.just("gather"), **several}),
-        st.fixed_dictionaries({"do": st.just("start"), "program": programs}),
+        st.fixed_dictionaries({"do": st.just("invoke"), "by": by, "program": programs, **outcomes}),
+        st.fixed_dictionaries({"do": st.just("map"), "by": by, "max_parallel": parallel, **several}),
+        st.fixed_dictionaries({"do": st.just("gather"), "by": by, **several}),
+        st.fixed_dictionaries({"do": st.just("start"), "by": by, "program": programs}),
     )
 
 
+#: What has a place until it ends has no children: two of them could wait for each other's places.
+_FOR_RUNS = ["two", "both", "all"]
+_LIMITED = [*_FOR_RUNS, "two open"]
 _leaves = st.lists(_simple, max_size=2)
-_inner = st.lists(st.one_of(_simple, _with_children(_leaves)), max_size=2)
-_programs = st.lists(st.one_of(_with_children(_inner), _simple), min_size=1, max_size=3)
+_inner = st.lists(st.one_of(_simple, _with_children(_leaves, _LIMITED)), max_size=2)
+_programs = st.lists(st.one_of(_with_children(_inner, _FOR_RUNS), _simple), min_size=1, max_size=3)
 _keyed_programs = st.lists(_simple, min_size=1, max_size=2)
 _conflicts = st.sampled_from(
     [
@@ -95,6 +106,8 @@ _conflicts = st.sampled_from(
     ]
 )
 _picks = st.integers(0, 11)
+#: The schedule that there is in an example; none in some.
+_plans = st.one_of(st.none(), st.tuples(st.sampled_from(Overlap), st.sampled_from([CatchUp.LAST, CatchUp.ALL])))
 
 # -------------------------------------------------------------------------------------------------------------- machine
 
@@ -115,11 +128,15 @@ class Machine(RuleBasedStateMachine):
         #: Of what is held: its fence, and how many children it has.
         self._held: dict[tuple[uuid.UUID, Any], tuple[int, int]] = {}
         self._changes = -1
+        self._ticks: promises.Ticks | None = None
 
     # Rules: what users do
 
-    @initialize(program=_programs)
-    def begin(self, program: Any) -> None:
+    @initialize(program=_programs, plan=_plans)
+    def begin(self, program: Any, plan: tuple[Overlap, CatchUp] | None) -> None:
+        self.stage.plan = plan
+        if plan is not None:
+            self._ticks = promises.Ticks(self.stage.scheduled[plan])
         self._start(program)
 
     @precondition(lambda self: len(self.roots) < MOST_ROOTS)
@@ -130,7 +147,13 @@ class Machine(RuleBasedStateMachine):
     def _start(self, program: Any) -> None:
         self.roots.append(uuid.UUID(interpret.delay(program=program).id))
 
-    @precondition(lambda self: Execution.objects.filter(parent=None).count() < MOST_ROOTS + MOST_KEYED)
+    @precondition(lambda self: _roots_of(*TASKS.values()) < MOST_ROOTS + MOST_KEYED + MOST_LIMITED)
+    @rule(program=_keyed_programs, by=st.sampled_from(_LIMITED), number=st.integers(1, 3))
+    def call_limited(self, program: Any, by: str, number: int) -> None:
+        for _ in range(number):
+            TASKS[by].delay(program=program)
+
+    @precondition(lambda self: _roots_of(interpret) < MOST_ROOTS + MOST_KEYED)
     @rule(program=_keyed_programs, options=_conflicts, stops=_picks)
     def call_with_key(self, program: Any, options: dict[str, Any], stops: int) -> None:
         def call() -> None:
@@ -191,10 +214,36 @@ class Machine(RuleBasedStateMachine):
         execution = _at(list(Execution.objects.held().order_by("pk")), pick).pk
         self._spawn("releaser", lambda: api.release(execution), stops)
 
-    @rule(is_paused=st.booleans(), stops=_picks)
-    def pause(self, is_paused: bool, stops: int) -> None:
-        act = (lambda: api.pause(interpret, "a test")) if is_paused else (lambda: api.unpause(interpret))
+    @rule(is_paused=st.booleans(), by=st.sampled_from(["", "", *_LIMITED]), stops=_picks)
+    def pause(self, is_paused: bool, by: str, stops: int) -> None:
+        task = TASKS[by]
+        act = (lambda: api.pause(task, "a test")) if is_paused else (lambda: api.unpause(task))
         self._spawn("pauser", act, stops)
+
+    @precondition(lambda self: self._schedule() is not None)
+    @rule(is_paused=st.booleans(), stops=_picks)
+    def pause_schedule(self, is_paused: bool, stops: int) -> None:
+        name = self.ticks.plan.name
+        act = (lambda: api.pause_schedule(name)) if is_paused else (lambda: api.unpause_schedule(name))
+        self._spawn("scheduler", act, stops)
+
+    @precondition(lambda self: self._schedule() is not None)
+    @rule(stops=_picks)
+    def run_schedule(self, stops: int) -> None:
+        # At no instant of its line: what is run now would be what ticks then.
+        clock.shift(dt.timedelta(milliseconds=1))
+        name = self.ticks.plan.name
+        self._spawn("scheduler", lambda: _unless(ActionRefused, lambda: api.run_schedule(name)), stops)
+
+    @precondition(lambda self: self._schedule() is not None)
+    @rule(ticks=st.sampled_from([1, 1, 1, 3]))
+    def wait_for_tick(self, ticks: int) -> None:
+        row = self._schedule()
+        assert row is not None
+        seconds = promises.seconds_to_next(row) + 60 * (ticks - 1)
+        if seconds > 0:
+            clock.shift(dt.timedelta(seconds=seconds))
+        self._spawn("sweeper", sweeper.sweep, 12)
 
     # Rules: what workers do
 
@@ -223,6 +272,14 @@ class Machine(RuleBasedStateMachine):
     @rule(stops=_picks, audit=st.booleans())
     def sweep(self, stops: int, audit: bool) -> None:
         self._spawn("sweeper", lambda: sweeper.sweep(audit=audit), stops * 4)
+
+    @precondition(lambda self: not self.world.actors)
+    @rule()
+    def sweep_alone(self) -> None:
+        """Whoever waits for a place after that, while nobody else does anything, waits for one that is taken."""
+        sweeper.sweep()
+        wrong = list(promises.stranded())
+        assert not wrong, "\n".join(wrong)
 
     @precondition(lambda self: any(actor.held for actor in self.world.actors))
     @rule(pick=_picks)
@@ -304,6 +361,8 @@ class Machine(RuleBasedStateMachine):
         wrong += [f"{row} waits for nothing" for row in waiting_for_nothing(Execution.objects.all())]
         wrong += self._changed_decisions()
         wrong += self._begun_while_held()
+        wrong += promises.limits_exceeded()
+        wrong += self._ticks.mistakes() if self._ticks is not None else []
         # Else what a rule does to the lease of a process would meet none.
         running = Execution.objects.filter(status="running").values_list("lease_owner", flat=True)
         wrong += [f"{owner} is no process of the model" for owner in running if "/" in owner]
@@ -353,13 +412,18 @@ class Machine(RuleBasedStateMachine):
         for actor in list(world.actors):
             actor.loses_answer = False
             actor.finish()
-        api.unpause(interpret)
+        for task in TASKS.values():
+            api.unpause(task)
+        if self._schedule() is not None:
+            api.pause_schedule(self.ticks.plan.name)
         while held := Execution.objects.held().first():
             assert api.release(held)
         for _ in range(MOST_ROUNDS):
             self.nothing_is_wrong()
             found = sweeper.sweep(audit=True)
             assert not found["stranded"], "a wake-up was lost"
+            wrong = list(promises.stranded())
+            assert not wrong, "\n".join(wrong)
             for _ in range(len(world.messages)):
                 world.deliver(0).finish()
             if not invariants.unsettled():
@@ -369,8 +433,24 @@ class Machine(RuleBasedStateMachine):
             clock.shift(dt.timedelta(seconds=3))
         wrong = [*invariants.unsettled(), *invariants.violations(), *Oracle().mistakes()]
         assert not wrong, "\n".join(wrong)
+        self._let_wait_no_more()
+
+    def _let_wait_no_more(self) -> None:
+        """What waits for the end of an execution of its schedule starts when all have ended."""
+        row = self._schedule()
+        if row is not None and row.waiting_instants:
+            api.unpause_schedule(row.name)
+            assert sweeper.sweep()["schedules"], f"{row.waiting_instants} of {row} wait for nothing"
 
     # Helpers
+
+    @property
+    def ticks(self) -> promises.Ticks:
+        assert self._ticks is not None
+        return self._ticks
+
+    def _schedule(self) -> Schedule | None:
+        return self._ticks.row() if self._ticks is not None else None
 
     def _spawn(self, name: str, act: Callable[[], Any], stops: int) -> Actor | None:
         if len(self.world.actors) >= MOST_ACTORS:
@@ -390,6 +470,10 @@ class Machine(RuleBasedStateMachine):
 
 def _at(items: list[Any], pick: int) -> Any:
     return items[pick % len(items)]
+
+
+def _roots_of(*tasks: Any) -> int:
+    return Execution.objects.filter(parent=None, task__in=[task.name for task in tasks]).count()
 
 
 def _unless(refusal: type[Exception], act: Callable[[], Any]) -> Any:
@@ -412,7 +496,19 @@ def _written(key: uuid.UUID) -> list[Any]:
 
 
 def _empty_tables() -> None:
-    for model in (Attempt, Event, CopiedOutcome, PausedTask, Step, FailedExecution, Fork, TaskResult):
+    for model in (
+        Attempt,
+        Event,
+        CopiedOutcome,
+        PausedTask,
+        Place,
+        LimitKey,
+        Schedule,
+        Step,
+        FailedExecution,
+        Fork,
+        TaskResult,
+    ):
         model.objects.all()._raw_delete("default")
     for depth in sorted(set(Execution.objects.values_list("depth", flat=True)), reverse=True):
         Execution.objects.filter(depth=depth)._raw_delete("default")
