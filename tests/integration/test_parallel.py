@@ -336,7 +336,9 @@ def test_max_parallel_that_is_not_exceeded_holds_nothing_back(max_parallel: int)
 
 
 def test_a_held_back_child_that_is_cancelled_lets_nothing_go() -> None:
-    root = start(durable(lambda ctx: len(ctx.map("naps", nap, naps(60, 60, 60), max_parallel=1, return_exceptions=True))))
+    root = start(
+        durable(lambda ctx: len(ctx.map("naps", nap, naps(60, 60, 60), max_parallel=1, return_exceptions=True)))
+    )
     assert api.cancel(Execution.objects.get(parent=root, position=1))
     assert children(root) == ["waiting", "cancelled", "queued"]
     assert Execution.objects.get(parent=root, position=2).due_at is None
