@@ -24,7 +24,7 @@ from conductor_app.models import Execution, FailedExecution, Step, database
 from conductor_app.models.execution import IS_PAUSED
 from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.store import clock, eager
-from conductor_app.transitions import dispatch
+from conductor_app.transitions import dispatch, limiting
 from conductor_app.values.failures import load_failure, revive
 from conductor_app.values.limits import limits_of
 
@@ -182,7 +182,7 @@ def _is_running_elsewhere(root_id: uuid.UUID) -> bool:
 
 
 def next_instant(root_id: uuid.UUID | None = None, after: dt.datetime | None = None) -> dt.datetime | None:
-    """Return when something is due next: a countdown, a retry, a sleep, a timeout, a schedule, a start or end too late.
+    """Return when something is due next: a countdown, retry, sleep, timeout, schedule, rate, a start or end too late.
 
     Args:
         root_id: Only in this tree.
@@ -195,6 +195,8 @@ def next_instant(root_id: uuid.UUID | None = None, after: dt.datetime | None = N
     instants: list[dt.datetime] = []
     if root_id is None and (tick := schedules.next_instant(after)) is not None:
         instants.append(tick)
+    if root_id is None and (start := limiting.next_start(after)) is not None:
+        instants.append(start)
     unstarted = queued.filter(started_at__isnull=True)
     bounded = Execution.objects.using(database()).filter(finished_at=None, cancel_requested_at=None)
     bounded = bounded if root_id is None else bounded.filter(pk=root_id)

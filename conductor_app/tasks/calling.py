@@ -47,6 +47,7 @@ class CallingTask(RefusingTask[P, R]):
         payloads: Iterable[object],
         *,
         idempotency_keys: Sequence[str | None] | None = None,
+        unique_keys: Sequence[str | None] | None = None,
         tags: Mapping[str, str] | None = None,
         countdown: float | dt.timedelta | None = None,
         deadline: float | dt.timedelta | dt.datetime | str | None = None,
@@ -60,6 +61,9 @@ class CallingTask(RefusingTask[P, R]):
                 only argument.
             idempotency_keys: One for each payload, or ``None`` in its place; as for ``apply_async``. Of several
                 payloads with one key, the first is stored.
+            unique_keys: One for each payload, instead of the key that the decorator's ``unique`` makes of it; ``None``
+                in its place leaves it that. What becomes of one whose key an open execution has, the decorator says:
+                ``"return"`` (the default) returns that, ``"refuse"`` raises, ``"replace"`` is for single calls.
             tags: Those of each execution's tree; they win over the decorator's.
             countdown: Seconds, or a ``timedelta``, until they may start.
             deadline: When the tree of each is cancelled; as for ``apply_async``.
@@ -72,12 +76,15 @@ class CallingTask(RefusingTask[P, R]):
                 message names the payload, such as ``payloads[17]``.
             QueueNotFound: As for ``apply_async``.
             IdempotencyConflict: A key belongs to an execution with another payload, or to two different payloads.
+            DuplicateExecution: With ``on_conflict="refuse"``, an open execution or two of the payloads have a unique
+                key. Nothing is stored; the message names the payload.
             BlockingCallInEventLoop: An event loop runs here; use ``astart_many``.
         """
         call = f"{self.name}.start_many()"
         check_none_runs(call, f"`await {self.name}.astart_many(…)`")
         each = many.check_payloads(payloads, call)
-        keys = many.check_idempotency_keys(idempotency_keys, len(each), call)
+        keys = many.check_keys(idempotency_keys, "idempotency_keys", len(each), call)
+        uniques = many.check_keys(unique_keys, "unique_keys", len(each), call)
         many.check_common_tags(tags, call)
         if not each:
             return []
@@ -88,7 +95,7 @@ class CallingTask(RefusingTask[P, R]):
         news = []
         for place, (payload, key) in enumerate(zip(each, keys, strict=True)):
             try:
-                news.append(self._new_of_many(place, payload, key, given, call))
+                news.append(self._new_of_many(place, payload, key, {**given, "unique_key": uniques[place]}, call))
             except ProgrammingError as error:
                 raise many.about(place, error) from None
         with self._creating():
@@ -108,9 +115,10 @@ class CallingTask(RefusingTask[P, R]):
         what = f"payloads[{place}]"
         args, kwargs = child_arguments(payload, call, what)
         new = self.new_execution(args, kwargs, options, what=what, path=what, idempotency_key=key, is_root=True)
-        if new.unique is not None:
+        if new.unique is not None and new.unique.takes_over:
             raise InvalidArgument(
-                f"{what} has a unique key, and {call} does not look whether it is free. Call apply_async for each."
+                f'{what} has a unique key, and on_conflict="replace" would cancel who has it: {call} cancels nothing, '
+                "since thousands of rows would stay locked until the caller's commit. Call apply_async for each."
             )
         return headers.collect(new)
 
@@ -161,6 +169,7 @@ class CallingTask(RefusingTask[P, R]):
         payloads: Iterable[object],
         *,
         idempotency_keys: Sequence[str | None] | None = None,
+        unique_keys: Sequence[str | None] | None = None,
         tags: Mapping[str, str] | None = None,
         countdown: float | dt.timedelta | None = None,
         deadline: float | dt.timedelta | dt.datetime | str | None = None,
@@ -170,5 +179,10 @@ class CallingTask(RefusingTask[P, R]):
         Args and errors: as for ``start_many``.
         """
         return await sync_to_async(self.start_many)(
-            payloads, idempotency_keys=idempotency_keys, tags=tags, countdown=countdown, deadline=deadline
+            payloads,
+            idempotency_keys=idempotency_keys,
+            unique_keys=unique_keys,
+            tags=tags,
+            countdown=countdown,
+            deadline=deadline,
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 from conductor_app.body.names import check_key
 from conductor_app.exceptions import InvalidArgument, InvalidArgumentType, ProgrammingError
+from conductor_app.values import uniqueness
 from conductor_app.values.texts import shown
 
 #: Most executions of one call.
@@ -35,8 +36,14 @@ def check_payloads(payloads: object, call: str) -> list[Any]:
     return each
 
 
-def check_idempotency_keys(keys: object, count: int, call: str) -> list[str | None]:
-    """Return one idempotency key for each payload; ``None`` for one that has none.
+def check_keys(keys: object, name: str, count: int, call: str) -> list[str | None]:
+    """Return one key for each payload; ``None`` for one that has none.
+
+    Args:
+        keys: What the caller has given.
+        name: ``idempotency_keys`` or ``unique_keys``.
+        count: How many payloads there are.
+        call: What was called.
 
     Raises:
         InvalidArgumentType, InvalidArgument: They are no list of keys, or not as many as payloads.
@@ -45,13 +52,12 @@ def check_idempotency_keys(keys: object, count: int, call: str) -> list[str | No
         return [None] * count
     if isinstance(keys, (str, bytes, Mapping)) or not isinstance(keys, Sequence):
         raise InvalidArgumentType(
-            f"idempotency_keys of {call} must be a list, with a key or None for each payload, got {type(keys).__name__}"
+            f"{name} of {call} must be a list, with a key or None for each payload, got {type(keys).__name__}"
         )
     if len(keys) != count:
-        raise InvalidArgument(
-            f"{call} got {len(keys)} idempotency_keys for {count} payloads. Each payload needs a key, or None."
-        )
-    return [None if key is None else check_key(key, f"idempotency_keys[{place}]") for place, key in enumerate(keys)]
+        raise InvalidArgument(f"{call} got {len(keys)} {name} for {count} payloads. Each payload needs a key, or None.")
+    check = uniqueness.check_key if name == "unique_keys" else check_key
+    return [None if key is None else check(key, f"{name}[{place}]") for place, key in enumerate(keys)]
 
 
 def check_common_tags(tags: object, call: str) -> None:

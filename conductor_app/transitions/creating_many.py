@@ -9,12 +9,15 @@ from typing import Any
 from django.db import IntegrityError, connections, transaction
 
 from conductor_app import signals
+from conductor_app.exceptions import DuplicateExecution
 from conductor_app.models import Execution, database
+from conductor_app.states import OnConflict
 from conductor_app.store import clock, forks
 from conductor_app.store.moves import Insert, Move
-from conductor_app.store.opened import is_transaction, note_created
+from conductor_app.store.opened import is_transaction, note_created, snapshot_level
 from conductor_app.store.slots import NOW, Each, column, each
-from conductor_app.transitions import creating, dispatch, guards, tagging
+from conductor_app.transitions import creating, dispatch, guards, tagging, uniqueness
+from conductor_app.values.texts import shown
 
 #: Payloads that one statement stores, in bytes. MariaDB takes 16 MiB by default, and a quotation mark counts twice.
 _BATCH_BYTES = 4_194_304
@@ -50,47 +53,41 @@ def create_many(
     """Store root executions as queued, all or none, in the current transaction if there is one.
 
     Args:
-        news: Each has an id of its own. Of several with one idempotency key, the first is stored.
-        check: Gets the place of one that has an existing idempotency key, and the execution that has it; raises if it
-            cannot stand for it. Of one that is not new because of an earlier one of ``news``, that is the earlier one.
+        news: Each has an id of its own, and a unique key at most that returns or refuses. Of several with one
+            idempotency key, or one unique key that returns, the first is stored.
+        check: Gets the place of one that is not new, and the execution that stands for it, which may be an earlier one
+            of ``news``; raises if it cannot.
 
     Returns:
         For each one the execution, and whether it is new.
+
+    Raises:
+        DuplicateExecution: A unique key that refuses is taken. Nothing is stored.
     """
     forks.own()
     using = database()
     rows = {new.id: creating.timeless_row(new) for new in news}
-    firsts = _firsts(news)
-    given = {new.id: _given(place, new, rows[new.id]) for place, new in firsts}
-    # In the order of their keys: two calls that share some wait for each other, one after the other, and not in a ring.
-    ordered = [new for _, new in sorted(firsts, key=lambda first: first[1].idempotency_key or "")]
+    given = {new.id: _given(place, new, rows[new.id]) for place, new in enumerate(news)}
+    others: dict[uuid.UUID, Execution] = {}
     tries = 0
+    is_own = is_transaction(using)
 
-    def insert() -> tuple[set[uuid.UUID], dict[str | None, Execution]]:
-        """Return the ids of those that this call has stored, and the others by their keys."""
-        nonlocal tries
+    def insert() -> set[uuid.UUID]:
+        """Return the ids of those that this call has stored, and note who stands for the others."""
+        nonlocal tries, others
         tries += 1
         with transaction.atomic(using=using):
-            # After a COMMIT that got no answer, those that are there are this call's.
+            # After a COMMIT that got no answer, those that are there are this call's; the others are as they were.
             stored = _stored(using, list(rows)) if tries > 1 else set()
-            known = _existing(using, [new for new in ordered if new.id not in stored])
             if not stored:
-                stored = _insert(using, ordered, given, known)
-            known |= {new.idempotency_key: rows[new.id] for new in ordered if new.id in stored}
+                stored, others = _insert(using, news, rows, given, is_own=is_own)
             for place, new in enumerate(news):
                 if new.id not in stored:
-                    check(place, known[new.idempotency_key])
+                    check(place, others[new.id])
             _note_instants(using, [rows[key] for key in stored])
-        return stored, known
+        return stored
 
-    is_own = is_transaction(using)
-    try:
-        stored, known = guards.persist_briefly(insert)
-    except IntegrityError:
-        if not is_own:
-            raise
-        # A snapshot (REPEATABLE READ) does not show what is in the way; another one does.
-        stored, known = guards.persist_briefly(insert)
+    stored = _persist(insert, is_own=is_own)
     created = [rows[new.id] for new in news if new.id in stored]
     for execution in created:
         note_created(using, execution.pk)
@@ -98,17 +95,61 @@ def create_many(
     dispatch.on_commit(*told, confirmed_together=CONFIRMED_TOGETHER)
     for execution in created:
         guards.send_signal(signals.execution_created, execution)
-    return [(rows[new.id], True) if new.id in stored else (known[new.idempotency_key], False) for new in news]
+    return [(rows[new.id], True) if new.id in stored else (others[new.id], False) for new in news]
 
 
-def _firsts(news: Sequence[creating.NewExecution]) -> list[tuple[int, creating.NewExecution]]:
-    """Return those that no earlier one has the key of, with their places."""
-    first_of: dict[str, int] = {}
-    return [
-        (place, new)
-        for place, new in enumerate(news)
-        if new.idempotency_key is None or first_of.setdefault(new.idempotency_key, place) == place
-    ]
+def _persist(insert: Callable[[], set[uuid.UUID]], *, is_own: bool) -> set[uuid.UUID]:
+    """Store them; in a transaction of their own, again while it does not see what is in the way."""
+    for number in range(uniqueness.TRIES):
+        try:
+            return guards.persist_briefly(insert)
+        except IntegrityError as error:
+            # A snapshot (REPEATABLE READ) does not show what is in the way; another one does. Whoever had a unique key
+            # may have ended, and somebody else may have it by then.
+            if not is_own or (number > 0 and not uniqueness.is_violated(error)):
+                raise
+    raise DuplicateExecution("The unique keys of these executions change hands all the time. Call it again.")
+
+
+def _firsts(
+    news: Sequence[creating.NewExecution], known: Mapping[uuid.UUID, Execution]
+) -> tuple[list[creating.NewExecution], dict[uuid.UUID, uuid.UUID]]:
+    """Return those to be stored, and of the others that are not ``known`` the ids of those that stand for them.
+
+    Raises:
+        DuplicateExecution: One has a unique key that refuses, and that is taken.
+    """
+    firsts: list[creating.NewExecution] = []
+    doubles: dict[uuid.UUID, uuid.UUID] = {}
+    by_idempotency_key: dict[str, uuid.UUID] = {}
+    by_unique_key: dict[str, tuple[uuid.UUID, int]] = {}
+    for place, new in enumerate(news):
+        idempotency_key, unique = new.idempotency_key, new.unique
+        if (found := known.get(new.id)) is not None:
+            is_by_unique_key = idempotency_key is None or found.idempotency_key != idempotency_key
+            if is_by_unique_key and unique is not None and unique.on_conflict == OnConflict.REFUSE:
+                raise uniqueness.duplicate(new.task, unique.key, found, place=place)
+        elif idempotency_key is not None and idempotency_key in by_idempotency_key:
+            doubles[new.id] = by_idempotency_key[idempotency_key]
+        elif unique is not None and unique.key in by_unique_key:
+            first, place_of_first = by_unique_key[unique.key]
+            if unique.on_conflict == OnConflict.REFUSE:
+                raise DuplicateExecution(
+                    f"payloads[{place_of_first}] and payloads[{place}] have one unique key, {shown(unique.key)}, and "
+                    f"of {new.task} there is one open execution per key. Leave one of them out."
+                )
+            doubles[new.id] = first
+        else:
+            firsts.append(new)
+            if idempotency_key is not None:
+                by_idempotency_key[idempotency_key] = new.id
+            if unique is not None:
+                by_unique_key[unique.key] = new.id, place
+    return firsts, doubles
+
+
+def _in_order(new: creating.NewExecution) -> tuple[str, str]:
+    return new.unique.key if new.unique is not None else "", new.idempotency_key or ""
 
 
 def _given(place: int, new: creating.NewExecution, row: Execution) -> dict[str, Any]:
@@ -128,25 +169,44 @@ def _given(place: int, new: creating.NewExecution, row: Execution) -> dict[str, 
 def _insert(
     using: str,
     news: Sequence[creating.NewExecution],
+    rows: Mapping[uuid.UUID, Execution],
     given: Mapping[uuid.UUID, Mapping[str, Any]],
-    known: dict[str | None, Execution],
-) -> set[uuid.UUID]:
-    """Store those whose keys nobody has, and return their ids; add to ``known`` who has a key by now."""
-    while left := [new for new in news if new.idempotency_key is None or new.idempotency_key not in known]:
+    *,
+    is_own: bool,
+) -> tuple[set[uuid.UUID], dict[uuid.UUID, Execution]]:
+    """Store those whose keys nobody has; return their ids, and the executions that stand for the others.
+
+    Raises:
+        DuplicateExecution: Somebody has a unique key that refuses.
+        IntegrityError: What is in the way cannot be seen.
+    """
+    known = _existing(using, news)
+    for _ in range(uniqueness.TRIES):
+        left, doubles = _firsts(news, known)
+        # In the order of their keys: two calls that share some wait for each other, one after the other, and not in a
+        # ring.
+        left.sort(key=_in_order)
         try:
-            with transaction.atomic(using=using):
-                for batch in _batches(left):
-                    move = _CREATE_BOUNDED if creating.is_bounded(batch[0]) else _CREATE
-                    move.make(using, savepoint=False, roots=[given[new.id] for new in batch], dispatch_by=None)
-                tagging.insert_all({new.id: new.tags for new in left if new.tags})
-            break
-        except IntegrityError:
+            if left:
+                with transaction.atomic(using=using):
+                    for batch in _batches(left):
+                        move = _CREATE_BOUNDED if creating.is_bounded(batch[0]) else _CREATE
+                        move.make(using, savepoint=False, roots=[given[new.id] for new in batch], dispatch_by=None)
+                    tagging.insert_all({new.id: new.tags for new in left if new.tags})
+            return {new.id for new in left}, known | {key: rows[first] for key, first in doubles.items()}
+        except IntegrityError as error:
             # Somebody has stored some of them just before.
             found = _existing(using, left)
             if not found:
-                raise
+                # Who had a unique key may have ended since: then it is free.
+                if not uniqueness.is_violated(error):
+                    raise
+                if snapshot_level(using):
+                    if is_own:
+                        raise
+                    raise uniqueness.duplicate(news[0].task, None, None) from None
             known |= found
-    return {new.id for new in left}
+    raise DuplicateExecution("The unique keys of these executions change hands all the time. Call it again.")
 
 
 def _batches(news: Sequence[creating.NewExecution]) -> Iterator[list[creating.NewExecution]]:
@@ -162,15 +222,21 @@ def _batches(news: Sequence[creating.NewExecution]) -> Iterator[list[creating.Ne
     yield batch
 
 
-def _existing(using: str, news: Sequence[creating.NewExecution]) -> dict[str | None, Execution]:
-    """Return the executions that have the keys of others, by these."""
-    keys = [new.idempotency_key for new in news if new.idempotency_key is not None]
-    rows = Execution.objects.using(using).defer("result", "error")
-    return {
-        row.idempotency_key: row
-        for part in _parts(using, keys)
-        for row in rows.filter(task=news[0].task, idempotency_key__in=part)
+def _existing(using: str, news: Sequence[creating.NewExecution]) -> dict[uuid.UUID, Execution]:
+    """Return who has the keys of others, by the ids of these; the idempotency key is looked at first."""
+    by_id = {new.id: new.idempotency_key for new in news if new.idempotency_key is not None}
+    found = _having(using, news[0].task, "idempotency_key", by_id)
+    by_id = {new.id: new.unique.key for new in news if new.unique is not None and new.id not in found}
+    return found | _having(using, news[0].task, "unique_key", by_id)
+
+
+def _having(using: str, task: str, column: str, keys: Mapping[uuid.UUID, str]) -> dict[uuid.UUID, Execution]:
+    rows = Execution.objects.using(using).filter(task=task).defer("result", "error")
+    wanted = list(dict.fromkeys(keys.values()))
+    found = {
+        getattr(row, column): row for part in _parts(using, wanted) for row in rows.filter(**{f"{column}__in": part})
     }
+    return {execution_id: found[key] for execution_id, key in keys.items() if key in found}
 
 
 def _stored(using: str, ids: Sequence[uuid.UUID]) -> set[uuid.UUID]:

@@ -223,6 +223,23 @@ def _next_start(known: LimitKey, now: dt.datetime) -> tuple[dt.datetime, dt.date
     return paid, max(paid - step * known.number, now)
 
 
+def next_start(after: dt.datetime | None = None) -> dt.datetime | None:
+    """Return when an execution that waits for a rate may start next; for whoever lets time pass.
+
+    Args:
+        after: Only later than this.
+    """
+    using = database()
+    waits = Place.objects.using(using).filter(limit=OuterRef("limit"), key=OuterRef("key"), state=PlaceState.PARKED)
+    keys = LimitKey.objects.using(using).filter(Exists(waits), kind=LimitKind.RATE, paid_until__isnull=False)
+    instants = [
+        known.paid_until - dt.timedelta(seconds=known.seconds or 0.0) * (known.number - 1)
+        for known in keys
+        if known.paid_until is not None
+    ]
+    return min((instant for instant in instants if after is None or instant > after), default=None)
+
+
 def _horizon() -> dt.timedelta:
     """Return how far ahead starts are handed out: until after the next sweep."""
     return dt.timedelta(seconds=2 * conductor_settings().SWEEP_SECONDS)

@@ -32,7 +32,7 @@ from conductor_app.values.texts import shown
 from conductor_app.values.uniqueness import Unique
 
 #: So often a call looks again at a key that changes hands meanwhile. Each time somebody else has got on.
-_TRIES = 1_000
+TRIES = 1_000
 
 #: Of an execution that waits for no other one's end.
 NO_PREDECESSOR: dict[str, Any] = {"predecessor": None, "due_then": None}
@@ -78,7 +78,7 @@ def create(
         DuplicateExecution: An open one has the key. Nothing is stored, and the caller's transaction goes on.
     """
     found: Execution | None = None
-    for _ in range(_TRIES):
+    for _ in range(TRIES):
         # A look before the insert: a failed one leaves a lock behind on MySQL, and a dead row on PostgreSQL.
         found = holder_of(row.task, unique.key)
         try:
@@ -107,11 +107,26 @@ def create(
     raise duplicate(row.task, unique.key, found)
 
 
-def duplicate(task: str, key: str, found: Execution | None, unique: Unique | None = None) -> DuplicateExecution:
-    """Return the error of a call whose key an open execution has."""
+def is_violated(error: IntegrityError) -> bool:
+    """Tell whether a row could not be stored because of its unique key."""
+    # PostgreSQL and MariaDB name the index, SQLite its columns.
+    return any(name in str(error) for name in ("conductor_ex_unique", f"{Execution._meta.db_table}.unique_key"))
+
+
+def duplicate(
+    task: str, key: str | None, found: Execution | None, unique: Unique | None = None, *, place: int | None = None
+) -> DuplicateExecution:
+    """Return the error of a call whose key an open execution has.
+
+    Args:
+        key: ``None`` if it is one of many, and nobody knows which.
+        found: ``None`` if it cannot be seen.
+        place: Which of many payloads has the key.
+    """
     if found is None:
+        which = "one of the unique keys of this call" if key is None else f"the unique key {shown(key)}"
         return DuplicateExecution(
-            f"An open execution of {task} has the unique key {shown(key)}, and this transaction reads a snapshot that "
+            f"An open execution of {task} has {which}, and this transaction reads a snapshot that "
             "is older. Call it in a transaction of its own."
         )
     advice = 'Wait for its end, cancel it, or call with on_conflict="return" or "replace".'
@@ -120,8 +135,12 @@ def duplicate(task: str, key: str, found: Execution | None, unique: Unique | Non
             "Its result cannot stand for this call, which has callbacks or is a part of a canvas: these would never "
             "hear of an end. Wait for its end, or call without them."
         )
+    of = ""
+    if place is not None:
+        of = f" of payloads[{place}]"
+        advice = "Nothing is stored. Wait for its end, cancel it, or leave that payload out."
     return DuplicateExecution(
-        f"Execution {found.pk} of {task} has the unique key {shown(key)}, and is {found.status}. {advice}",
+        f"Execution {found.pk} of {task} has the unique key {shown(key)}{of}, and is {found.status}. {advice}",
         execution_id=found.pk,
         status=found.status,
     )

@@ -16,6 +16,7 @@ from typing import Any
 
 from celery import _state, signals
 from celery.utils.dispatch import Signal
+from django.db import transaction
 
 from conductor_app.host import inline
 from conductor_app.store import clock
@@ -101,9 +102,13 @@ def _run_test_functions(module: ModuleType, names: list[str]) -> None:
     for name in names:
         if name.startswith("test_"):
             test = getattr(module, name)
-            with Conductor() as conductor:
+            # As pytest-django's `db`, which undoes what a test has written.
+            around: Any = transaction.atomic()
+            around._from_testcase = True
+            with around, Conductor() as conductor:
                 fixtures = {"conductor": conductor, "db": None}
                 test(**{parameter: fixtures[parameter] for parameter in inspect.signature(test).parameters})
+                transaction.set_rollback(True)
 
 
 def work() -> None:

@@ -146,6 +146,8 @@ def test_tasks_are_called_from_an_event_loop() -> None:
         first = await add.adelay(1, y=2)
         second = await add.aapply_async((3,), {"y": 4}, idempotency_key="k", tags={"a": "b"}, countdown=0)
         many = await add.astart_many([{"x": 5, "y": n} for n in range(2)], idempotency_keys=["m", "n"])
+        keyed = await add.astart_many([{"x": 5, "y": n} for n in range(3)], unique_keys=["u", None, "u"])
+        assert [result.is_new for result in keyed] == [True, True, False]
         return first, second, many, await add.aapply_async((3,), {"y": 4}, idempotency_key="k")
 
     first, second, many, again = in_loop(work)

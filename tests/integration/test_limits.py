@@ -672,6 +672,36 @@ def test_a_rate_is_shown_and_who_waits_for_it(client: Any) -> None:
     assert "lets no more start yet; 0 wait before it." in told("show", waiting.id).out
 
 
+def test_time_that_passes_comes_to_each_start_of_a_rate(client: Any) -> None:
+    rate = limit(rate="6/h", burst=2)
+
+    @durable(limits=[rate])
+    def body(ctx: Any) -> None: ...
+
+    executions = [body.delay() for _ in range(5)]
+    advance(1_900)
+    rows = [reload(one) for one in executions]
+    started = sorted(row.started_at for row in rows if row.started_at is not None)
+    assert len(started) == 5
+    seconds = [(instant - started[0]).total_seconds() for instant in started]
+    assert seconds[1] < 300
+    assert [round(each / 600) for each in seconds[2:]] == [1, 2, 3]
+
+
+def test_what_waits_for_a_rate_and_is_held_does_not_keep_time_from_passing(client: Any) -> None:
+    rate = limit(rate="6/h")
+
+    @durable(limits=[rate])
+    def body(ctx: Any) -> None: ...
+
+    body.delay()
+    held = body.delay()
+    go_on()
+    api.hold(reload(held), "incident")
+    assert advance(3_600) == 0
+    assert reload(held).status == "queued"
+
+
 def test_nobody_sees_limits_who_may_not_see_executions(client: Any) -> None:
     client.force_login(User.objects.create_user("eve", is_staff=True))
     assert client.get("/admin/conductor_app/execution/limits/").status_code == 403

@@ -280,7 +280,10 @@ def test_without_keys_and_tags_it_asks_for_nothing_but_its_instants() -> None:
 
 
 @pytest.mark.django_db(transaction=True)
-def test_the_first_thousand_are_published_and_the_others_are_the_sweepers_at_once(broker: Broker) -> None:
+def test_the_first_thousand_are_published_and_the_others_are_the_sweepers_at_once(
+    broker: Broker, settings: Any
+) -> None:
+    settings.CONDUCTOR = {**settings.CONDUCTOR, "REDISPATCH_SECONDS": 600}  # on a slow machine, too
     results = add.start_many([{"x": n, "y": 0} for n in range(1_200)])
     ids = [result.execution_id for result in results]
     assert broker.ids == ids[:1_000]

@@ -297,3 +297,176 @@ def test_a_parent_that_waits_for_a_call_goes_on_without_its_child(options: Any) 
     assert keys() == [created[0].pk]
     assert fresh(parent).status == ExecutionStatus.RUNNING
     assert not Execution.objects.filter(parent_id=parent.pk).exists()
+
+
+# ----------------------------------------------------------------------------------------------- many by one call
+
+
+def start(keys: str) -> Callable[[], list[tuple[Any, bool]]]:
+    """Return a call that starts one execution for each key."""
+
+    def call() -> list[tuple[Any, bool]]:
+        news = [new(unique=Unique(key), options=f'{{"unique": "{key}"}}') for key in keys]
+        return [(row.pk, is_new) for row, is_new in transitions.create_many(news, lambda *_: None)]
+
+    return call
+
+
+def start_or_refuse(keys: str) -> Callable[[], list[tuple[Any, bool]]]:
+    """Return the same for keys that refuse."""
+
+    def call() -> list[tuple[Any, bool]]:
+        news = [new(unique=Unique(key, OnConflict.REFUSE)) for key in keys]
+        return [(row.pk, is_new) for row, is_new in transitions.create_many(news, lambda *_: None)]
+
+    return call
+
+
+def test_many_wait_for_a_single_call_and_get_its_execution(options: Any) -> None:
+    first, many = in_turn(options, create(), start("akz"))
+
+    assert [is_new for _, is_new in many] == [True, False, True]
+    assert many[1][0] == first[0].pk
+    assert Execution.objects.count() == 3
+
+
+def test_many_store_what_a_single_call_rolls_back(options: Any) -> None:
+    first, many = in_turn(options, create(), start("akz"), rolls_back=True)
+
+    assert [is_new for _, is_new in many] == [True] * 3
+    assert not Execution.objects.filter(pk=first[0].pk).exists()
+
+
+def test_many_that_refuse_are_refused_by_a_single_call_that_commits(options: Any) -> None:
+    first, many = in_turn(options, create(), start_or_refuse("akz"))
+
+    assert isinstance(many, DuplicateExecution)
+    assert (many.execution_id, "'k' of payloads[1]" in str(many)) == (first[0].pk, True)
+    assert Execution.objects.count() == 1
+
+
+def test_a_single_call_waits_for_many_and_gets_one_of_theirs(options: Any) -> None:
+    many, single = in_turn(options, start("akz"), create())
+
+    assert (single[0].pk, single[1]) == (many[1][0], False)
+
+
+def test_many_in_the_callers_transaction_go_on_in_it(options: Any) -> None:
+    if "isolation_level" in options:
+        pytest.skip("such a transaction cannot see it")
+
+    def in_a_transaction() -> Any:
+        with transaction.atomic():
+            Execution.objects.count()
+            found = start("akz")()
+            return found, Execution.objects.count()
+
+    if connection.vendor == "sqlite":
+        pytest.skip("a transaction that has read waits for nobody there")
+    first, (many, seen) = in_turn(options, create(), in_a_transaction)
+
+    assert [is_new for _, is_new in many] == [True, False, True]
+    assert (many[1][0], seen) == (first[0].pk, 3)
+
+
+def test_many_in_a_snapshot_that_shows_no_holder_are_refused_and_go_on(options: Any) -> None:
+    if "isolation_level" not in options:
+        pytest.skip("it sees the holder")
+
+    def in_a_transaction() -> Any:
+        with transaction.atomic():
+            Execution.objects.count()
+            with pytest.raises(DuplicateExecution, match="reads a snapshot"):
+                start("akz")()
+            return Execution.objects.count()
+
+    _, seen = in_turn(options, create(), in_a_transaction)
+
+    assert seen == 0
+
+
+def test_many_store_their_own_when_what_was_in_the_way_has_ended_before_they_look(
+    options: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if connection.vendor != "postgresql":
+        pytest.skip("elsewhere what was in the way stays locked until they have looked")
+    look, looks, ended = transitions.creating_many._existing, [], []
+    holding = Actor(options, create(), holds=True)
+
+    def end() -> bool:
+        holder = holding.outcome()[0]
+        transitions.request_cancel(holder.pk, "enough")
+        return bool(transitions.cancel_flagged(holder.pk))
+
+    def looking(*args: Any) -> Any:
+        looks.append(args)
+        if len(looks) == 2:
+            ended.append(Actor(options, end).outcome())  # after the violation
+        return look(*args)
+
+    monkeypatch.setattr(transitions.creating_many, "_existing", looking)
+    holding.held()
+    waiting = Actor(options, start("akz")).wait_blocked()
+    holding.go_on()
+    many = waiting.outcome()
+
+    assert ended == [True]
+    assert [is_new for _, is_new in many] == [True] * 3
+    assert keys() == [many[1][0]]
+
+
+@pytest.mark.parametrize("keys", [("abcd", "dcba"), ("acbd", "dbxa")])
+def test_two_calls_with_keys_in_opposite_order_do_not_wait_for_each_other(
+    options: Any, keys: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if connection.vendor == "sqlite":
+        pytest.skip("one writes at a time there")
+    monkeypatch.setattr(transitions.creating_many, "_BATCH_BYTES", 1)
+    make = transitions.creating_many._CREATE.make
+    stopped, go_on, firsts = threading.Event(), threading.Event(), []
+
+    def stopping(*args: Any, **given: Any) -> Any:
+        made = make(*args, **given)
+        if not firsts:
+            firsts.append(threading.current_thread())
+            stopped.set()
+            assert go_on.wait(PATIENCE_SECONDS)
+        return made
+
+    def in_a_transaction(keys: str) -> Callable[[], Any]:
+        # The caller's, which nobody runs again after a deadlock.
+        def call() -> Any:
+            with transaction.atomic():
+                return start(keys)()
+
+        return call
+
+    monkeypatch.setattr(transitions.creating_many._CREATE, "make", stopping)
+    first = Actor({}, in_a_transaction(keys[0]))
+    assert stopped.wait(PATIENCE_SECONDS)
+    second = Actor({}, in_a_transaction(keys[1]))
+    try:
+        second.wait_blocked()
+    finally:
+        go_on.set()
+    stored, found = dict(zip(keys[0], first.outcome(), strict=True)), second.outcome()
+
+    assert all(is_new for _, is_new in stored.values())
+    assert found == [(*stored[key][:1], False) if key in stored else (found[2][0], True) for key in keys[1]]
+
+
+def test_ten_calls_at_once_with_the_same_keys_in_any_order(options: Any) -> None:
+    gate = threading.Barrier(10)
+
+    def call(number: int) -> Callable[[], Any]:
+        def started() -> Any:
+            gate.wait(PATIENCE_SECONDS)
+            return start("abcdefgh"[number % 8 :] + "abcdefgh"[: number % 8])()
+
+        return started
+
+    outcomes = [actor.outcome() for actor in [Actor(options, call(number)) for number in range(10)]]
+
+    assert not any(isinstance(outcome, BaseException) for outcome in outcomes), outcomes
+    assert sum(is_new for outcome in outcomes for _, is_new in outcome) == 8
+    assert Execution.objects.count() == 8

@@ -11,6 +11,7 @@ PARALLEL = "tests/integration/test_parallel.py"
 EVENTS = "tests/integration/test_events.py"
 TAGS = "tests/integration/test_tags.py"
 UNIQUE = "tests/integration/test_unique.py"
+UNIQUE_MANY = "tests/integration/test_start_many_unique.py"
 UNIQUE_TOGETHER = "tests/integration/test_unique_together.py"
 CANCEL = "tests/integration/test_cancel.py"
 LARGE_TREES = "tests/integration/test_large_trees.py"
@@ -923,9 +924,9 @@ MUTANTS = [
     Mutant(
         "store many in the order of their payloads",
         "transitions/creating_many.py",
-        'key=lambda first: first[1].idempotency_key or "")',
-        "key=lambda first: 0)",
-        (RACING_STARTS,),
+        "        left.sort(key=_in_order)\n",
+        "",
+        (RACING_STARTS, UNIQUE_TOGETHER),
     ),
     Mutant(
         "take many for somebody else's after a lost commit",
@@ -937,9 +938,66 @@ MUTANTS = [
     Mutant(
         "do not look at a new snapshot for what is in the way of many",
         "transitions/creating_many.py",
-        "        if not is_own:\n",
-        "        if True:\n",
+        "if not is_own or (number > 0 and not uniqueness.is_violated(error)):",
+        "if True:",
         (RACING_STARTS,),
+    ),
+    Mutant(
+        "look once at unique keys of many that change hands",
+        "transitions/creating_many.py",
+        "                if not uniqueness.is_violated(error):\n                    raise\n",
+        "                raise\n",
+        (UNIQUE_MANY, UNIQUE_TOGETHER),
+    ),
+    Mutant(
+        "refuse many in a snapshot with the database's error",
+        "transitions/creating_many.py",
+        "                    raise uniqueness.duplicate(news[0].task, None, None) from None\n",
+        "                    raise\n",
+        (UNIQUE_MANY, UNIQUE_TOGETHER),
+    ),
+    Mutant(
+        "take a violated idempotency key for a unique key",
+        "transitions/uniqueness.py",
+        'return any(name in str(error) for name in ("conductor_ex_unique", f"{Execution._meta.db_table}.unique_key"))',
+        "return bool(error)",
+        (UNIQUE_MANY,),
+    ),
+    Mutant(
+        "answer a payload that refuses with another one's execution",
+        "transitions/creating_many.py",
+        "if is_by_unique_key and unique is not None and unique.on_conflict == OnConflict.REFUSE:",
+        "if False:",
+        (UNIQUE_MANY,),
+    ),
+    Mutant(
+        "refuse a payload whose idempotency key is known",
+        "transitions/creating_many.py",
+        "is_by_unique_key = idempotency_key is None or found.idempotency_key != idempotency_key",
+        "is_by_unique_key = True",
+        (UNIQUE_MANY,),
+    ),
+    Mutant(
+        "drop one of two payloads that refuse each other",
+        "transitions/creating_many.py",
+        "            if unique.on_conflict == OnConflict.REFUSE:\n                raise DuplicateExecution(",
+        "            if False:\n                raise DuplicateExecution(",
+        (UNIQUE_MANY,),
+    ),
+    Mutant(
+        "look again who stands for one of many after a lost commit",
+        "transitions/creating_many.py",
+        "            if not stored:\n                stored, others = _insert(",
+        "            others = _existing(using, news)\n"
+        "            if not stored:\n                stored, others = _insert(",
+        (UNIQUE_MANY,),
+    ),
+    Mutant(
+        "replace by a call of many",
+        "tasks/calling.py",
+        "if new.unique is not None and new.unique.takes_over:",
+        "if False:",
+        (UNIQUE_MANY,),
     ),
     Mutant(
         "leave no messages of many to the sweepers",
@@ -951,7 +1009,7 @@ MUTANTS = [
     Mutant(
         "take a key of another payload for the same call",
         "transitions/creating_many.py",
-        "                    check(place, known[new.idempotency_key])\n",
+        "                    check(place, others[new.id])\n",
         "                    pass\n",
         (START_MANY, RACING_STARTS),
     ),
@@ -2433,8 +2491,8 @@ MUTANTS = [
     Mutant(
         "delete old trees of tasks that keep them for longer",
         "engine/retention.py",
-        ".filter(task__in=tasks)",
-        "",
+        "if parent is None and task in tasks and",
+        "if parent is None and (tasks.append(task) or True) and",
         (RETENTION,),
     ),
     Mutant(
@@ -2443,5 +2501,33 @@ MUTANTS = [
         "_ENDED_WELL = (ExecutionStatus.SUCCEEDED.value, ExecutionStatus.CANCELLED.value)",
         "_ENDED_WELL = tuple(status.value for status in ExecutionStatus)",
         (RETENTION,),
+    ),
+    Mutant(
+        "read the whole table for what is kept no longer",
+        "engine/retention.py",
+        "while part := list(following[:PART]):",
+        "while part := list(following):",
+        ("tests/integration/test_query_plans.py",),
+    ),
+    Mutant(
+        "read what is too young to be old",
+        "engine/retention.py",
+        "old = told.filter(pk__lt=first_at(latest))",
+        "old = told",
+        (RETENTION,),
+    ),
+    Mutant(
+        "keep those for ever whose ids somebody has chosen",
+        "engine/retention.py",
+        "for rows in (old, chosen):",
+        "for rows in (old,):",
+        (RETENTION,),
+    ),
+    Mutant(
+        "let time pass over the starts that a rate allows",
+        "host/inline.py",
+        "if root_id is None and (start := limiting.next_start(after)) is not None:",
+        "if (start := None) is not None:",
+        ("tests/integration/test_limits.py",),
     ),
 ]

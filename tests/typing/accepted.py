@@ -50,13 +50,15 @@ def many() -> None:
     charge.start_many({"order_id": n} for n in range(3))
     charge.start_many([], countdown=dt.timedelta(minutes=1))
     charge.start_many([], deadline=dt.datetime.now(dt.UTC))
+    charge.start_many([7, 8], unique_keys=["a", None])
+    charge.start_many(iter([7]), unique_keys=("a",), idempotency_keys=None)
 
 
 async def in_an_event_loop(execution: Execution) -> None:
     assert_type(await charge.adelay(7, note="n"), DurableResult[dict[str, int]])
     result = await charge.aapply_async((7,), countdown=5, idempotency_key="k", tags={"a": "b"})
     assert_type(result, DurableResult[dict[str, int]])
-    assert_type(await charge.astart_many([7]), list[DurableResult[dict[str, int]]])
+    assert_type(await charge.astart_many([7], unique_keys=["a"]), list[DurableResult[dict[str, int]]])
     await api.aget_result(result, timeout=dt.timedelta(seconds=5))
     assert_type(await api.asend_event(execution, "go", {"by": "ana"}, id="1"), bool)
     assert_type(await api.acancel(execution.pk, "no more", actor="ana"), bool)

@@ -79,6 +79,7 @@ async def in_an_event_loop() -> None:
 def many() -> None:
     charge.start_many(7)  # E: arg-type
     charge.start_many([7], idempotency_keys=[7])  # E: list-item
+    charge.start_many([7], unique_keys=[7])  # E: list-item
     charge.start_many([7], tags={"a": 7})  # E: dict-item
     charge.start_many([7], eta="now")  # E: call-arg
 
