@@ -153,6 +153,8 @@ class Execution(models.Model):
     #: What its claim has read of its steps, for the run that begins (``steps.MEMORY_FIELDS`` of each); ``None`` if it
     #: has not looked. No column.
     claimed_steps: list[list[Any]] | None = None
+    #: The limits of its task with its keys, as its claim has computed them, or what that has raised. No column.
+    limit_keys: list[tuple[Any, str]] | Exception | None = None
     #: The execution whose unique key this one, which was just created, has taken over. No column.
     replaced: uuid.UUID | None = None
 

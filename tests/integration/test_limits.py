@@ -5,9 +5,11 @@ from __future__ import annotations
 import datetime as dt
 import itertools
 import json
+import random
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -24,7 +26,7 @@ from conductor_app.models import Execution, FailedExecution, LimitKey, Place
 from conductor_app.store import clock
 from conductor_app.store.owners import lease_owner
 from conductor_app.testing import advance
-from conductor_app.transitions import limiting
+from conductor_app.transitions import limiting, limiting_at_once
 from tests.support.bodies import durable, go_on, reload
 from tests.support.command import told
 from tests.support.executions import committing
@@ -42,6 +44,14 @@ def transactional_db(django_db_setup: None, django_db_blocker: Any) -> Iterator[
     with committing(django_db_blocker):
         yield
     clock.reset()
+
+
+@pytest.fixture(autouse=True, params=["one statement", "script"] if connection.vendor == "postgresql" else ["script"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each test with both forms of the moves of limits."""
+    if request.param == "script":
+        monkeypatch.setattr(limiting_at_once, "is_possible", lambda _using: False)
+    return str(request.param)
 
 
 def limit(number: int | None = None, **options: Any) -> Limit:
@@ -544,6 +554,61 @@ def test_one_that_is_cancelled_takes_no_start_from_the_others() -> None:
     assert reload(third).status == "succeeded"
 
 
+@pytest.mark.parametrize(("each_minute", "burst"), [(30, 1), (30, 4), (7.5, 1)])
+def test_no_window_has_more_starts_than_the_rate_and_the_burst_however_late_they_begin(
+    each_minute: float, burst: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limiting, "_horizon", lambda: dt.timedelta(minutes=1))
+    rate = limit(rate=f"{each_minute}/m", burst=burst)
+
+    @durable(limits=[rate])
+    def body(ctx: Any) -> None: ...
+
+    for _ in range(40):
+        body.delay()
+    chance = random.Random(f"{each_minute} {burst}")
+    starts: list[dt.datetime] = []
+    pauses = 0
+    while len(starts) < 40:
+        limiting.hand_on((rate.name, ""))
+        for row in Execution.objects.claimable().filter(due_at__lte=clock.now()).order_by("due_at"):
+            with suppress(RunEnded):
+                run = take(body, row.pk)
+                assert run.run_started_at is not None
+                starts.append(run.run_started_at)
+        # Workers that lag, a machine that stalls, and a minute and a half in which nobody is there.
+        clock.shift(dt.timedelta(seconds=chance.choice([0.1, 2, 3, 7, 25, 90])))
+        pauses += 1
+        assert pauses < 100, "they begin in the end"
+    starts.sort()
+    for first in starts:
+        assert sum(first <= start <= first + dt.timedelta(minutes=1) for start in starts) <= each_minute + burst
+
+
+def test_starts_that_come_too_late_get_the_next_instants_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limiting, "_horizon", lambda: dt.timedelta(minutes=1))
+    rate = limit(rate="6/m")
+
+    @durable(limits=[rate])
+    def body(ctx: Any, number: int) -> None: ...
+
+    executions = [body.delay(number) for number in range(8)]
+    for one in executions:
+        with suppress(RunEnded):
+            take(body, one)
+    clock.shift(dt.timedelta(seconds=45))
+    late = [one for one in executions if due(one)]
+    assert len(late) == 4
+    for one in late:
+        with suppress(RunEnded):
+            take(body, one)
+    assert [reload(one).status for one in executions] == ["running"] * 2 + ["queued"] * 6
+    instants = [reload(one).due_at for one in executions[2:7]]
+    assert all(later - earlier >= dt.timedelta(seconds=9.9) for earlier, later in itertools.pairwise(instants))
+    clock.shift(dt.timedelta(seconds=10.5))
+    assert [due(one) for one in executions[2:]] == [True] + [False] * 5
+
+
 # ---------------------------------------------------------------------------------------------------------------- rest
 
 
@@ -597,6 +662,74 @@ def test_owner_of_a_place_is_no_process() -> None:
     first, second = body.delay(), body.delay()
     assert take(body, first).lease_owner == lease_owner("w@h")
     parked(body, second)
+
+
+def statements(act: Callable[[], Any]) -> list[str]:
+    """Return the statements that something takes, without BEGIN and COMMIT."""
+    with CaptureQueriesContext(connection) as queries:
+        act()
+    return [query["sql"] for query in queries if query["sql"] not in ("BEGIN", "COMMIT")]
+
+
+@pytest.mark.parametrize(
+    "options", [{"number": 9, "holds": "run"}, {"number": 9, "holds": "open"}, {"rate": "9/s", "burst": 9}]
+)
+def test_a_limited_attempt_pays_two_statements_more(options: dict[str, Any], form: str) -> None:
+    """One to read the payload, of which its keys are made, and one to hand on; its claim is one as any."""
+    bank = limit(**options)
+
+    @durable
+    def plain(ctx: Any) -> None: ...
+
+    @durable(limits=[bank])
+    def limited(ctx: Any) -> None: ...
+
+    counts = []
+    for task in (limited, plain, limited):
+        row = reload(task.delay())
+
+        def attempt(task: Any = task, row: Any = row) -> None:
+            transitions.succeed(take(task, row), "1")
+
+        counts.append(len(statements(attempt)))
+    if form == "one statement":
+        assert [counts[0] - counts[1], counts[2] - counts[1]] == [2, 2], "a key that is new costs no more"
+    else:
+        assert counts[2] - counts[1] <= 12
+
+
+def test_one_that_waits_is_parked_and_handed_its_place_by_a_statement_each(form: str) -> None:
+    bank = limit(1, holds="run")
+
+    @durable(limits=[bank])
+    def body(ctx: Any) -> None: ...
+
+    first, second = body.delay(), body.delay()
+    run = take(body, first)
+    parks = statements(lambda: parked(body, second))
+    hands_on = statements(lambda: transitions.release(run))
+    assert due(second)
+    if form == "one statement":
+        assert len([sql for sql in parks if "INSERT" in sql]) == 1
+        assert len([sql for sql in hands_on if "SKIP LOCKED" in sql]) == 1
+
+
+def test_the_keys_of_an_execution_are_computed_once_a_run() -> None:
+    asked: list[str] = []
+
+    def by_account(account: str) -> str:
+        asked.append(account)
+        return account
+
+    bank = limit(1, holds="run", per=by_account)
+
+    @durable(limits=[bank])
+    def body(ctx: Any, account: str) -> None: ...
+
+    body.delay("a")
+    assert len(asked) == 1
+    go_on()
+    assert len(asked) == 2
 
 
 # ---------------------------------------------------------------------------------------------------------------- told
