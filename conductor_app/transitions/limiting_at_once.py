@@ -213,7 +213,7 @@ def _claim(using: str, is_shifted: bool, _is_embedded: bool) -> Statement:
         )
         SELECT (SELECT "limit" FROM waiting), ({steps.brought("claimed")}), claimed.*
         FROM (SELECT 1) AS one LEFT JOIN claimed ON TRUE
-    """,
+    """,  # noqa: S608 - names of our own tables and columns
     )
 
 
@@ -263,7 +263,7 @@ def _leave(using: str, is_shifted: bool, is_embedded: bool) -> Statement:
         ), picked AS (
             SELECT one.* FROM stood AS locked CROSS JOIN LATERAL (
                 SELECT waiting.id AS place_id, waiting.since, next.id {waits}
-                ORDER BY waiting.since, waiting.id LIMIT 1 FOR NO KEY UPDATE OF next SKIP LOCKED
+                ORDER BY waiting.since LIMIT 1 FOR NO KEY UPDATE OF next SKIP LOCKED
             ) AS one WHERE locked.free > 0
         ), granted AS (
             UPDATE {EXECUTIONS} SET due_at = picked.since, {published} FROM picked WHERE {EXECUTIONS}.id = picked.id
@@ -275,12 +275,12 @@ def _leave(using: str, is_shifted: bool, is_embedded: bool) -> Statement:
         SELECT EXISTS(SELECT FROM written), (
             SELECT ARRAY_AGG(ARRAY[locked."limit"::text, locked.key::text]) FROM stood AS locked WHERE CASE
             WHEN locked.kind <> 'rate' THEN locked.free > 1 AND EXISTS(
-                SELECT {waits} ORDER BY waiting.since, waiting.id OFFSET 1)
+                SELECT {waits} ORDER BY waiting.since OFFSET 1)
             ELSE GREATEST(locked.paid_until, {now}) + MAKE_INTERVAL(secs => locked.seconds * (
                     (SELECT COUNT(*) FROM {PLACES} taken WHERE taken."limit" = locked."limit"
                         AND taken.key = locked.key AND taken.state = 'granted') - locked.number + 1))
                 <= {now} + %(horizon)s::interval / 2 AND EXISTS(SELECT {waits})
             END
         ), granted.* FROM (SELECT 1) AS one LEFT JOIN granted ON TRUE
-    """,
+    """,  # noqa: S608 - names of our own tables and columns
     )

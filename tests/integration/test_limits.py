@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from django.contrib.auth.models import User
-from django.db import connection
+from django.db import connection, transaction
 from django.test.utils import CaptureQueriesContext
 
 from conductor_app import ChildFailed, Limit, LimitDeadlock, api, transitions
@@ -25,6 +25,7 @@ from conductor_app.exceptions import ActionRefused, InvalidArgument, InvalidArgu
 from conductor_app.models import Execution, FailedExecution, LimitKey, Place
 from conductor_app.store import clock
 from conductor_app.store.owners import lease_owner
+from conductor_app.store.statements import fetch
 from conductor_app.testing import advance
 from conductor_app.transitions import limiting, limiting_at_once
 from tests.support.bodies import durable, go_on, reload
@@ -730,6 +731,66 @@ def test_the_keys_of_an_execution_are_computed_once_a_run() -> None:
     assert len(asked) == 1
     go_on()
     assert len(asked) == 2
+
+
+@pytest.mark.skipif(connection.vendor != "postgresql", reason="looks into PostgreSQL")
+def test_an_end_costs_the_same_with_10_000_parked_as_with_10(form: str) -> None:
+    if form == "script":
+        pytest.skip("the plan of the one statement")
+    # Not a name that other tests have left rows of in the indexes.
+    bank = Limit(f"limit-{uuid.uuid4()}", 1, holds="run", per="account")
+
+    @durable(limits=[bank])
+    def body(ctx: Any, account: str) -> None: ...
+
+    read = {}
+    for number in (10, 10_000):
+        account = f"a-{number}"
+        run = take(body, body.delay(account))
+        _park_many(run, bank, account, number)
+        with connection.cursor() as cursor:
+            cursor.execute("ANALYZE")
+        Execution.objects.filter(pk=run.pk).update(
+            status="succeeded", finished_at=clock.now(), lease_expires_at=None, lease_owner=""
+        )
+        plans = []
+
+        def explained(using: str, sql: str, given: Any, plans: list[Any] = plans) -> Any:
+            with transaction.atomic(), connection.cursor() as cursor:
+                cursor.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {sql}", given)
+                plans.append(cursor.fetchone()[0][0])
+                transaction.set_rollback(True)
+            return fetch(using, sql, given)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(limiting_at_once, "fetch", explained)
+            limiting.leave(run.pk, names=[(bank.name, account)])
+        assert Place.objects.filter(limit=bank.name, key=account, state="granted").count() == 1
+        (plan,) = plans
+        read[number] = plan["Plan"]["Shared Hit Blocks"] + plan["Plan"]["Shared Read Blocks"]
+        print(number, "parked:", read[number], "blocks,", plan["Execution Time"], "ms")
+    assert read[10_000] <= read[10] + 30, "a level more of each index"
+
+
+def _park_many(like: Execution, bank: Limit, account: str, number: int) -> None:
+    """Store parked executions, by SQL."""
+    executions, places = Execution._meta.db_table, Place._meta.db_table
+    with connection.cursor() as cursor:
+        cursor.execute(
+            f"""
+            WITH parked AS (
+                INSERT INTO {executions} (id, task, queue, payload, status, attempt, root_id, depth, step, fence,
+                    lease_owner, due_at, dispatch_at, dispatches, cancel_reason, options, created_at)
+                SELECT key, task, queue, payload, 'queued', 1, key, 0, '', 0, '', '9000-01-01 00:00:00+00',
+                    '9000-01-01 00:00:00+00', 0, '', '', now()
+                FROM {executions}, (SELECT gen_random_uuid() AS key FROM generate_series(1, %s)) AS numbers
+                WHERE id = %s RETURNING id
+            )
+            INSERT INTO {places} (execution_id, "limit", key, kind, state, attempt, since)
+            SELECT id, %s, %s, 'run', 'parked', 1, now() + ROW_NUMBER() OVER () * INTERVAL '1 ms' FROM parked
+            """,
+            [number, like.pk, bank.name, account],
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------- told
