@@ -37,8 +37,8 @@ PUT_OFF_AT_FENCE = "put_off_at_fence"
 #: When an execution is due that waits for a place of a limit (``Place``): when it is handed one.
 PARKED_UNTIL = clock.NEVER
 #: ``dispatch_at`` of what is queued and out of the way: parked, held, or of a paused task. Whoever ends that puts the
-#: real one back. Behind all others in the index by which the sweeper and the feed look for what is due, so that it costs
-#: them nothing.
+#: real one back. Behind all others in the index by which the sweeper and the feed look for what is due, so that it
+#: costs them nothing.
 PARKED_AT = clock.Never()
 #: Of an execution whose task somebody has paused. By no manager: it is read where the query around it is.
 IS_PAUSED = Exists(models.QuerySet(PausedTask).filter(name=OuterRef("task")))
