@@ -469,7 +469,7 @@ def test_a_map_lets_the_next_child_go_when_a_parked_one_is_cancelled() -> None:
 
 
 def test_a_rate_lets_a_burst_start_and_then_one_after_another() -> None:
-    rate = limit(rate="6/m", burst=2)
+    rate = limit(rate="6/h", burst=2)
 
     @durable(limits=[rate])
     def body(ctx: Any) -> float:
@@ -480,7 +480,7 @@ def test_a_rate_lets_a_burst_start_and_then_one_after_another() -> None:
     ended = [reload(one).is_final for one in executions]
     assert sum(ended) == 2
     for number in (3, 4, 5):
-        advance(10)
+        advance(600)
         assert sum(reload(one).is_final for one in executions) == number
 
 
@@ -587,8 +587,8 @@ def test_no_window_has_more_starts_than_the_rate_and_the_burst_however_late_they
 
 
 def test_starts_that_come_too_late_get_the_next_instants_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limiting, "_horizon", lambda: dt.timedelta(minutes=1))
-    rate = limit(rate="6/m")
+    monkeypatch.setattr(limiting, "_horizon", lambda: dt.timedelta(hours=1))
+    rate = limit(rate="6/h")
 
     @durable(limits=[rate])
     def body(ctx: Any, number: int) -> None: ...
@@ -597,7 +597,7 @@ def test_starts_that_come_too_late_get_the_next_instants_in_their_order(monkeypa
     for one in executions:
         with suppress(RunEnded):
             take(body, one)
-    clock.shift(dt.timedelta(seconds=45))
+    clock.shift(dt.timedelta(minutes=45))
     late = [one for one in executions if due(one)]
     assert len(late) == 4
     for one in late:
@@ -605,8 +605,8 @@ def test_starts_that_come_too_late_get_the_next_instants_in_their_order(monkeypa
             take(body, one)
     assert [reload(one).status for one in executions] == ["running"] * 2 + ["queued"] * 6
     instants = [reload(one).due_at for one in executions[2:7]]
-    assert all(later - earlier >= dt.timedelta(seconds=9.9) for earlier, later in itertools.pairwise(instants))
-    clock.shift(dt.timedelta(seconds=10.5))
+    assert all(later - earlier >= dt.timedelta(seconds=599) for earlier, later in itertools.pairwise(instants))
+    clock.shift(dt.timedelta(seconds=660))
     assert [due(one) for one in executions[2:]] == [True] + [False] * 5
 
 
@@ -696,7 +696,7 @@ def test_a_limited_attempt_pays_two_statements_more(options: dict[str, Any], for
     if form == "one statement":
         assert [counts[0] - counts[1], counts[2] - counts[1]] == [2, 2], "a key that is new costs no more"
     else:
-        assert counts[2] - counts[1] <= 12
+        assert counts[2] - counts[1] <= 16
 
 
 def test_one_that_waits_is_parked_and_handed_its_place_by_a_statement_each(form: str) -> None:
