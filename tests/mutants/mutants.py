@@ -2125,7 +2125,7 @@ MUTANTS = [
         "hand on, and leave the key as it was",
         "transitions/limiting.py",
         "        _write_again(found)\n",
-        "",
+        "        pass\n",
         ("tests/races/test_limits.py",),
     ),
     Mutant(
