@@ -168,7 +168,7 @@ def _run_claimed(started: Run) -> Any:
         end_attempt(started, payload_mismatch(started.misfit))
     if limits_of(started.task):
         try:
-            check_keys(started.task, *(started.arguments() or ([], {})))
+            check_keys(started.task, started.execution)
         except Exception as error:  # noqa: BLE001 - a user's function names keys, too
             end_attempt(started, error)
     # A first run has nothing to remember, so it does not ask; except that of a fork.

@@ -28,44 +28,51 @@ def claim(execution_id: uuid.UUID, owner: str, task: Task[Any, Any]) -> Executio
     Raises:
         RunEnded: It waits for a place now.
     """
-    any_task: Any = task
+    keys: list[tuple[Limit, str]] | Exception | None = None
 
     def wanted_of(execution: Execution) -> Sequence[tuple[Limit, str]]:
-        try:
-            args, kwargs = loads(execution.payload)
-            return any_task.limit_keys(args, kwargs)  # type: ignore[no-any-return]
-        except Exception as error:  # noqa: BLE001 - whatever a damaged or newer payload, or a user's function, raises
-            # The run fails by the same error, or puts itself off: see ``check_keys``.
-            logger.debug("The limits of %s cannot be told: %s", execution.pk, error)
-            return ()
+        nonlocal keys
+        keys = _keys_of(task, execution)
+        # If it is an error, the run fails by it, or puts itself off: see ``check_keys``.
+        return () if isinstance(keys, Exception) else keys
 
     found = limiting.claim(execution_id, owner, task.name, wanted_of)
     if isinstance(found, limiting.Parked):
         raise RunEnded("parked", str(found), due_in=found.due_in)
+    if found is not None:
+        found.limit_keys = keys
     return found
 
 
-def check_keys(task: object, args: list[Any], kwargs: dict[str, Any]) -> None:
+def _keys_of(task: Any, execution: Execution) -> list[tuple[Limit, str]] | Exception:
+    try:
+        return task.limit_keys(*loads(execution.payload))  # type: ignore[no-any-return]
+    except Exception as error:  # noqa: BLE001 - whatever a damaged or newer payload, or a user's function, raises
+        logger.debug("The limits of %s cannot be told: %s", execution.pk, error)
+        return error
+
+
+def check_keys(task: object, execution: Execution) -> None:
     """Raise what is wrong with the keys of an execution that has been claimed; nobody has counted it.
 
     Raises:
         InvalidArgumentType, InvalidArgument: A key cannot be one. Whatever a function given as ``per`` raises.
     """
-    if limits_of(task):
-        any_task: Any = task
-        any_task.limit_keys(args, kwargs)
+    if not limits_of(task):
+        return
+    if execution.limit_keys is None:  # claimed again, after an outage
+        execution.limit_keys = _keys_of(task, execution)
+    if isinstance(execution.limit_keys, Exception):
+        raise execution.limit_keys
 
 
 def _names(execution: Execution) -> list[tuple[str, str]] | None:
     """Return the limits of an execution with its keys, without a query; ``None`` if only its places tell."""
-    if "payload" not in vars(execution):
-        return None
-    task: Any = current_app.tasks.get(execution.task)
-    try:
-        return [(limit.name, key) for limit, key in task.limit_keys(*loads(execution.payload))]
-    except Exception as error:  # noqa: BLE001 - as for ``wanted_of``; what it has had, its places tell
-        logger.debug("The limits of %s cannot be told: %s", execution.pk, error)
-        return None
+    keys = execution.limit_keys
+    if keys is None and "payload" in vars(execution):
+        keys = _keys_of(current_app.tasks.get(execution.task), execution)
+    # What it has had, its places tell.
+    return [(limit.name, key) for limit, key in keys] if isinstance(keys, list) else None
 
 
 def follow(task: str) -> None:

@@ -35,9 +35,10 @@ STATUS_CHOICES = [
 PUT_OFF_AT_FENCE = "put_off_at_fence"
 
 #: When an execution is due that waits for a place of a limit (``Place``): when it is handed one.
-PARKED_UNTIL = dt.datetime(9000, 1, 1, tzinfo=dt.UTC)
-#: ``dispatch_at`` of what is queued and parked: held, or of a paused task. Whoever ends that puts the real one back.
-#: Behind all others in the index by which the sweeper and the feed look for what is due, so that it costs them nothing.
+PARKED_UNTIL = clock.NEVER
+#: ``dispatch_at`` of what is queued and out of the way: parked, held, or of a paused task. Whoever ends that puts the
+#: real one back. Behind all others in the index by which the sweeper and the feed look for what is due, so that it
+#: costs them nothing.
 PARKED_AT = clock.Never()
 #: Of an execution whose task somebody has paused. By no manager: it is read where the query around it is.
 IS_PAUSED = Exists(models.QuerySet(PausedTask).filter(name=OuterRef("task")))
@@ -159,6 +160,8 @@ class Execution(models.Model):
     #: What its claim has read of its steps, for the run that begins (``steps.MEMORY_FIELDS`` of each); ``None`` if it
     #: has not looked. No column.
     claimed_steps: list[list[Any]] | None = None
+    #: The limits of its task with its keys, as its claim has computed them, or what that has raised. No column.
+    limit_keys: list[tuple[Any, str]] | Exception | None = None
     #: The execution whose unique key this one, which was just created, has taken over. No column.
     replaced: uuid.UUID | None = None
 

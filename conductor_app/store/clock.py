@@ -78,8 +78,12 @@ def interval(seconds: float | dt.timedelta, *, skipping: bool = True) -> dt.time
     return delta + eager.skipped() if skipping else delta
 
 
+#: An instant that lies behind all others: what is due, or to be published, then is out of everybody's way.
+NEVER = dt.datetime(9000, 1, 1, tzinfo=dt.UTC)
+
+
 class Never(Expression):
-    """An instant that lies behind all others, in the year 9000, as a column holds it."""
+    """``NEVER`` as a column holds it."""
 
     def __init__(self) -> None:
         super().__init__(output_field=DateTimeField())

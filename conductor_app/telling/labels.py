@@ -9,7 +9,7 @@ from typing import Any
 
 from conductor_app.models import Execution, Step
 from conductor_app.states import ExecutionStatus, StepStatus
-from conductor_app.telling.stops import document_of_hold, is_parked
+from conductor_app.telling.stops import document_of_hold, is_put_aside
 from conductor_app.transitions import kinds
 
 #: Shape before the word, so that a status never shows by colour alone.
@@ -47,7 +47,7 @@ class Label:
 def label(execution: Execution, now: dt.datetime, pending: Sequence[Step] = ()) -> Label:
     """Return the shape and the word for an execution's status.
 
-    ``held`` is one that somebody holds, and ``paused`` one that is queued and parked since its task is paused.
+    ``held`` is one that somebody holds, and ``paused`` one that is queued and put aside since its task is paused.
     ``retrying`` is a queued execution whose next attempt is due later, ``scheduled`` one whose first attempt is,
     ``parked`` one that waits for a place of a limit, and ``sleeping`` one that waits for nothing but a sleep; see
     ``Kind.status_word``.
@@ -57,7 +57,7 @@ def label(execution: Execution, now: dt.datetime, pending: Sequence[Step] = ()) 
     # A run goes on to its next call.
     if execution.is_held and status != ExecutionStatus.RUNNING:
         return Label(STOPPED_MARK, "held")
-    if is_parked(execution) and not execution.is_parked:
+    if is_put_aside(execution) and not execution.is_parked:
         return Label(STOPPED_MARK, "paused")
     if status == ExecutionStatus.QUEUED and execution.due_at is None:
         word = "held back"

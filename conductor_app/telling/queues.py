@@ -11,7 +11,7 @@ from django.db.models import QuerySet
 from conductor_app.models import Execution, Step, database
 from conductor_app.states import ExecutionStatus
 from conductor_app.telling.situation import Situation
-from conductor_app.telling.stops import is_parked, pause_of
+from conductor_app.telling.stops import is_put_aside, pause_of
 from conductor_app.transitions import kinds
 
 #: A due execution that no worker has taken for so many seconds is worth a hint.
@@ -61,7 +61,7 @@ def is_unanswered(execution: Execution, now: dt.datetime) -> bool:
     """Tell whether an execution has been due for so long that no worker seems to take it."""
     if execution.status != ExecutionStatus.QUEUED or execution.due_at is None or execution.due_at > now:
         return False
-    if is_parked(execution) or execution.is_held:
+    if is_put_aside(execution) or execution.is_held:
         return False
     waited = (now - execution.due_at).total_seconds()
     return waited >= UNANSWERED_SECONDS or execution.dispatches >= UNDELIVERABLE_DISPATCHES

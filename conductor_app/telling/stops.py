@@ -13,6 +13,7 @@ from django.utils.translation import gettext as _
 from conductor_app.models import Execution, PausedTask, database
 from conductor_app.models.execution import ExecutionQuerySet
 from conductor_app.states import ExecutionStatus
+from conductor_app.store import clock
 from conductor_app.telling.words import instant, sentence, since
 
 #: Most paused tasks that are told of, and of whose executions so many are counted.
@@ -52,10 +53,10 @@ def _values(when: dt.datetime, now: dt.datetime, by: str | None, reason: str | N
     return {"instant": instant(when, now), "time": since(when, now), "actor": by or "", "reason": reason or ""}
 
 
-def is_parked(execution: Execution) -> bool:
-    """Tell by its row alone whether it is queued and parked, since it is held or its task is paused."""
+def is_put_aside(execution: Execution) -> bool:
+    """Tell by its row alone whether it is queued and out of everybody's way: parked, held, or of a paused task."""
     at = execution.dispatch_at
-    return execution.status == ExecutionStatus.QUEUED and at is not None and at.year >= 9_000
+    return execution.status == ExecutionStatus.QUEUED and at is not None and at.year >= clock.NEVER.year
 
 
 def pause_of(execution: Execution) -> PausedTask | None:

@@ -49,7 +49,7 @@ CLAIM_FIELDS = (
 
 _NAMED = Q(id=given(Execution, "id"), task=Coalesce(given(Execution, "task"), F("task")))
 #: As ``ExecutionQuerySet.claimable``.
-_CLAIMABLE = (
+CLAIMABLE = (
     _NAMED
     & parts.has_status(ExecutionStatus.QUEUED)
     & parts.IS_LET
@@ -65,11 +65,11 @@ def _claim(where: Q, **more: Any) -> Move:
 
 
 _CLAIM = _claim(
-    _CLAIMABLE & Q(due_at__lte=NOW),
+    CLAIMABLE & Q(due_at__lte=NOW),
     may_be_lost=Q(Given("is_alone", BooleanField())) & _MAY_BEGIN_AGAIN,
     brings=steps.brought("claimed"),
 )
-_CLAIM_ATTEMPT = _claim(_CLAIMABLE & Q(due_at__isnull=False, attempt=given(Execution, "attempt")))
+_CLAIM_ATTEMPT = _claim(CLAIMABLE & Q(due_at__isnull=False, attempt=given(Execution, "attempt")))
 _CLAIM_AGAIN = _claim(_NAMED & Q(lease_owner=given(Execution, "lease_owner", "owner"), status=ExecutionStatus.RUNNING))
 
 
@@ -96,9 +96,9 @@ def claim(
     """
     named = {"id": execution_id, "task": task, **parts.lease(owner)}
     if attempt is not None:
-        return _started(_CLAIM_ATTEMPT.make(database(), attempt=attempt, **named))
+        return started(_CLAIM_ATTEMPT.make(database(), attempt=attempt, **named))
     rows = _CLAIM.make(database(), savepoint=savepoint, is_alone=is_transaction(database()), **named)
-    execution = _started([row[:-1] for row in rows])
+    execution = started([row[:-1] for row in rows])
     if execution is not None and rows[0][-1] is not None:
         execution.claimed_steps = json.loads(rows[0][-1])
     return execution
@@ -114,10 +114,11 @@ def claim_again(execution_id: uuid.UUID, owner: str, task: str | None = None) ->
     Returns:
         The execution with its new fence, or ``None``: the claim had not been made.
     """
-    return _started(_CLAIM_AGAIN.make(database(), id=execution_id, task=task, **parts.lease(owner)))
+    return started(_CLAIM_AGAIN.make(database(), id=execution_id, task=task, **parts.lease(owner)))
 
 
-def _started(rows: Sequence[Sequence[Any]]) -> Execution | None:
+def started(rows: Sequence[Sequence[Any]]) -> Execution | None:
+    """Return the execution that a claim has told of, and say that its run begins; ``None`` if it was refused."""
     if not rows:
         return None
     execution = Execution.from_db(database(), CLAIM_FIELDS, rows[0])

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from django.db import DatabaseError, connections, transaction
-from django.db.models import Exists, OuterRef, Q, QuerySet
+from django.db.models import Case, DateTimeField, Exists, F, OuterRef, Q, QuerySet, Value, When
 
 from conductor_app.conf import conductor_settings
 from conductor_app.models import Attempt, Execution, LimitKey, PausedTask, Place, database
@@ -30,7 +30,7 @@ from conductor_app.states import FINAL_STATUSES, OPEN_STATUSES, ExecutionStatus,
 from conductor_app.store import clock, transactions
 from conductor_app.store.errors import is_conflict
 from conductor_app.store.locks import locked
-from conductor_app.transitions import claiming, dispatch, guards
+from conductor_app.transitions import claiming, dispatch, guards, limiting_at_once
 from conductor_app.values.limits import Limit
 
 #: Most places that are handed on in one go.
@@ -85,6 +85,12 @@ def claim(
             return None
         wanted = wanted_of(row)
         try:
+            if wanted and tries == 0 and limiting_at_once.is_possible(using):
+                found = limiting_at_once.claim(row, owner, wanted)
+                if found.execution is not None:
+                    return found.execution
+                if found.lacking is not None:
+                    return Parked(found.lacking, dict(_named(wanted))[found.lacking], None)
             return transactions.together(using, functools.partial(_claim, row, owner, wanted))
         except _LostRace:
             return None
@@ -104,26 +110,28 @@ def _claim(row: Execution, owner: str, wanted: Wanted) -> Execution | Parked | N
     has_rate = any(limit.kind is LimitKind.RATE for limit, _ in wanted)
     # What it has had before matters to a rate, and to one that has begun.
     mine = _places_of(row) if has_rate or row.started_at is not None else {}
+    # Behind the lock: whoever had it before has started earlier.
     now = clock.read(using) if has_rate else row.created_at
     lacking: Parked | None = None
-    starts: list[tuple[LimitKey, dt.datetime]] = []
+    starts: list[LimitKey] = []
     for limit, key in wanted:
         place, known = mine.get(limit.name), keys[limit.name, key]
         if limit.kind is LimitKind.RATE:
-            if place is not None and place.state != PlaceState.PARKED and place.attempt == row.attempt:
-                continue  # a run after a suspension, or its start was granted
-            paid, instant = _next_start(known, now)
-            if instant > now or _waits(limit.name, key, execution_id):
+            state = place.state if place is not None and place.attempt == row.attempt else None
+            if state == PlaceState.HELD:
+                continue  # a run after a suspension
+            instant = _next_start(known, now)
+            # An instant that was handed out may be met a little late, and the next ones are not put off for that.
+            early = limit.slack if state == PlaceState.GRANTED else dt.timedelta(0)
+            if instant - early > now or (state != PlaceState.GRANTED and _waits(limit.name, key, execution_id)):
                 lacking = lacking or _refused(known, now, instant)
-            starts.append((known, paid))
+            starts.append(known)
         elif limit.kind is LimitKind.OPEN and _holds_open(place, row):
             continue
         elif _holders(limit.name, key, limit.kind, but=execution_id) >= known.number:
             lacking = lacking or Parked(limit.name, key, None)
     if lacking is not None:
         return _park(row, lacking, keys)
-    for known, paid in starts:
-        LimitKey.objects.using(using).filter(pk=known.pk).update(paid_until=paid)
     if wanted:
         _admit(row, wanted)
     claimed = claiming.claim(execution_id, owner, row.task, savepoint=False)
@@ -131,7 +139,15 @@ def _claim(row: Execution, owner: str, wanted: Wanted) -> Execution | Parked | N
         raise _LostRace
     if claimed.fence != row.fence + 1:
         raise _HasChanged
+    for known in starts:
+        # By the instant that is recorded as its start, however long ago the clock was read above.
+        paid = _paid(known, claimed.run_started_at)
+        LimitKey.objects.using(using).filter(pk=known.pk).update(paid_until=paid)
     return claimed
+
+
+def _named(wanted: Wanted) -> list[tuple[str, str]]:
+    return [(limit.name, key) for limit, key in wanted]
 
 
 def _places_of(row: Execution) -> dict[str, Place]:
@@ -167,22 +183,35 @@ def _lock(wanted: Wanted) -> dict[tuple[str, str], LimitKey]:
 
 
 def _keys(names: Iterable[tuple[str, str]], *, skip: bool = False) -> list[LimitKey]:
-    condition = Q(pk__in=())
-    for limit, key in names:
-        condition |= Q(limit=limit, key=key)
-    # A locking read: whatever the isolation level, it sees what was committed before.
-    return list(locked(LimitKey.objects.using(database()).filter(condition).order_by("limit", "key"), skip=skip))
+    found: list[LimitKey] = []
+    # One after the other, in the order of ``_lock``: a database sorts names in one of its own.
+    for limit, key in sorted(names):
+        # A locking read: whatever the isolation level, it sees what was committed before.
+        found += locked(LimitKey.objects.using(database()).filter(limit=limit, key=key), skip=skip)
+    if connections[database()].vendor == "postgresql":
+        _write_again(found)
+    return found
+
+
+def _write_again(keys: list[LimitKey]) -> None:
+    """Let a single statement that has begun before, and waits for one of these keys, notice (``limiting_at_once``)."""
+    if keys:
+        LimitKey.objects.using(database()).filter(pk__in=[key.pk for key in keys]).update(number=F("number"))
 
 
 def holding(kind: str) -> Q:
-    """Return the places of a kind that count; those of ended runs, and of final executions, do not."""
+    """Return the places of a kind that count; those of ended runs, and of final executions, do not.
+
+    Nor does one that was handed to an execution which people keep from beginning: it asks again when they let it.
+    """
+    is_granted = Q(state=PlaceState.GRANTED)
     if kind == LimitKind.OPEN:
-        return Q(execution__status__in=sorted(OPEN_STATUSES))
+        return Q(~is_granted | _may_begin(), execution__status__in=sorted(OPEN_STATUSES))
     # A dead worker's body may be at work still, so its execution keeps its place until its next run.
     lost: Any = QuerySet(Attempt).filter(
         execution_id=OuterRef("execution_id"), run=OuterRef("execution__fence"), outcome=RunOutcome.LOST
     )
-    is_kept = Q(state=PlaceState.GRANTED) | Q(Exists(lost))
+    is_kept = (is_granted & _may_begin()) | Q(Exists(lost))
     return Q(execution__status=ExecutionStatus.RUNNING) | Q(is_kept, execution__status=ExecutionStatus.QUEUED)
 
 
@@ -208,19 +237,27 @@ def parked(limit: str, key: str) -> QuerySet[Place]:
     return places.order_by("since", "pk")
 
 
-def _waits(limit: str, key: str, but: uuid.UUID | None = None) -> bool:
-    places = parked(limit, key)
-    return bool((places if but is None else places.exclude(execution_id=but)).order_by().exists())
+def _waits(limit: str, key: str, but: uuid.UUID) -> bool:
+    """Tell whether others wait for a start of a rate, or for the instant of one."""
+    places = Place.objects.using(database()).filter(
+        limit=limit, key=key, state__in=[PlaceState.PARKED, PlaceState.GRANTED]
+    )
+    return places.exclude(execution_id=but).exists()
 
 
 # ------------------------------------------------------------------------------------------------------------- rates
 
 
-def _next_start(known: LimitKey, now: dt.datetime) -> tuple[dt.datetime, dt.datetime]:
-    """Return what a start that is allowed next writes (GCRA), and its instant."""
-    step = dt.timedelta(seconds=known.seconds or 0.0)
-    paid = max(known.paid_until or now, now) + step
-    return paid, max(paid - step * known.number, now)
+def _paid(known: LimitKey, start: dt.datetime | None) -> dt.datetime:
+    """Return until when a start pays, which is what it writes (GCRA)."""
+    assert start is not None
+    return max(known.paid_until or start, start) + dt.timedelta(seconds=known.seconds or 0.0)
+
+
+def _next_start(known: LimitKey, now: dt.datetime) -> dt.datetime:
+    """Return when the next start is allowed, at the earliest."""
+    ahead = dt.timedelta(seconds=known.seconds or 0.0) * (known.number - 1)
+    return max((known.paid_until or now) - ahead, now)
 
 
 def next_start(after: dt.datetime | None = None) -> dt.datetime | None:
@@ -262,12 +299,15 @@ def _park(row: Execution, lacking: Parked, keys: dict[tuple[str, str], LimitKey]
         return None
     known = keys[lacking.limit, lacking.key]
     # A grant of another limit is of no use now. What it holds as an open one, it keeps.
+    mine = _places_of(row)
     given_up = [
         place
-        for place in _places_of(row).values()
+        for place in mine.values()
         if place.kind == LimitKind.RUN or (place.kind == LimitKind.OPEN and row.started_at is None)
     ]
     _delete(Place.objects.using(using).filter(pk__in=[place.pk for place in given_up]))
+    before = mine.get(lacking.limit)
+    is_again = before is not None and before.kind == LimitKind.RATE and before.attempt == row.attempt
     Place.objects.using(using).update_or_create(
         execution_id=row.pk,
         limit=lacking.limit,
@@ -275,13 +315,16 @@ def _park(row: Execution, lacking: Parked, keys: dict[tuple[str, str], LimitKey]
             "key": lacking.key,
             "kind": known.kind,
             "state": PlaceState.PARKED,
-            "since": row.due_at or row.created_at,
+            "attempt": row.attempt,
+            # One that comes too late for its instant is not behind those that came after it.
+            "since": before.since if before is not None and is_again else row.due_at or row.created_at,
         },
     )
     for place in given_up:
         if place.state == PlaceState.GRANTED and (place.limit, place.key) in keys:
             _hand_out(keys[place.limit, place.key])
-    if known.kind == LimitKind.RATE and _hand_out(known):
+    is_late = before is not None and is_again and before.state == PlaceState.GRANTED
+    if known.kind == LimitKind.RATE and _hand_out(known, anew=is_late):
         due_at = Execution.objects.using(using).values_list("due_at", flat=True).get(pk=row.pk)
         if due_at is not None and due_at != _parked_until():
             return dataclasses.replace(lacking, due_in=max((due_at - clock.read(using)).total_seconds(), 0.0))
@@ -320,68 +363,127 @@ def _upsert(rows: list[Any], *, unique: list[str], update: list[str]) -> None:
     )
 
 
-def _hand_out(known: LimitKey) -> int:
-    """Give what is free of a locked key to those who wait for it; return to how many."""
-    # Not to those that people keep from beginning: a place would be of no use to them.
-    first = parked(known.limit, known.key).filter(execution__held_at__isnull=True).exclude(_of_paused_tasks())
+def _hand_out(known: LimitKey, *, anew: bool = False) -> int:
+    """Give what is free of a locked key to those who wait for it; return to how many.
+
+    Args:
+        anew: Of a rate: whether those that have an instant and have not begun get another one, too.
+    """
+    first = parked(known.limit, known.key).filter(_may_begin())
     if known.kind == LimitKind.RATE:
-        return _hand_out_starts(known, list(first[:_GRANTED_TOGETHER]))
+        return _hand_out_starts(known, first, anew=anew)
     if not first.order_by().exists():
         return 0
-    free = known.number - _holders(known.limit, known.key, known.kind)
+    free = min(known.number - _holders(known.limit, known.key, known.kind), _GRANTED_TOGETHER)
     granted = 0
-    # Some more, since others may have locked the first ones.
-    for place in first[: min(free, _GRANTED_TOGETHER) + 10] if free > 0 else ():
-        if granted >= min(free, _GRANTED_TOGETHER):
+    tried: list[int] = []
+    # Others may have locked the first ones.
+    while granted < free and len(tried) <= free + 10:
+        places = list(first.exclude(pk__in=tried)[: free - granted])
+        if not places:
             break
-        granted += _grant(place, place.since)
+        tried += [place.pk for place in places]
+        granted += _grant([(place, row, place.since) for place, row in _locked(places)], is_due=True)
     return granted
 
 
-def _of_paused_tasks() -> Exists:
-    return Exists(QuerySet(PausedTask).filter(name=OuterRef("execution__task")))
+def _may_begin() -> Q:
+    """Return the places of those that people do not keep from beginning: a place would be of no use to the others."""
+    is_paused: Any = QuerySet(PausedTask).filter(name=OuterRef("execution__task"))
+    return Q(execution__held_at__isnull=True) & ~Q(Exists(is_paused))
 
 
-def _hand_out_starts(known: LimitKey, waiting: list[Place]) -> int:
-    now = clock.read(database())
-    granted = 0
-    for place in waiting:
-        paid, instant = _next_start(known, now)
-        if instant > now + _horizon():
+def _hand_out_starts(known: LimitKey, waiting: QuerySet[Place], *, anew: bool) -> int:
+    """Hand out the next instants at which starts are allowed; what is paid for is written by the starts themselves.
+
+    So that they hold however late who has one begins, a claim asks again (``_claim``).
+    """
+    now, step = clock.read(database()), dt.timedelta(seconds=known.seconds or 0.0)
+    ahead, horizon = step * (known.number - 1), now + _horizon()
+    paid = max(known.paid_until or now, now)
+    if anew:
+        waiting = (waiting | _expected(known)).distinct()
+    else:
+        paid += step * _expected(known).count()
+    if paid - ahead > horizon:
+        return 0
+    chosen = []
+    for place, row in _locked(list(waiting[:_GRANTED_TOGETHER])):
+        instant = max(paid - ahead, now)
+        if instant > horizon:
             break
-        if _grant(place, instant):
-            known.paid_until = paid
-            granted += 1
-    if granted:
-        LimitKey.objects.using(database()).filter(pk=known.pk).update(paid_until=known.paid_until)
-    return granted
+        chosen.append((place, row, instant))
+        paid += step
+    _grant([each for each in chosen if each[2] <= now], is_due=True)
+    _grant([each for each in chosen if each[2] > now], is_due=False)
+    return len(chosen)
 
 
-def _grant(place: Place, due: dt.datetime) -> bool:
-    """Give a place to a parked execution, and let it be due; tell whether it has got it."""
-    using = database()
-    rows = Execution.objects.using(using).filter(pk=place.execution_id)
-    # Not waited for: whoever has locked it may wait for the key.
-    row = locked(rows, skip=True).first()
-    if row is None:
-        if not rows.exists():
-            _delete(Place.objects.using(using).filter(pk=place.pk))
-        return False
-    if row.status != ExecutionStatus.QUEUED or row.cancel_requested_at is not None or row.due_at != _parked_until():
-        # It has ended, or an operator has let it go on: it will ask for a place by itself.
-        _delete(Place.objects.using(using).filter(pk=place.pk))
-        return False
-    is_due = place.kind != LimitKind.RATE or due <= clock.read(using)
-    rows.update(
-        due_at=due,
-        dispatch_at=dispatch.first_instant(clock.now(), is_due=True, root_id=row.root_id) if is_due else due,
-        dispatches=0,
+def _expected(known: LimitKey) -> QuerySet[Place]:
+    """Return those that have an instant of a rate, and have not begun."""
+    places = Place.objects.using(database()).filter(limit=known.limit, key=known.key, state=PlaceState.GRANTED)
+    queued = places.filter(
+        _may_begin(), execution__status=ExecutionStatus.QUEUED, execution__due_at__lt=_parked_until()
     )
-    Place.objects.using(using).filter(pk=place.pk).update(state=PlaceState.GRANTED, attempt=row.attempt)
+    return queued.order_by("since", "pk")
+
+
+def _locked(places: list[Place]) -> list[tuple[Place, Execution]]:
+    """Lock the executions of places; return those that can still use one, in this order. The others' are deleted."""
+    using = database()
+    all_rows = Execution.objects.using(using).filter(pk__in=[place.execution_id for place in places])
+    # Not waited for: whoever has locked one may wait for the key.
+    rows = {row.pk: row for row in locked(all_rows, skip=True)}
+    missing = [place.execution_id for place in places if place.execution_id not in rows]
+    there = set(all_rows.filter(pk__in=missing).values_list("pk", flat=True)) if missing else set()
+    found, useless = [], []
+    for place in places:
+        row = rows.get(place.execution_id)
+        if row is None:
+            useless += [] if place.execution_id in there else [place.pk]
+        elif (
+            row.status != ExecutionStatus.QUEUED
+            or row.cancel_requested_at is not None
+            or (place.state == PlaceState.PARKED and row.due_at != _parked_until())
+        ):
+            # It has ended, or an operator has let it go on: it will ask for a place by itself.
+            useless.append(place.pk)
+        else:
+            found.append((place, row))
+    if useless:
+        _delete(Place.objects.using(using).filter(pk__in=useless))
+    return found
+
+
+def _grant(chosen: list[tuple[Place, Execution, dt.datetime]], *, is_due: bool) -> int:
+    """Give places to executions that are locked, which are due at these instants; return how many."""
+    if not chosen:
+        return 0
+    using = database()
+
+    def each(values: Iterable[Any]) -> Case:
+        cases = [When(pk=row.pk, then=value) for (_, row, _), value in zip(chosen, values, strict=True)]
+        return Case(*cases, output_field=DateTimeField())
+
+    instants: list[Any] = [Value(instant, output_field=DateTimeField()) for _, _, instant in chosen]
     if is_due:
-        row.due_at = due
-        dispatch.on_commit(row)
-    return True
+        published = [
+            dispatch.first_instant(clock.now(), is_due=True, root_id=row.root_id, ahead=number)
+            for number, (_, row, _) in enumerate(chosen)
+        ]
+    else:
+        published = instants
+    Execution.objects.using(using).filter(pk__in=[row.pk for _, row, _ in chosen]).update(
+        due_at=each(instants), dispatch_at=each(published), dispatches=0
+    )
+    for attempt in {row.attempt for _, row, _ in chosen}:
+        of_attempt = [place.pk for place, row, _ in chosen if row.attempt == attempt]
+        Place.objects.using(using).filter(pk__in=of_attempt).update(state=PlaceState.GRANTED, attempt=attempt)
+    if is_due:
+        for _, row, instant in chosen:
+            row.due_at = instant
+        dispatch.on_commit(*(row for _, row, _ in chosen))
+    return len(chosen)
 
 
 def _parked_until() -> dt.datetime:
@@ -438,7 +540,7 @@ def leave(execution_id: uuid.UUID, *, run_only: bool = False, names: Collection[
     if run_only:
         places = places.filter(kind=LimitKind.RUN)
 
-    def work() -> None:
+    def in_steps() -> None:
         # Before the transaction, which begins with the locks.
         known = names if names is not None else set(places.values_list("limit", "key"))
         if not known:
@@ -450,6 +552,19 @@ def leave(execution_id: uuid.UUID, *, run_only: bool = False, names: Collection[
             _delete_read(places.exclude(_is_of_use()))
             for key in keys:
                 _hand_out(key)
+
+    def work() -> None:
+        if not at_once():
+            in_steps()
+
+    def at_once() -> bool:
+        if not names or not limiting_at_once.is_possible(using):
+            return False
+        left = limiting_at_once.leave(execution_id, run_only=run_only, names=names, horizon=_horizon())
+        dispatch.on_commit(*left.granted)
+        for name in left.more:
+            hand_on(name)
+        return left.is_done
 
     guards.persist_briefly(work)
 

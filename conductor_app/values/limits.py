@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import inspect
 import re
 import uuid
@@ -97,6 +98,19 @@ class Limit:
     def known(cls, name: str) -> Limit | None:
         """Return the limit of this name, if this process has defined it."""
         return cls._known.get(name)
+
+    @property
+    def slack(self) -> dt.timedelta:
+        """Return by how much a start may come before the even pace allows it, and no window has one too many.
+
+        Of a window as long as the rate's unit, GCRA with a tolerance of ``(burst - 1)`` intervals allows as many starts
+        as the rate and the burst together, less one. So nearly an interval is left for those that begin late and are
+        followed by one that is on time; less of it for a rate that is no whole number.
+        """
+        if self.seconds is None or self.rate is None:
+            return dt.timedelta(0)
+        fraction = float(self.rate.partition("/")[0]) % 1
+        return dt.timedelta(seconds=self.seconds * (1 - fraction) * 0.9)
 
     def _parts(self) -> tuple[Any, ...]:
         per = (getattr(self.per, "__module__", ""), _name_of(self.per)) if callable(self.per) else self.per

@@ -280,7 +280,6 @@ def test_one_that_is_parked_while_the_holder_is_lost_is_not_let_go(options: Any)
     assert places(other) == ["parked"]
 
 
-@pytest.mark.xfail(strict=True, reason="limiting.holding counts what was granted to one that cannot begin")
 @pytest.mark.parametrize("how", ["held", "paused"])
 def test_a_place_that_was_granted_to_one_that_people_keep_from_beginning_is_anothers(options: Any, how: str) -> None:
     taken, first, second = limited_claim(limited_queued())(), limited_queued(), limited_queued()

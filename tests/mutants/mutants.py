@@ -1196,8 +1196,8 @@ MUTANTS = [
     Mutant(
         "claim before it is due",
         "transitions/claiming.py",
-        "_CLAIMABLE & Q(due_at__lte=NOW),",
-        "_CLAIMABLE,",
+        "CLAIMABLE & Q(due_at__lte=NOW),",
+        "CLAIMABLE,",
         (TRANSITIONS, CONTEXT),
     ),
     Mutant(
@@ -2236,6 +2236,42 @@ MUTANTS = [
         "transitions/limiting.py",
         "        if len(in_line) >= limit.number:",
         "        if False and len(in_line) >= limit.number:",
+        ("tests/integration/test_limits.py",),
+    ),
+    Mutant(
+        "admit one more than a limit allows, in one statement",
+        "transitions/limiting_at_once.py",
+        "others)} < wanted.number",
+        "others)} <= wanted.number",
+        ("tests/integration/test_limits.py",),
+        on_postgres=True,
+    ),
+    Mutant(
+        "decide by a key that has changed",
+        "transitions/limiting_at_once.py",
+        "WHERE {KEYS}.xmin::text = (",
+        "WHERE TRUE OR {KEYS}.xmin::text = (",
+        ("tests/races/test_limits.py",),
+    ),
+    Mutant(
+        "hand on by a key that has changed",
+        "transitions/limiting_at_once.py",
+        " AND known.xmin::text = seen.version",
+        "",
+        ("tests/races/test_limits.py",),
+    ),
+    Mutant(
+        "hand on, and leave the key as it was",
+        "transitions/limiting.py",
+        "        _write_again(found)\n",
+        "        pass\n",
+        ("tests/races/test_limits.py",),
+    ),
+    Mutant(
+        "let starts begin together that come late",
+        "transitions/limiting.py",
+        "if instant - early > now or",
+        "if (state is None and instant > now) or",
         ("tests/integration/test_limits.py",),
     ),
     Mutant(

@@ -16,6 +16,7 @@ from django.db import connection, connections, transaction
 from conductor_app.store import errors, moves
 from conductor_app.store.moves import Move
 from conductor_app.store.scripts import Write
+from conductor_app.transitions import limiting_at_once
 from tests.support.polling import wait_until
 
 #: Seconds after which a stopped or blocked actor is a bug of the test. Longer than any lock wait or retry here.
@@ -314,7 +315,26 @@ class Race:
             return rows
 
         self._monkeypatch.setattr(Move, "make", stoppable)
+        self._choose_of_limits(form)
         self._monkeypatch.setattr(Write, "make", stopping)
+
+    def _choose_of_limits(self, form: str) -> None:
+        is_possible, make = limiting_at_once.is_possible, limiting_at_once._make
+
+        def possible(using: str) -> bool:
+            actor = _current_actor()
+            is_inside = actor is not None and actor.stop_at not in ("", BEFORE_COMMIT)
+            return form != FORMS[1] and not is_inside and is_possible(using)
+
+        def stoppable(*args: Any) -> Any:
+            actor = _current_actor()
+            if actor is None or (actor.isolation is None and not actor.stop_at):
+                return make(*args)
+            with transaction.atomic():
+                return make(*args)
+
+        self._monkeypatch.setattr(limiting_at_once, "is_possible", possible)
+        self._monkeypatch.setattr(limiting_at_once, "_make", stoppable)
 
     def _count_conflicts(self) -> None:
         original = errors.is_conflict

@@ -13,6 +13,7 @@ from conductor_app.engine import limits, sweeper
 from conductor_app.engine.run import RunEnded
 from conductor_app.models import Execution, Place
 from conductor_app.store.owners import lease_owner
+from conductor_app.transitions import limiting
 from tests.app import limited
 from tests.races.harness import BEFORE_COMMIT, IsolationLevel, Race
 
@@ -115,6 +116,21 @@ def test_two_that_hand_on_give_one_place_once(race: Race) -> None:
     ender.go_on().result()
 
     assert sorted(places(first) + places(second)) == ["granted", "parked"]
+
+
+def test_one_that_comes_while_a_sweep_hands_the_place_on_waits(race: Race) -> None:
+    running, parked, other = claimed(queued()), queued(), queued()
+    assert isinstance(claim(parked), str)
+    # Its worker has died after the end.
+    Execution.objects.filter(pk=running.pk).update(
+        status="cancelled", finished_at=running.created_at, lease_expires_at=None, lease_owner=""
+    )
+    handing = race.hold("sweeper", limiting.hand_on, (limited.one_run.name, "a"), stop=BEFORE_COMMIT)
+    coming = race.start("other", claim, other).wait_blocked(by=handing)
+    handing.go_on().result()
+
+    assert isinstance(coming.result(), str)
+    assert (places(parked), places(other)) == (["granted"], ["parked"])
 
 
 def test_an_operators_retry_and_the_next_one_do_not_both_get_the_place(race: Race) -> None:

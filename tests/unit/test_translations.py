@@ -162,6 +162,9 @@ def situations() -> Iterator[Situation]:
         yield situation(execution("queued", due_at=ahead(8), held_at=ago(9), held_by=by, hold_reason="BANK"))
         pause = PausedTask(name="SHOP.FULFIL", paused_at=ago(9), paused_by=by or "", reason="BANK")
         yield replace(situation(execution("queued")), paused=pause)
+    # of a tree that has a deadline
+    for instant in (ahead(600), ago(2)):
+        yield situation(execution("queued", tree_deadline_at=instant))
     # running
     for options in ("{}", '{"plain": {"acks_late": false}}'):
         silent = execution("running", lease_expires_at=ahead(20), options=options)
@@ -212,6 +215,7 @@ def stories() -> Iterator[Story]:
 
     yield told(execution("queued", due_at=ahead(8)))
     yield told(child("queued"))
+    yield told(execution("queued", tree_deadline_at=ahead(600)))
     yield told(execution("running", started_at=ago(59), lease_expires_at=ahead(50)), step("succeeded", "step"))
     yield told(execution("cancelled", cancel_requested_at=ago(6)))
     yield told(execution("cancelled", cancel_requested_at=ago(6), cancel_reason="WRONG ORDER"))
