@@ -30,9 +30,11 @@ from conductor_app.store import eager
 from conductor_app.store.event_loops import check_none_runs, twin
 from conductor_app.store.ids import new_root_id
 from conductor_app.store.transactions import persist_briefly
+from conductor_app.telling.state import read_state
 from conductor_app.transitions import operating
 from conductor_app.values.arguments import check_duration
 from conductor_app.values.payloads import dumps
+from conductor_app.values.state import ExecutionState
 from conductor_app.values.tags import check_changes
 from conductor_app.values.texts import shown
 
@@ -501,6 +503,30 @@ def run_schedule(name: str, *, actor: str = "", reason: str = "") -> Execution |
     return schedules.run_now(name, operating.by_whom(actor, reason))
 
 
+def state(execution: ExecutionRef) -> ExecutionState:
+    """Return how an execution stands, and what its body has told by ``ctx.progress`` and ``ctx.publish``; for a page.
+
+    While it waits for the children of a ``ctx.map`` or a ``ctx.gather``, ``children`` says how many have ended; so do
+    ``done`` and ``total``, if the body has told no progress of its own. Two short queries.
+
+    Args:
+        execution: The execution, its id, or its ``AsyncResult``.
+
+    Returns:
+        ``as_dict()`` of it is JSON. Who may see it, is the caller's to decide: nothing is masked.
+
+    Raises:
+        Execution.DoesNotExist: There is none.
+        InvalidArgument: It is no UUID.
+    """
+    check_none_runs("api.state", "`await api.astate(…)`")
+    key = _key_of(execution)
+    found = persist_briefly(database(), functools.partial(read_state, key))
+    if found is None:
+        raise missing(key)
+    return found
+
+
 def get_result(execution: ExecutionRef, timeout: float | dt.timedelta | None = None) -> Any:
     """Wait for an execution and return its result; needs no result backend.
 
@@ -600,3 +626,4 @@ acancel = twin(cancel)
 aretry = twin(retry)
 asend_event = twin(send_event)
 afind = twin(find)
+astate = twin(state)

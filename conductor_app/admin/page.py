@@ -192,6 +192,10 @@ class ExecutionPage(Downloads):
         if story.tags:
             tags = ((self._list_url(tag=f"{key}={value}"), key, value) for key, value in story.tags.items())
             yield _("tags"), format_html_join(" ", "{}", ((_chip(*tag),) for tag in tags))
+        if (progress := story.progress_of(execution)) is not None:
+            yield _("progress"), pieces.bar(progress, with_note=may_see_payloads(request))
+        if story.published and may_see_payloads(request):
+            yield _("published"), pieces.isolated(pieces.preview(story.published, len(story.published)))
         if story.forks.forked_from is not None:
             yield _("forked from"), self._forked(story.forks.forked_from, story.forks.before)
         if story.forks.forks:
@@ -258,8 +262,14 @@ class ExecutionPage(Downloads):
             "attempt": labels.attempts(row) if row.attempt > 1 else "",
             "took": words.duration((row.finished_at - row.created_at).total_seconds()) if row.finished_at else "",
             "error": error,
+            "bar": self._bar(row, story),
             "is_current": branch.is_current,
         }
+
+    def _bar(self, row: Execution, story: Story) -> SafeString:
+        """Return how far an execution of the tree is, while it is open."""
+        progress = None if row.is_final else story.progress_of(row)
+        return SafeString("") if progress is None else pieces.bar(progress, with_note=False)
 
     def _awaited(self, awaited: waits.Awaited, story: Story) -> dict[str, Any]:
         step, child, now = awaited.step, awaited.child, story.now

@@ -16,6 +16,7 @@ from conductor_app.states import StepStatus
 from conductor_app.telling import labels, words
 from conductor_app.values.failures import load_failure
 from conductor_app.values.redaction import decode, readable
+from conductor_app.values.state import ExecutionState
 
 #: Characters of a step's result and of an event's payload.
 PREVIEW = 500
@@ -90,6 +91,23 @@ def instant(when: dt.datetime, now: dt.datetime) -> SafeString:
         when.isoformat(),
         words.exact(when),
         relative,
+    )
+
+
+def bar(state: ExecutionState, *, with_note: bool) -> SafeString:
+    """Return how far an execution is: a bar, if it is known how much there is, the numbers, and the note."""
+    done = f"{state.done:,}"
+    numbers = done if state.total is None else _("%(done)s of %(total)s") % {"done": done, "total": f"{state.total:,}"}
+    note = isolated(state.note) if state.note and with_note else ""
+    if state.fraction is None:
+        return format_html("{} {}", numbers, note)
+    value = f"{state.fraction:.4f}"
+    return format_html(
+        '<progress class="cd-progress" value="{}" max="1" aria-label="{}"></progress> <span>{}</span> {}',
+        value,
+        _("progress"),
+        numbers,
+        note,
     )
 
 

@@ -692,6 +692,43 @@ class ExecutionContext(BodyRun):
             with observing.tagging(self._execution, tags), self._beyond_the_body():
                 self._journal.tag(tags)
 
+    # ---------------------------------------------------------------------------------------------- what a body tells
+
+    def progress(self, done: float, total: float | None = None, note: str = "") -> None:
+        """Tell how far the body is, for whoever watches: ``api.state``, the admin, ``AsyncResult.info``.
+
+        No step is recorded, and nothing waits for it. It is stored at most once a second, and at the end of the run;
+        what a replay tells again is not. It may be called in the function of a ``ctx.step``, too.
+
+        Args:
+            done: From 0; it may be more than ``total``, if that was an estimate.
+            total: How many there are; ``None`` if nobody knows.
+            note: What is being done, in a few words.
+
+        Raises:
+            InvalidArgument, InvalidArgumentType, NotSerializable: It cannot be stored.
+            PayloadTooLarge: The note and all that is published have more than 16 KiB.
+            LeaseLost: Another run has taken over.
+        """
+        self._tell("ctx.progress()", lambda again: self._teller.progress(done, total, note, is_replay=again))
+
+    def publish(self, key: str, value: object) -> None:
+        """Tell a value, for whoever watches: ``api.state``, the admin, ``AsyncResult.info``; the last one counts.
+
+        It is stored as ``ctx.progress`` is.
+
+        Args:
+            key: 1–128 ASCII letters, digits and ``_ . : -``.
+            value: JSON, with the same types as a payload.
+
+        Raises:
+            InvalidArgument, InvalidArgumentType, NotSerializable: It cannot be stored.
+            PayloadTooLarge: All that is published and the note have more than 16 KiB.
+            LeaseLost: Another run has taken over.
+        """
+        name = check_name(key, "key of ctx.publish()")
+        self._tell("ctx.publish()", lambda again: self._teller.publish(name, value, is_replay=again))
+
     # ------------------------------------------------------------------------------------------- control from outside
 
     def checkpoint(self) -> None:
@@ -706,6 +743,7 @@ class ExecutionContext(BodyRun):
         self._usable("ctx.checkpoint()")
         self.flush()
         self._lease_must_hold()
+        self._pass_on()
         self._give_way()
         self._ask_unless_asked_within(CHECKPOINT_INTERVAL_SECONDS)
 

@@ -12,8 +12,9 @@ from conductor_app import transitions
 from conductor_app.conf import conductor_settings
 from conductor_app.exceptions import DuplicateExecution, Failure
 from conductor_app.models import Execution, database
-from conductor_app.transitions import limiting, steps, uniqueness
+from conductor_app.transitions import limiting, stating, steps, uniqueness
 from conductor_app.values.limits import Limit
+from conductor_app.values.state import Told
 
 
 class Journal(Protocol):
@@ -64,6 +65,28 @@ class Journal(Protocol):
 
         Raises:
             TooManyTags: It would have too many. Nothing is stored.
+        """
+
+    def told(self) -> Told | None:
+        """Return what the execution has told before this run; ``None`` if nothing is kept.
+
+        Raises:
+            DatabaseError: The database is away.
+        """
+
+    def tell(self, told: Told, *, is_new: bool, waits: bool) -> bool:
+        """Keep what the execution tells, in the place of what it told before.
+
+        Args:
+            is_new: Whether nothing was kept before.
+            waits: Whether to wait for somebody who is at the execution's row.
+
+        Returns:
+            ``False`` if it is not kept for now.
+
+        Raises:
+            LeaseLost: Another run has taken over.
+            DatabaseError: The database is away.
         """
 
     def outcomes_of_map(self, remembered: steps.Memory) -> list[steps.ChildOutcome]:
@@ -132,6 +155,14 @@ class DatabaseJournal:
     def tag(self, tags: Mapping[str, str]) -> None:
         """Write them with the root."""
         transitions.tag(self._execution.root_id, tags, waits_for_database=True)
+
+    def told(self) -> Told | None:
+        """Read its row. A first run finds none, and does not ask."""
+        return None if self._execution.fence == 1 else stating.told_by(self._execution.pk)
+
+    def tell(self, told: Told, *, is_new: bool, waits: bool) -> bool:
+        """Write its row."""
+        return stating.state(self._execution, told, is_new=is_new, waits=waits)
 
     def outcomes_of_map(self, remembered: steps.Memory) -> list[steps.ChildOutcome]:
         """Read the children's rows, or what was copied of them."""

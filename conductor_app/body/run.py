@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any, NoReturn, TypeVar
 
@@ -24,6 +24,7 @@ from conductor_app.body.journal import DatabaseJournal, Journal
 from conductor_app.body.logger import ReplayAwareLogger, log_extra
 from conductor_app.body.places import caller, shown_place
 from conductor_app.body.plain import Invocable
+from conductor_app.body.state import Teller
 from conductor_app.conf import conductor_settings
 from conductor_app.exceptions import (
     AbandonRun,
@@ -49,6 +50,7 @@ from conductor_app.store import interrupted
 from conductor_app.transitions import kinds, steps
 from conductor_app.transitions.leases import Lease
 from conductor_app.values.failures import describe, is_caught_by_bodies
+from conductor_app.values.state import Told
 
 R = TypeVar("R")
 
@@ -72,12 +74,15 @@ class BodyRun:
         task: Task[Any, Any] | None = None,
         *,
         journal: Journal | None = None,
+        teller: Teller | None = None,
         draining: Callable[[], bool] = lambda: False,
         end_stuck: Callable[[BodyRun, str], None] = lambda _context, _what: None,
     ) -> None:
         self._execution = execution
         self._memory = memory
         self._journal: Journal = DatabaseJournal(execution) if journal is None else journal
+        #: What it tells, over all passes of a run.
+        self._teller = Teller() if teller is None else teller
         self._lease = lease
         self._task = task
         self._draining = draining
@@ -231,6 +236,41 @@ class BodyRun:
         # Before this call ends the body: it has seen the failure, and a later run must see it, too.
         self.flush()
         self._lease_must_hold()
+        self._pass_on()
+
+    def _tell(self, call: str, note: Callable[[bool], None]) -> None:
+        """Note what the body tells, and store it if it is time to.
+
+        Args:
+            call: How the call is named in an error.
+            note: Notes it, as a replay or not.
+        """
+        self._usable(call, may_nest=True)
+        if self._inside is None:
+            self.flush()
+            self._lease_must_hold()
+        is_replay = self.is_replaying
+        if not is_replay and self._teller.is_to_look and not self._watch.added():
+            self._teller.look(self._journal)
+        note(is_replay)
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Store what the body tells, if it is time to, and not in a transaction of the body's."""
+        if self._teller.is_due and not self._watch.added():
+            with self._beyond_the_body():
+                self._teller.store(self._journal)
+
+    def _tell_last(self) -> None:
+        """Store the last of what the body has told; for the executor, whose own write finds out what this does not."""
+        if self._teller.is_used and not self._is_lost:
+            is_again = self._execution.attempt > 1 or (self._execution.fence == 1 and self._execution.is_fork)
+            with suppress(LeaseLost):
+                self._teller.finish(self._journal, may_have_missed=is_again)
+
+    def _told(self) -> Told:
+        """Return all that the execution has told; for the executor."""
+        return self._teller.shown(self._journal)
 
     def _must_be_closed(self, found: list[str], call: str) -> None:
         """Refuse to record a step whose function has left a transaction open: the memory of it would be undone."""
@@ -240,7 +280,7 @@ class BodyRun:
                 "Use `with transaction.atomic():`, which ends with its block."
             )
 
-    def _usable(self, call: str) -> None:
+    def _usable(self, call: str, *, may_nest: bool = False) -> None:
         if self._closed:
             raise ContextClosed(
                 f"{call} was called after the run had ended. A context is good for one run of the body."
@@ -248,7 +288,7 @@ class BodyRun:
         self._must_be_in_its_process(call)
         if threading.get_ident() != self._thread:
             raise WrongThread(f"{call} was called in another thread than the one that runs the body.")
-        if self._inside is not None:
+        if self._inside is not None and not may_nest:
             raise NestedDurableCall(
                 f"{call} was called inside {self._inside}. A step's function must not call ctx; call it from the body."
             )

@@ -187,7 +187,7 @@ def suspend(started: Run, context: ExecutionContext) -> NoReturn:
         with handing_off(execution) as offer:
             suspended = store_end(
                 started,
-                lambda: transitions.suspend(execution, wait, _state_writer(started, wait), offer),
+                lambda: transitions.suspend(execution, wait, _state_writer(started, wait, context), offer),
                 reads_only=[],
             )
     except CancelExecution:
@@ -211,15 +211,16 @@ def suspend(started: Run, context: ExecutionContext) -> NoReturn:
     raise RunEnded("suspended", detail, wait.due_in, wait.step) from None
 
 
-def _state_writer(started: Run, wait: transitions.Wait) -> Callable[[], None] | None:
-    """Return what shows in the result backend that an execution waits, while its row is locked.
+def _state_writer(started: Run, wait: transitions.Wait, context: ExecutionContext) -> Callable[[], None] | None:
+    """Return what shows in the result backend that an execution waits, and what it tells, while its row is locked.
 
     ``None`` without a result backend, and if the body has said there how it stands.
     """
     execution = started.execution
     if started.reports_state or not announcements.is_shown(execution):
         return None
-    info = {"waiting_for": wait.step, "child": None if wait.child_id is None else str(wait.child_id)}
+    child = None if wait.child_id is None else str(wait.child_id)
+    info = {"waiting_for": wait.step, "child": child, **context._told().info()}
     state = conductor_settings().REPORTED_STATE
     return lambda: announcements.show(execution, state, info, started.hostname)
 

@@ -23,6 +23,7 @@ from conductor_app.body import apart, scopes
 from conductor_app.body.context import ExecutionContext
 from conductor_app.body.misuse import unclean, unclean_start
 from conductor_app.body.run import SWALLOWED_ADVICE, BodyRun, swallowed_suspension
+from conductor_app.body.state import Teller
 from conductor_app.conf import conductor_settings
 from conductor_app.engine import hand_off, outcomes
 from conductor_app.engine.claims import held, take
@@ -175,6 +176,7 @@ def _run_claimed(started: Run) -> Any:
     is_empty = execution.fence == 1 and not execution.is_fork
     known: dict[str, steps.Memory] | None = {} if is_empty else _known(execution)
     waited_for: str | None = None
+    teller = Teller()
     while True:
         if gives_way():
             release(started)
@@ -186,6 +188,7 @@ def _run_claimed(started: Run) -> Any:
             memory,
             started.lease,
             started.task,
+            teller=teller,
             draining=gives_way,
             end_stuck=functools.partial(_end_stuck, started),
         )
@@ -241,6 +244,7 @@ def _call_body(started: Run, context: ExecutionContext, woken_by: str | None) ->
     found = context._left_open(error)
     if isinstance(error, (SystemExit, KeyboardInterrupt)):
         leave(started, error)
+    context._tell_last()
     if context.ending is not None and not isinstance(error, (ControlFlow, LeaseLost)):
         how = "returned" if error is None else f"raised {type(error).__name__}"
         _report_swallowed_end(context.ending, execution, how)

@@ -21,6 +21,7 @@ from conductor_app.models import (
     FailedExecution,
     Fork,
     Place,
+    PublishedState,
     Step,
     Tag,
     database,
@@ -32,7 +33,7 @@ from conductor_app.store.locks import locked
 from conductor_app.store.transactions import persist_briefly
 from conductor_app.transitions import operating
 
-MODELS = (Attempt, Event, CopiedOutcome, Step, FailedExecution, Fork, Place, Tag, Execution)
+MODELS = (Attempt, Event, CopiedOutcome, Step, FailedExecution, Fork, Place, PublishedState, Tag, Execution)
 
 #: How a row names the root of its tree, if not by its execution.
 _TO_ROOT = {Execution: "root_id", Tag: "root_id", CopiedOutcome: "step__execution__root_id"}
@@ -153,7 +154,7 @@ def _delete(roots: ExecutionQuerySet, found: list[uuid.UUID], held: list[Held]) 
         # Roots alone have what was copied.
         copied = Step.objects.using(using).filter(execution_id__in=ids, fence=0).order_by()
         CopiedOutcome.objects.using(using).filter(step__in=copied.values("pk")).order_by()._raw_delete(using)
-        for dependent in (Attempt, Event, Step, FailedExecution, Fork, Place):
+        for dependent in (Attempt, Event, Step, FailedExecution, Fork, Place, PublishedState):
             of_tree = dependent.objects.using(using).filter(execution_id__in=tree.values("pk"))
             of_tree.order_by()._raw_delete(using)
         Tag.objects.using(using).filter(root_id__in=ids).order_by()._raw_delete(using)

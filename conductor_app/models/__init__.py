@@ -1,4 +1,4 @@
-"""The tables: executions, their runs, steps and tags, events, failures, who did what, places, schedules, workers."""
+"""The tables: executions, runs, steps, tags, states, events, failures, who did what, places, schedules, workers."""
 
 from django.db import router
 
@@ -10,6 +10,7 @@ from conductor_app.models.fork import CopiedOutcome, Fork
 from conductor_app.models.operation import Operation, OperationItem
 from conductor_app.models.paused_task import PausedTask
 from conductor_app.models.place import LimitKey, Place
+from conductor_app.models.published_state import PublishedState
 from conductor_app.models.schedule import Schedule
 from conductor_app.models.step import Step
 from conductor_app.models.tag import Tag
@@ -33,6 +34,7 @@ __all__ = [
     "OperationItem",
     "PausedTask",
     "Place",
+    "PublishedState",
     "Schedule",
     "Step",
     "Tag",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from django.db.models import QuerySet
 
-from conductor_app.models import Attempt, Execution, FailedExecution, Step, database
+from conductor_app.models import Attempt, Execution, FailedExecution, PublishedState, Step, database
 from conductor_app.states import StepStatus
 from conductor_app.store import clock
 from conductor_app.telling.asked import asked_for
@@ -23,6 +23,7 @@ from conductor_app.telling.mailbox import mailbox_of
 from conductor_app.telling.operations import Deed, read_deeds
 from conductor_app.telling.queues import with_queue
 from conductor_app.telling.situation import Situation
+from conductor_app.telling.state import progress_of, states_of
 from conductor_app.telling.steps import read_steps
 from conductor_app.telling.tags import tags_of_trees
 from conductor_app.telling.tree import (
@@ -34,6 +35,7 @@ from conductor_app.telling.tree import (
     read_with_ancestors,
 )
 from conductor_app.telling.withholding import as_seen, withhold
+from conductor_app.values.state import ExecutionState
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class Story:
     forks: Forks = field(default_factory=Forks)
     #: The open execution that has the unique key which it was given.
     key_holder: uuid.UUID | None = None
+    #: What it and others of its tree tell of themselves.
+    states: Mapping[uuid.UUID, PublishedState] = field(default_factory=dict)
 
     @property
     def now(self) -> dt.datetime:
@@ -88,6 +92,16 @@ class Story:
     def child_of(self, step: Step) -> Execution | None:
         """Return the child that stands behind a step, if it was read."""
         return self.tree.get(step.child_id) if step.child_id is not None else None
+
+    def progress_of(self, row: Execution) -> ExecutionState | None:
+        """Return how far it, or another one of its tree, is; ``None`` if that is not known."""
+        steps = self.steps if row.pk == self.execution.pk else self.waits.get(row.pk, ())
+        return progress_of(row, self.states.get(row.pk), steps)
+
+    @property
+    def published(self) -> str:
+        """What it publishes, as stored text; an empty one if nothing."""
+        return str(getattr(self.states.get(self.execution.pk), "published_text", ""))
 
     def error_of(self, step: Step) -> str | None:
         """Return the stored error of a step; of one whose child has failed, the child's."""
@@ -198,4 +212,5 @@ def tell(
         deeds=read_deeds(execution, seen),
         forks=read_forks(execution, seen),
         key_holder=holder_of_key(execution, seen),
+        states=states_of(tree, execution.pk),
     )

@@ -38,6 +38,7 @@ from conductor_app.values.arguments import check_instant
 from conductor_app.values.failures import dump_failure
 from conductor_app.values.limits import Limit
 from conductor_app.values.payloads import dump_options, loads, round_trip
+from conductor_app.values.state import Told
 from conductor_app.values.texts import shown
 
 P = ParamSpec("P")
@@ -56,6 +57,7 @@ def run(
     deadline: dt.datetime | None = None,
     calls: list[StepCall] | None = None,
     tags: dict[str, str] | None = None,
+    state: dict[str, Any] | None = None,
 ) -> R:
     """Run one durable body alone, and return its result or raise its error.
 
@@ -85,6 +87,8 @@ def run(
         deadline: What ``ctx.deadline`` says; nothing is cancelled.
         calls: A list that gets a ``StepCall`` for each thing that the body does, in order.
         tags: A dict that gets the tags of the tree, beside those that it has already.
+        state: A dict that gets what the body tells: ``done``, ``total`` and ``note`` of its last ``ctx.progress``, and
+            ``published``, what it published by key.
 
     Returns:
         The body's result, after a JSON round trip.
@@ -102,6 +106,7 @@ def run(
     outcomes = Outcomes(children or {}, steps or {}, events or {}, [] if calls is None else calls, _run)
     outcomes.tags = {} if tags is None else tags
     outcomes.deadline = None if deadline is None else check_instant(deadline, "deadline of run()")
+    outcomes.state = {} if state is None else state
     options = {} if scheduled_at is None else {"scheduled_at": check_instant(scheduled_at, "scheduled_at of run()")}
     result: R = _run(body, args, kwargs, outcomes, attempt, options)
     return result
@@ -160,6 +165,7 @@ def _run_once(context: _MemoryContext, execution: Execution) -> tuple[bool, Any,
         failed = ended.error
     except Exception as error:  # noqa: BLE001 - the body may raise anything
         failed = error
+    context._tell_last()
     if (found := context._left_open(failed)) and failed is None:
         raise unclean(execution.task, found)
     return not is_suspended, value, failed
@@ -226,6 +232,14 @@ class _MemoryJournal:
 
     def tag(self, tags: Mapping[str, str]) -> None:
         self._outcomes.tag(tags)
+
+    def told(self) -> Told | None:
+        return self._outcomes.told
+
+    def tell(self, told: Told, *, is_new: bool, waits: bool) -> bool:
+        del is_new, waits
+        self._outcomes.tell(told)
+        return True
 
     def outcomes_of_map(self, remembered: Memory) -> list[ChildOutcome]:
         return self._outcomes.maps[remembered.name]

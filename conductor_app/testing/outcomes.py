@@ -27,6 +27,7 @@ from conductor_app.transitions import AwaitEvent, Gather, Invocation, Map, NewEx
 from conductor_app.transitions.steps import ChildOutcome, Memory
 from conductor_app.values.failures import describe, dump_failure
 from conductor_app.values.payloads import dumps, loads, round_trip
+from conductor_app.values.state import Told
 from conductor_app.values.tags import check_number
 from conductor_app.values.texts import shown
 
@@ -108,11 +109,15 @@ class Outcomes:
         self.tags: dict[str, str] = {}
         #: What ``ctx.deadline`` says.
         self.deadline: dt.datetime | None = None
+        #: What the body has told, and what the test sees of that.
+        self.told: Told | None = None
+        self.state: dict[str, Any] = {}
 
     def for_another_body(self) -> Outcomes:
         """Return the same for the body of a child, whose steps may have the same names."""
         other = copy.copy(self)
         other._started, other.maps = {}, {}
+        other.told, other.state = None, {}
         return other
 
     def function(self, step: str, fn: Callable[P, R]) -> Callable[P, R]:
@@ -132,6 +137,11 @@ class Outcomes:
         """Do what is done to the tags of a tree in production."""
         check_number({**self.tags, **tags}, "these tags")
         self.tags.update(tags)
+
+    def tell(self, told: Told) -> None:
+        """Keep what the body has told, and show it to the test."""
+        self.told = told
+        self.state.update(done=told.done, total=told.total, note=told.note, published=dict(told.published))
 
     def start(self, wait: Invocation) -> Memory:
         """Return what is remembered of a started child: its outcome is asked for when it is gathered."""

@@ -1748,8 +1748,8 @@ MUTANTS = [
     Mutant(
         "end a body that has caught a step's failure before that is remembered",
         "body/run.py",
-        "        self.flush()\n        self._lease_must_hold()\n\n    def _must",
-        "        self._lease_must_hold()\n        self.flush()\n\n    def _must",
+        "        self.flush()\n        self._lease_must_hold()\n        self._pass_on()\n\n    def _tell",
+        "        self._lease_must_hold()\n        self.flush()\n        self._pass_on()\n\n    def _tell",
         (REMEMBERED,),
     ),
     Mutant(
@@ -1762,8 +1762,8 @@ MUTANTS = [
     Mutant(
         "let a checkpoint end a body that has caught a step's failure before that is remembered",
         "body/context.py",
-        "        self.flush()\n        self._lease_must_hold()\n        self._give_way()",
-        "        self._lease_must_hold()\n        self._give_way()",
+        "        self.flush()\n        self._lease_must_hold()\n        self._pass_on()\n        self._give_way()",
+        "        self._lease_must_hold()\n        self._pass_on()\n        self._give_way()",
         (REMEMBERED,),
     ),
     Mutant(

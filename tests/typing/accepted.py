@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import uuid
+from collections.abc import Mapping
 from typing import Any, assert_type
 
 from celery import shared_task
@@ -56,6 +57,7 @@ def many() -> None:
 
 async def in_an_event_loop(execution: Execution) -> None:
     assert_type(await charge.adelay(7, note="n"), DurableResult[dict[str, int]])
+    assert_type(await api.astate("id"), api.ExecutionState)
     result = await charge.aapply_async((7,), countdown=5, idempotency_key="k", tags={"a": "b"})
     assert_type(result, DurableResult[dict[str, int]])
     assert_type(await charge.astart_many([7], unique_keys=["a"]), list[DurableResult[dict[str, int]]])
@@ -80,6 +82,9 @@ def settle(ctx: ExecutionContext) -> None: ...
 @durable_task(tags={"kind": "refund"})
 def tagged(ctx: ExecutionContext, order_id: int) -> None:
     ctx.tag("order", str(order_id))
+    ctx.progress(1, 2.5, "half")
+    ctx.progress(1, note="begun")
+    ctx.publish("receipt", {"id": 7})
 
 
 @durable_task(tags=lambda order_id: {"order": str(order_id)})
@@ -162,6 +167,12 @@ def outside() -> None:
     charge.apply_async((1,), deadline=dt.timedelta(hours=1))
     api.tag("id", {"tenant": "a", "order": None})
     assert_type(api.get_tags("id"), dict[str, str])
+    state = api.state("id")
+    assert_type(state, api.ExecutionState)
+    assert_type(state.done, int | float | None)
+    assert_type(state.fraction, float | None)
+    assert_type(state.published, Mapping[str, Any])
+    assert_type(state.as_dict(), dict[str, Any])
     result = refund.delay(1)
     assert_type(api.cancel(result, reason="no stock"), bool)
     api.cancel(result.id)

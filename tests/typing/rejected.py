@@ -100,6 +100,7 @@ def outside() -> None:
     charge.apply_async((1,), tags={"order": 7})  # E: dict-item
     durable_task(tags="order")  # E: call-overload
     api.tag("id", {"order": 7})  # E: dict-item
+    api.state(7)  # E: arg-type
     wrong: int = charge.delay(1).get()  # E: assignment
     api.cancel(7)  # E: arg-type
     api.cancel("id", reason=5)  # E: arg-type

@@ -36,6 +36,7 @@ from conductor_app.telling.history import history, shortened
 from conductor_app.telling.keys import shown_key
 from conductor_app.telling.labels import STEP_MARKS, label
 from conductor_app.telling.mailbox import unclaimed
+from conductor_app.telling.state import counted, progress_document
 from conductor_app.telling.steps import MOST_STEPS
 from conductor_app.telling.stops import document_of_hold, document_of_pause
 from conductor_app.telling.story import Story, read
@@ -165,6 +166,10 @@ def _facts(story: Story) -> Table:
         rows.append(("waits for the end of", execution.predecessor))
     if story.tags:
         rows.append(("tags", ", ".join(f"{key}={value}" for key, value in story.tags.items())))
+    if (progress := story.progress_of(execution)) is not None:
+        rows.append(("progress", counted(progress)))
+    if story.published:
+        rows.append(("published", _short(readable(story.published), LONG_PREVIEW)))
     if story.forks.forked_from is not None:
         rows.append(("forked from", f'{story.forks.forked_from}, before step "{story.forks.before}"'))
     for fork, before in story.forks.forks.items():
@@ -216,6 +221,8 @@ def _node(row: Execution, story: Story) -> Text:
     text.append(" ").append_text(status(shape.mark, shape.word))
     if row.attempt > 1:
         text.append(f" attempt {labels.attempts(row)}")
+    if not row.is_final and (progress := story.progress_of(row)) is not None:
+        text.append_text(plain(f" {counted(progress)}"))
     if row.started_at is not None and row.finished_at is not None:
         text.append(f" {duration((row.finished_at - row.created_at).total_seconds())}", style="dim")
     text.append(f" {row.pk}", style="dim")
@@ -345,6 +352,8 @@ def _document(story: Story) -> dict[str, Any]:
             "unique_key_holder": story.key_holder,
             "waits_for_end_of": execution.predecessor,
             "tags": dict(story.tags),
+            "progress": progress_document(story.progress_of(execution)),
+            "published": _value(story.published or None),
             **story.forks.document(),
             "payload": _value(execution.payload),
             "result": _value(execution.result),
