@@ -10,6 +10,7 @@ ROWS = "tests/moves/test_rows.py"
 PARALLEL = "tests/integration/test_parallel.py"
 EVENTS = "tests/integration/test_events.py"
 TAGS = "tests/integration/test_tags.py"
+STATE = "tests/integration/test_state.py"
 UNIQUE = "tests/integration/test_unique.py"
 UNIQUE_MANY = "tests/integration/test_start_many_unique.py"
 UNIQUE_TOGETHER = "tests/integration/test_unique_together.py"
@@ -39,6 +40,7 @@ INTERRUPTED = "tests/integration/test_interrupted_statements.py"
 FAN_IN = "tests/races/test_fan_in.py"
 RACING_EVENTS = "tests/races/test_events.py"
 RACING_TAGS = "tests/races/test_tags.py"
+RACING_STATES = "tests/races/test_states.py"
 HOLDERS = "tests/races/test_holders.py"
 LOCKED_ROWS = "tests/races/test_locked_rows.py"
 OPERATORS = "tests/races/test_operators.py"
@@ -756,6 +758,97 @@ MUTANTS = [
         "        Tag.objects.using(using).filter(root_id__in=ids).order_by()._raw_delete(using)",
         "        pass",
         (TAGS,),
+    ),
+    Mutant(
+        "let a zombie tell how far it is",
+        "transitions/stating.py",
+        'Lock("held", Execution, parts.HELD, ',
+        'Lock("held", Execution, Q(id=given(Execution, "id")), ',
+        (STATE,),
+    ),
+    Mutant(
+        "let a body wait for a lock before it may tell",
+        "transitions/stating.py",
+        "skips_locked=not waits)",
+        "skips_locked=False)",
+        (RACING_STATES,),
+    ),
+    Mutant(
+        "lose a run's last word to a lock",
+        "transitions/stating.py",
+        "skips_locked=not waits)",
+        "skips_locked=True)",
+        (RACING_STATES,),
+    ),
+    Mutant(
+        "tell twice what was told before the look",
+        "transitions/stating.py",
+        "        is_stored = write(is_new=False)",
+        "        raise",
+        (STATE,),
+    ),
+    Mutant(
+        "let a replay move the bar back",
+        "body/run.py",
+        "        note(is_replay)",
+        "        note(False)",
+        (STATE,),
+    ),
+    Mutant(
+        "store what a body tells at each call",
+        "body/state.py",
+        "return self.is_pending and time.monotonic() >= self._is_due_from",
+        "return self.is_pending",
+        (STATE,),
+    ),
+    Mutant(
+        "forget the last word of a run",
+        "engine/executor.py",
+        "    context._tell_last()",
+        "    pass",
+        (STATE,),
+    ),
+    Mutant(
+        "fail a body that tells while the database is away",
+        "body/state.py",
+        "        except _AWAY as error:\n            self._rest(error)\n            return",
+        "        except ZeroDivisionError as error:\n            self._rest(error)\n            return",
+        (STATE,),
+    ),
+    Mutant(
+        "write what a body tells into a transaction of its own",
+        "body/run.py",
+        "if self._teller.is_due and not self._watch.added():",
+        "if self._teller.is_due:",
+        (STATE,),
+    ),
+    Mutant(
+        "forget what a fork or a lost run told before its last step",
+        "body/state.py",
+        "if not self.is_pending and self.is_used and may_have_missed:",
+        "if False:",
+        (STATE,),
+    ),
+    Mutant(
+        "let a state grow from run to run",
+        "body/state.py",
+        "(told if is_replay else told.over(self._before())).check_size()",
+        "told.check_size()",
+        (STATE,),
+    ),
+    Mutant(
+        "show what is published to those who may not see payloads",
+        "admin/page.py",
+        "if story.published and may_see_payloads(request):",
+        "if story.published:",
+        (STATE,),
+    ),
+    Mutant(
+        "leave states behind",
+        "engine/pruner.py",
+        "FailedExecution, Fork, Place, PublishedState):",
+        "FailedExecution, Fork, Place):",
+        (STATE,),
     ),
     Mutant(
         "take an event twice",
