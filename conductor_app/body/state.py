@@ -35,6 +35,8 @@ class Teller:
         #: What is stored, since this run has looked.
         self._stored: Told | None = None
         self._has_looked = False
+        #: How many bytes all published values have, as far as they have been counted: of a replay, and of all.
+        self._sizes: dict[bool, int] = {}
         self._is_due_from = 0.0
         #: Whether the body has told anything, now or in a replay.
         self.is_used = False
@@ -67,8 +69,11 @@ class Teller:
 
     def _note(self, told: Told, is_replay: bool) -> None:
         said = self._said(is_replay)
-        if told.note != said.note or told.published is not said.published:  # counts have no size, and there are many
-            (told if is_replay else told.over(self._before())).check_size()
+        is_published = told.published is not said.published
+        # Counts have no size, and a body in a loop tells nothing else, or another note each time.
+        if is_published or told.note != said.note:
+            known = None if is_published else self._sizes.get(is_replay)
+            self._sizes[is_replay] = (told if is_replay else told.over(self._before())).check_size(known)
         if is_replay:
             self._replayed = told
         else:
@@ -86,6 +91,7 @@ class Teller:
         try:
             self._stored = journal.told()
             self._has_looked = True
+            self._sizes.clear()
         except _AWAY as error:
             self._rest(error)
 

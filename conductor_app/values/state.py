@@ -67,18 +67,23 @@ class Told:
         """Return the published values as they are stored; an empty text if there are none."""
         return dumps(dict(self.published), "published values") if self.published else ""
 
-    def check_size(self) -> None:
-        """Refuse what is too large in all.
+    def check_size(self, published: int | None = None) -> int:
+        """Refuse what is too large in all; return how many bytes the published values have.
+
+        Args:
+            published: That, if it is known.
 
         Raises:
             PayloadTooLarge: It is.
         """
-        size = len(self.note.encode("utf-8", "replace")) + len(self.text())
+        published = len(self.text()) if published is None else published
+        size = len(self.note.encode("utf-8", "replace")) + published
         if size > MOST_BYTES:
             raise PayloadTooLarge(
                 f"All that an execution tells (ctx.progress, ctx.publish) may have {MOST_BYTES} bytes; this would make "
                 f"{size}. Publish what a page shows, and keep the rest in a result or a model of your own."
             )
+        return published
 
     def info(self) -> dict[str, Any]:
         """Return what ``AsyncResult.info`` says of it."""

@@ -21,6 +21,7 @@ from tests.app import (  # noqa: F401 - registers their tasks
     shapes,
     stops,
     stored,
+    telling,
     versions,
 )
 from tests.app.models import Ledger

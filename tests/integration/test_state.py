@@ -369,6 +369,22 @@ def test_the_function_of_a_step_may_tell(written: list[Told]) -> None:
     assert [told.done for told in written] == [1, 3]
 
 
+def test_an_atomic_step_does_not_take_what_is_told_along(written: list[Told], unthrottled: None) -> None:
+    @durable
+    def importing(ctx: ExecutionContext) -> None:
+        def fails() -> None:
+            ctx.progress(1)
+            assert not written
+            raise ValueError("undone")
+
+        with pytest.raises(ValueError, match="undone"):
+            ctx.atomic_step("rows", fails)
+        ctx.checkpoint()
+        assert [told.done for told in written] == [1]
+
+    assert run(importing).status == "succeeded"
+
+
 def test_nothing_is_written_in_a_transaction_of_the_bodys(written: list[Told]) -> None:
     @durable
     def inside(ctx: ExecutionContext) -> None:

@@ -832,8 +832,8 @@ MUTANTS = [
     Mutant(
         "let a state grow from run to run",
         "body/state.py",
-        "(told if is_replay else told.over(self._before())).check_size()",
-        "told.check_size()",
+        "(told if is_replay else told.over(self._before())).check_size(known)",
+        "told.check_size(known)",
         (STATE,),
     ),
     Mutant(
