@@ -34,7 +34,7 @@ from conductor_app.telling.limits import with_limit
 from conductor_app.telling.operations import read_deeds
 from conductor_app.telling.queues import with_queue
 from conductor_app.telling.situation import Situation
-from conductor_app.telling.state import progress_document, progress_of, states_of
+from conductor_app.telling.state import progress_document, progress_of, stored_state
 from conductor_app.telling.stops import document_of_pause
 from conductor_app.telling.tags import tags_of_trees
 from conductor_app.telling.withholding import withhold
@@ -330,8 +330,7 @@ class ExecutionAdmin(ExecutionActions, ExecutionPage):
         situation = with_queue(Situation(row, now, steps=own, tree=family, failures=failures), seen)
         situation = with_limit(situation, seen)
         said = headline(situation)
-        stored = states_of([row.pk], row.pk).get(row.pk)
-        published: str | None = getattr(stored, "published_text", None)
+        told = stored_state(row.pk)
         failure = failures.get(row.pk)
         return {
             **document(row, now, situation.pending),
@@ -350,7 +349,7 @@ class ExecutionAdmin(ExecutionActions, ExecutionPage):
             "cancel_reason": row.cancel_reason or None,
             "paused": None if situation.paused is None else document_of_pause(situation.paused),
             "tags": tags_of_trees([root_id])[root_id],
-            "progress": progress_document(progress_of(row, stored, own), with_note=is_open),
+            "progress": progress_document(progress_of(row, told, own), with_note=is_open),
             **read_forks(row, seen).document(),
             "error": row.error_message or None,
             "error_class": load_failure(row.error).type if row.error else None,
@@ -384,7 +383,7 @@ class ExecutionAdmin(ExecutionActions, ExecutionPage):
             "children": [document(child, now, []) for child in family.values()],
             "children_are_complete": len(children) <= MOST_CHILDREN,
             **({name: masked(getattr(row, name)) for name in self.payload_fields} if is_open else {}),
-            **({"published": masked(published)} if is_open else {}),
+            **({"published": masked(told.published if told else None)} if is_open else {}),
         }
 
 

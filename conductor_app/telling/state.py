@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
-
-from django.db.models import Case, F, TextField, Value, When
 
 from conductor_app.models import Execution, PublishedState, Step, database
 from conductor_app.states import ExecutionStatus, StepStatus
 from conductor_app.values.state import ChildrenProgress, ExecutionState, read_told
 
+#: The columns of what an execution tells.
+TOLD = ("done", "total", "note", "published", "updated_at")
+
 
 def read_state(execution_id: uuid.UUID) -> ExecutionState | None:
     """Return how an execution stands, and what it tells; ``None`` if there is none."""
     rows = Execution.objects.using(database()).filter(pk=execution_id).select_related("published_state")
-    told = (f"published_state__{name}" for name in ("done", "total", "note", "published", "updated_at"))
-    row = rows.only("status", *told).first()
+    row = rows.only("status", *(f"published_state__{name}" for name in TOLD)).first()
     if row is None:
         return None
     children = children_of(execution_id) if row.status == ExecutionStatus.WAITING else None
@@ -66,16 +66,9 @@ def children_progress(step: str, total: int | None, remaining: int | None) -> Ch
     return ChildrenProgress(step, (total or 0) - (remaining or 0), total or 0)
 
 
-def states_of(execution_ids: Iterable[uuid.UUID], own: uuid.UUID) -> Mapping[uuid.UUID, PublishedState]:
-    """Return what some executions tell, in one query; of what they publish that of one.
-
-    Args:
-        execution_ids: Which ones.
-        own: Of which one to read what it publishes.
-    """
-    rows = PublishedState.objects.using(database()).filter(pk__in=set(execution_ids)).defer("published")
-    text = Case(When(pk=own, then=F("published")), default=Value(""), output_field=TextField())
-    return {row.pk: row for row in rows.annotate(published_text=text)}
+def stored_state(execution_id: uuid.UUID) -> PublishedState | None:
+    """Return what an execution tells, as it is stored."""
+    return PublishedState.objects.using(database()).filter(pk=execution_id).first()
 
 
 def progress_of(row: Execution, stored: PublishedState | None, steps: Iterable[Step]) -> ExecutionState | None:

@@ -23,7 +23,7 @@ from conductor_app.telling.mailbox import mailbox_of
 from conductor_app.telling.operations import Deed, read_deeds
 from conductor_app.telling.queues import with_queue
 from conductor_app.telling.situation import Situation
-from conductor_app.telling.state import progress_of, states_of
+from conductor_app.telling.state import TOLD, progress_of
 from conductor_app.telling.steps import read_steps
 from conductor_app.telling.tags import tags_of_trees
 from conductor_app.telling.tree import (
@@ -72,7 +72,7 @@ class Story:
     #: The open execution that has the unique key which it was given.
     key_holder: uuid.UUID | None = None
     #: What it and others of its tree tell of themselves.
-    states: Mapping[uuid.UUID, PublishedState] = field(default_factory=dict)
+    states: Mapping[uuid.UUID, PublishedState | None] = field(default_factory=dict)
 
     @property
     def now(self) -> dt.datetime:
@@ -101,7 +101,7 @@ class Story:
     @property
     def published(self) -> str:
         """What it publishes, as stored text; an empty one if nothing."""
-        return str(getattr(self.states.get(self.execution.pk), "published_text", ""))
+        return str(getattr(self.states.get(self.execution.pk), "published", ""))
 
     def error_of(self, step: Step) -> str | None:
         """Return the stored error of a step; of one whose child has failed, the child's."""
@@ -171,13 +171,16 @@ def tell(
     now = clock.read(database())
     if whole:
         rows = Execution.objects.using(database()).filter(root_id=execution.root_id).order_by("created_at", "id")
-        tree = {row.pk: row for row in rows.only(*TREE_FIELDS, "error")}
+        told = (f"published_state__{name}" for name in TOLD)
+        tree = {row.pk: row for row in rows.select_related("published_state").only(*TREE_FIELDS, "error", *told)}
+        states = {key: getattr(row, "published_state", None) for key, row in tree.items()}
         picked = Picked(keys=list(tree), lanes=[], nodes=len(tree), children={})
     else:
         picked = pick(execution, seen)
         cause = own.root_cause_id if own is not None else None
         keys = {execution.pk, *picked.keys, *([] if cause is None else [cause])}
-        tree = {row.pk: row for row in read_with_ancestors(sorted(keys))}
+        tree = {row.pk: row for row in read_with_ancestors(sorted(keys), execution.pk)}
+        states = {key: getattr(row, "told", None) for key, row in tree.items()}
     tree[execution.pk] = execution
     steps, waits = read_steps(execution, picked.lanes, preview, whole=whole)
     attempts, attempts_of = read_attempts(execution, picked.lanes, whole=whole)
@@ -212,5 +215,5 @@ def tell(
         deeds=read_deeds(execution, seen),
         forks=read_forks(execution, seen),
         key_holder=holder_of_key(execution, seen),
-        states=states_of(tree, execution.pk),
+        states=states,
     )

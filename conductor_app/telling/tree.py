@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from django.db import connections
 from django.db.models import Case, Count, F, IntegerField, Q, QuerySet, Sum, When, Window
 from django.db.models.functions import RowNumber
 
-from conductor_app.models import Execution, database
+from conductor_app.models import Execution, PublishedState, database
 from conductor_app.states import OPEN_STATUSES, ExecutionStatus
 from conductor_app.telling.errors import ERROR_LENGTH, whole_failure
 from conductor_app.telling.situation import Census
@@ -136,22 +136,39 @@ def _one_if(**condition: Any) -> Case:
     return Case(When(**condition, then=1), default=0, output_field=IntegerField())
 
 
-def read_with_ancestors(keys: list[uuid.UUID]) -> Iterator[Execution]:
-    """Read executions and all that stand above them: the way from the root to each is never cut."""
+def read_with_ancestors(keys: list[uuid.UUID], own: uuid.UUID) -> Iterator[Execution]:
+    """Read executions and all that stand above them: the way from the root to each is never cut.
+
+    Each has ``told``, its ``PublishedState`` without the instant, or ``None``.
+
+    Args:
+        keys: Which ones.
+        own: Of which one to read what it publishes.
+    """
     connection = connections[database()]
     meta = Execution._meta
     quote = connection.ops.quote_name
     columns = [field.column for field in meta.concrete_fields if field.attname in TREE_FIELDS]
     table, names = quote(meta.db_table), ", ".join(f"e.{quote(str(column))}" for column in columns)
+    states = quote(PublishedState._meta.db_table)
     places = ", ".join(["%s"] * len(keys))
     # UNION, not UNION ALL: it ends with rows that point at each other, which nothing but an UPDATE by hand makes.
     sql = (
         f"WITH RECURSIVE up (id, parent_id) AS ("  # noqa: S608 - names of our own table
         f"SELECT id, parent_id FROM {table} WHERE id IN ({places}) UNION "
         f"SELECT a.id, a.parent_id FROM {table} a JOIN up ON a.id = up.parent_id) "
-        f"SELECT {names}, SUBSTR(e.error, 1, {ERROR_LENGTH}) AS error_head FROM up JOIN {table} e ON e.id = up.id"
+        f"SELECT {names}, SUBSTR(e.error, 1, {ERROR_LENGTH}) AS error_head, "
+        f"s.done AS told_done, s.total AS told_total, s.note AS told_note, "
+        f"CASE WHEN e.id = %s THEN s.published ELSE '' END AS told_published "
+        f"FROM up JOIN {table} e ON e.id = up.id LEFT JOIN {states} s ON s.execution_id = e.id"
     )
-    params = [meta.pk.get_db_prep_value(key, connection) for key in keys]
-    for row in Execution.objects.using(database()).raw(sql, params):
-        row.error = whole_failure(row.error_head)  # type: ignore[attr-defined]  # a column of the query
+    params = [meta.pk.get_db_prep_value(key, connection) for key in [*keys, own]]
+    found: Iterable[Any] = Execution.objects.using(database()).raw(sql, params)
+    for row in found:
+        row.error = whole_failure(row.error_head)
+        row.told = None
+        if row.told_note is not None:
+            row.told = PublishedState(
+                done=row.told_done, total=row.told_total, note=row.told_note, published=row.told_published
+            )
         yield row
