@@ -7,6 +7,7 @@ import datetime as dt
 import math
 from collections.abc import Iterator
 from decimal import Decimal
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from django.test.utils import CaptureQueriesContext
 from conductor_app import ExecutionContext, api, testing, transitions
 from conductor_app.body import state as telling
 from conductor_app.body.journal import DatabaseJournal
+from conductor_app.body.state import INTERVAL_SECONDS
 from conductor_app.engine import pruner
 from conductor_app.exceptions import (
     BlockingCallInEventLoop,
@@ -41,9 +43,20 @@ pytestmark = pytest.mark.django_db
 
 
 @pytest.fixture(autouse=True)
-def clock_as_it_is() -> Iterator[None]:
+def one_write_and_the_last(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """However long the machine stalls, no second passes within a run."""
+    monkeypatch.setattr(telling, "INTERVAL_SECONDS", 3_600.0)
     yield
     clock.reset()
+
+
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The monotonic clock by which a run writes, to be set."""
+    seconds = [100.0]
+    monkeypatch.setattr(telling, "INTERVAL_SECONDS", INTERVAL_SECONDS)
+    monkeypatch.setattr(telling, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
+    return seconds
 
 
 @pytest.fixture
@@ -227,10 +240,7 @@ def test_a_run_writes_at_once_and_at_its_end_and_no_more_often_than_once_a_secon
     assert [told.done for told in written] == [1, 1_000]
 
 
-def test_a_second_later_it_is_written_again(written: list[Told], monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr(telling.time, "monotonic", lambda: now[0])
-
+def test_a_second_later_it_is_written_again(written: list[Told], now: list[float]) -> None:
     @durable
     def slowly(ctx: ExecutionContext) -> None:
         for row in range(10):
@@ -241,10 +251,7 @@ def test_a_second_later_it_is_written_again(written: list[Told], monkeypatch: py
     assert [told.done for told in written] == [0, 3, 6, 9]
 
 
-def test_a_later_call_passes_on_what_waited(written: list[Told], monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr(telling.time, "monotonic", lambda: now[0])
-
+def test_a_later_call_passes_on_what_waited(written: list[Told], now: list[float]) -> None:
     def second() -> None:
         now[0] += 1
 
