@@ -34,7 +34,7 @@ from conductor_app.telling.state import read_state
 from conductor_app.transitions import operating
 from conductor_app.values.arguments import check_duration
 from conductor_app.values.payloads import dumps
-from conductor_app.values.state import ExecutionState
+from conductor_app.values.state import ExecutionState as ExecutionState  # noqa: PLC0414 - for users to name
 from conductor_app.values.tags import check_changes
 from conductor_app.values.texts import shown
 
