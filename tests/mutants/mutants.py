@@ -2292,16 +2292,23 @@ MUTANTS = [
     Mutant(
         "give away the place of a dead worker's execution",
         "transitions/limiting.py",
-        "Q(state=PlaceState.GRANTED) | Q(Exists(lost))",
-        "Q(state=PlaceState.GRANTED)",
+        "(is_granted & _may_begin()) | Q(Exists(lost))",
+        "(is_granted & _may_begin())",
         ("tests/integration/test_limits.py",),
     ),
     Mutant(
         "let a claim pass that has been handed out",
         "transitions/limiting.py",
-        "Q(state=PlaceState.GRANTED) | Q(Exists(lost))",
+        "(is_granted & _may_begin()) | Q(Exists(lost))",
         "Q(Exists(lost))",
         ("tests/integration/test_limits.py",),
+    ),
+    Mutant(
+        "count a place that was granted to one which people keep from beginning",
+        "transitions/limiting.py",
+        "(is_granted & _may_begin()) | Q(Exists(lost))",
+        "is_granted | Q(Exists(lost))",
+        ("tests/integration/test_flow_together.py",),
     ),
     Mutant(
         "hand on no place of a run",
