@@ -32,6 +32,8 @@ ALERT_RULES = (
     "ConductorTasksFail",
     "ConductorRunsAreLost",
     "ConductorNobodySweeps",
+    "ConductorParkedForLong",
+    "ConductorSchedulesAreOverdue",
     "ConductorGaugesAreMissing",
     "ConductorWakeupHealed",
 )

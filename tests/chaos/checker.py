@@ -20,7 +20,7 @@ from conductor_app.values.limits import Limit, limits_of
 from tests.app.models import Ledger
 from tests.chaos import tasks
 from tests.chaos.nemesis import FROZEN_SECONDS, Act, Nemesis
-from tests.chaos.operators import LAST_WINS, SCHEDULED, Operator, name_of
+from tests.chaos.operators import LAST_WINS, SCHEDULED, Operator
 from tests.chaos.workload import Root
 from tests.support import history, invariants
 
@@ -233,8 +233,7 @@ def _of_keys(accepted: Iterable[uuid.UUID], last_numbers: Mapping[str, int]) -> 
 
 def _of_schedules(instants: Mapping[str, set[dt.datetime]]) -> Iterator[str]:
     """Each instant that came was started once; or at most once, if it may be left out."""
-    for task in SCHEDULED:
-        name = name_of(task)
+    for task, name in SCHEDULED.items():
         rows = list(Execution.objects.filter(task=task.name))
         started = Counter(row.get_options().get("scheduled_at") for row in rows)
         for instant, times in started.items():

@@ -24,7 +24,7 @@ from conductor_app.store import clock
 from tests.app.models import Ledger
 from tests.chaos import checker, soak, tasks
 from tests.chaos.nemesis import Act
-from tests.chaos.operators import SCHEDULED, name_of
+from tests.chaos.operators import SCHEDULED
 from tests.chaos.workload import Root
 from tests.support.executions import running
 from tests.support.proxy import Proxy
@@ -163,7 +163,7 @@ def test_the_checker_wants_keys_one_after_another_and_the_last_call_to_run() -> 
 @pytest.mark.django_db
 def test_the_checker_wants_each_tick_once() -> None:
     instant = clock.read("default")
-    none: dict[str, set[dt.datetime]] = {name_of(task): set() for task in SCHEDULED}
+    none: dict[str, set[dt.datetime]] = {name: set() for name in SCHEDULED.values()}
     assert list(checker._of_schedules(none)) == []
     assert list(checker._of_schedules({**none, "chaos-allow": {instant}})) == [
         f"Schedule chaos-allow has never started {instant}"
