@@ -155,9 +155,16 @@ def _rename_gathers(gathers: QuerySet[Any], old: str, new: str) -> None:
         before = loads(gather.result)
         if old in before:
             members = [new if name == old else name for name in before]
-            gather.name = gather_name(members, return_exceptions=not gather.fails_fast)
+            let_pass = getattr(gather, "max_failures", None)
+            need = None if let_pass is None else len(members) - let_pass
+            gather.name = gather_name(members, return_exceptions=not gather.fails_fast, need=need)
             gather.result = dumps(members, "members")
-            gather.save(update_fields=["name", "result"])
+            changed = ["name", "result"]
+            if getattr(gather, "counted", None):
+                counted = gather.counted.split(",")
+                gather.counted = ",".join(new if name == old else name for name in counted)
+                changed.append("counted")
+            gather.save(update_fields=changed)
 
 
 def _models(apps: Apps) -> tuple[Any, Any, Any]:

@@ -25,18 +25,36 @@ from conductor_app.values.texts import shown
 from conductor_app.values.uniqueness import OPTIONS
 
 R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+
+
+class Handle(Generic[R_co]):
+    """Something that a body can wait for beside others; good for the run of the body that got it."""
+
+    #: Name of its step.
+    step: str
+    #: The context of that run.
+    _context: Any
+
+    def result(self) -> R_co:
+        """Wait for it, and return its result or raise its error, as ``ctx.gather`` does for one handle."""
+        return cast(R_co, self._context._result_of(self))
+
+    def peek(self) -> bool:
+        """Tell, without waiting, whether it has ended, with a result or without; what was seen is remembered."""
+        return bool(self._context._peek(self))
 
 
 @dataclass(frozen=True)
-class ChildHandle(Generic[R]):
-    """A started child, for ``ctx.gather``; good for the run that got it from ``ctx.start``."""
+class ChildHandle(Handle[R_co]):
+    """A started child; good for the run that got it from ``ctx.start``."""
 
     #: Name of the step that started it.
     step: str
     #: Id of the child execution.
     execution_id: uuid.UUID | None
     #: The context of that run.
-    _context: object = field(repr=False, compare=False)
+    _context: Any = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -68,6 +86,22 @@ def check_parallel(value: object) -> int:
     count = _check_type(value, int, "max_parallel")
     if count < 1:
         raise InvalidArgument(f"max_parallel must be ≥ 1, got {count}; None is without limit")
+    return count
+
+
+def check_failures(value: object) -> int:
+    """Return ``max_failures`` of a map."""
+    count = _check_type(value, int, "max_failures")
+    if count < 0:
+        raise InvalidArgument(f"max_failures must be ≥ 0, got {count}; return_exceptions=True is without limit")
+    return count
+
+
+def check_need(value: object, number: int) -> int:
+    """Return ``need`` of a gather of ``number`` handles."""
+    count = _check_type(value, int, "need")
+    if not 1 <= count <= number:
+        raise InvalidArgument(f"need must be between 1 and the number of handles, {number}; got {count}")
     return count
 
 

@@ -16,6 +16,9 @@ from conductor_app.body import headers
 from conductor_app.body.children import (
     ChildHandle,
     ChildOptions,
+    Handle,
+    check_failures,
+    check_need,
     check_own_keys,
     check_parallel,
     check_payloads,
@@ -24,7 +27,7 @@ from conductor_app.body.children import (
     looks_like_milliseconds,
     resolve_child,
 )
-from conductor_app.body.names import check_name, gather_name, step_name
+from conductor_app.body.names import check_name, gather_name, peek_name, step_name
 from conductor_app.body.outcomes import child_error, outcome_of, outcomes_of_map
 from conductor_app.body.plain import Invocable
 from conductor_app.body.run import BodyRun
@@ -271,6 +274,7 @@ class ExecutionContext(BodyRun):
         timeout: float | dt.timedelta | None = ...,
         on_timeout: Literal["cancel", "abandon"] = ...,
         max_parallel: int | None = ...,
+        max_failures: None = ...,
         return_exceptions: Literal[False] = ...,
         queue: str | None = ...,
         priority: int | None = ...,
@@ -286,6 +290,7 @@ class ExecutionContext(BodyRun):
         timeout: float | dt.timedelta | None = ...,
         on_timeout: Literal["cancel", "abandon"] = ...,
         max_parallel: int | None = ...,
+        max_failures: int | None = ...,
         return_exceptions: bool = ...,
         queue: str | None = ...,
         priority: int | None = ...,
@@ -300,6 +305,7 @@ class ExecutionContext(BodyRun):
         timeout: float | dt.timedelta | None = None,
         on_timeout: Literal["cancel", "abandon"] = "cancel",
         max_parallel: int | None = None,
+        max_failures: int | None = None,
         return_exceptions: bool = False,
         queue: str | None = None,
         priority: int | None = None,
@@ -318,6 +324,8 @@ class ExecutionContext(BodyRun):
             timeout: Seconds, or a ``timedelta``, from the children's creation, for all of them together.
             on_timeout: ``"cancel"`` cancels the children that are late, ``"abandon"`` lets them go on.
             max_parallel: So many children may be in flight at once; the others are held back. ``None``: all.
+            max_failures: So many children may end without a result: ``ChildFailed`` or ``ChildCancelled`` is put in
+                their places, and the others go on. The next such end is raised.
             return_exceptions: Wait for all, and put ``ChildFailed``, ``ChildTimedOut`` or ``ChildCancelled`` in the
                 place of a result that there is not, instead of raising.
             queue: Celery queue of the children, instead of their task's own.
@@ -337,6 +345,9 @@ class ExecutionContext(BodyRun):
         given = ChildOptions(timeout, on_timeout, queue, priority)
         seconds, late, options = given.checked()
         parallel = None if max_parallel is None else check_parallel(max_parallel)
+        failures = None if max_failures is None else check_failures(max_failures)
+        if failures is not None and return_exceptions:
+            raise InvalidArgument(f"{call} got max_failures and return_exceptions. With the latter all may fail.")
         each = check_payloads(payloads, call)
         resolved = [
             self._resolve(*filled(child, payload, call, what := f"payloads[{number}]"), call, what)
@@ -368,22 +379,24 @@ class ExecutionContext(BodyRun):
             self._tag({key: value for new in children for key, value in new.tags.items()})
             fails_fast = not return_exceptions
             self._suspend(
-                transitions.Map(step, task, children, payload_digest, seconds, late, parallel, fails_fast),
+                transitions.Map(step, task, children, payload_digest, seconds, late, parallel, fails_fast, failures),
             )
         if remembered.is_pending:
             self._replayed -= 1
             self._suspend(transitions.Pending(step))
         self._lease_must_hold()
-        return self._map_outcome(remembered, return_exceptions=return_exceptions)
+        lets_pass = return_exceptions or failures is not None
+        return self._map_outcome(remembered, return_exceptions=return_exceptions, lets_pass=lets_pass)
 
-    def _map_outcome(self, remembered: steps.Memory, *, return_exceptions: bool) -> list[Any]:
+    def _map_outcome(self, remembered: steps.Memory, *, return_exceptions: bool, lets_pass: bool) -> list[Any]:
+        is_decided_by_one = not return_exceptions and remembered.status != StepStatus.SUCCEEDED
         with self._beyond_the_body():
-            if not return_exceptions and remembered.status != StepStatus.SUCCEEDED:
+            if is_decided_by_one:
                 outcomes: list[tuple[Any, ChildError | None]] = [(None, child_error(remembered))]
             else:
                 outcomes = outcomes_of_map(remembered, self._journal.outcomes_of_map(remembered))
         first = next((error for _, error in outcomes if error is not None), None)
-        if first is not None and not return_exceptions:
+        if first is not None and (is_decided_by_one or not lets_pass):
             raise first
         return [value if error is None else error for value, error in outcomes]
 
@@ -431,7 +444,7 @@ class ExecutionContext(BodyRun):
         self._lease_must_hold()
         return ChildHandle(remembered.name, remembered.child_id, self)
 
-    def gather(self, *handles: ChildHandle[Any], return_exceptions: bool = False) -> list[Any]:
+    def gather(self, *handles: Handle[Any], need: int | None = None, return_exceptions: bool = False) -> list[Any]:
         """Wait for started children and return their results, in the order of ``handles``.
 
         The worker is released, and the body runs again once: when all have ended, or when the first of them has failed
@@ -439,32 +452,29 @@ class ExecutionContext(BodyRun):
 
         Args:
             handles: What ``ctx.start`` returned in this run.
+            need: So many results are enough: those that came first are returned, and which ones these are is
+                remembered. The other children go on. It fails as soon as so many cannot be had any more.
             return_exceptions: Wait for all, and put ``ChildFailed``, ``ChildTimedOut`` or ``ChildCancelled`` in the
                 place of a result that there is not, instead of raising.
 
         Raises:
-            ChildFailed, ChildTimedOut, ChildCancelled: The outcome of the first child that has no result. The others
-                go on; those that no worker had started are cancelled.
+            ChildFailed, ChildTimedOut, ChildCancelled: The outcome of the first child that has no result; with ``need``
+                that of the one that made it impossible. The others go on; those that no worker had started are
+                cancelled.
         """
-        for handle in handles:
-            if not isinstance(handle, ChildHandle):
-                raise InvalidArgumentType(
-                    f"ctx.gather takes the handles that ctx.start returned, got {type(handle).__name__}. "
-                    "A list of them is passed as ctx.gather(*handles)."
-                )
-            if handle._context is not self:
-                raise InvalidArgument(
-                    f'The handle of step "{handle.step}" is of another run or execution. Call ctx.start in this run; '
-                    "it starts nothing twice."
-                )
-        names = list(dict.fromkeys(handle.step for handle in handles))
-        step = gather_name(names, return_exceptions=return_exceptions)
+        names = self._names_of(handles, "ctx.gather")
+        if need is not None:
+            if return_exceptions:
+                raise InvalidArgument("ctx.gather() got need and return_exceptions. With need, failures are let pass.")
+            need = check_need(need, len(names))
+        step = gather_name(names, return_exceptions=return_exceptions, need=need)
         self._enter(step, "ctx.gather()", may_repeat=True)
         if not names:
             return []
         remembered = self._recall(step, StepKind.GATHER)
         if remembered is None and any(self._memory[name].is_pending for name in names):
-            self._suspend(transitions.Gather(step, names, fails_fast=not return_exceptions))
+            let_pass = None if need is None else len(names) - need
+            self._suspend(transitions.Gather(step, names, fails_fast=not return_exceptions, max_failures=let_pass))
         if remembered is not None and remembered.is_pending:
             self._replayed -= 1
             self._suspend(transitions.Pending(step))
@@ -475,11 +485,70 @@ class ExecutionContext(BodyRun):
                 names = [name for name in names if self._memory[name].child_id == remembered.child_id]
                 if not names:
                     raise remembered.lost("cause")
+            elif need is not None:
+                names = self._needed(names, need, remembered)
             outcomes = {name: outcome_of(self._memory[name]) for name in names}
         first = next((error for _, error in outcomes.values() if error is not None), None)
         if first is not None and not return_exceptions:
             raise first
+        if need is not None:
+            return [value for value, _ in outcomes.values()]
         return [value if error is None else error for value, error in (outcomes[handle.step] for handle in handles)]
+
+    def _needed(self, names: list[str], need: int, remembered: steps.Memory | None) -> list[str]:
+        """Return which steps have given the results that were enough; all if there are not so many."""
+        if remembered is not None:
+            counted = set(remembered.counted_names)
+            return [name for name in names if name in counted]
+        # All had ended before they were gathered, so each replay finds the same.
+        succeeded = [name for name in names if self._memory[name].status == StepStatus.SUCCEEDED]
+        return succeeded[:need] if len(succeeded) >= need else names
+
+    def _names_of(self, handles: Sequence[object], call: str) -> list[str]:
+        """Check handles; return the names of their steps, each once."""
+        for handle in handles:
+            if not isinstance(handle, Handle):
+                raise InvalidArgumentType(
+                    f"{call} takes the handles that ctx.start returned, got {type(handle).__name__}. "
+                    f"A list of them is passed as {call}(*handles)."
+                )
+            if handle._context is not self:
+                raise InvalidArgument(
+                    f'The handle of step "{handle.step}" is of another run or execution. Call ctx.start in this run; '
+                    "it starts nothing twice."
+                )
+        return list(dict.fromkeys(cast(Handle[Any], handle).step for handle in handles))
+
+    def _result_of(self, handle: Handle[Any]) -> Any:
+        """Wait for one handle; for its ``result``."""
+        return self.gather(handle)[0]
+
+    def _peek(self, handle: Handle[Any]) -> bool:
+        """Tell whether the step of a handle is decided; for its ``peek``.
+
+        Only that it is not, is recorded. That it is, each replay finds again.
+        """
+        (step,) = self._names_of([handle], "handle.peek")
+        self._peeks[step] = number = self._peeks.get(step, 0) + 1
+        name = peek_name(step, number)
+        self._enter(name, "handle.peek()")
+        if name in self._memory:
+            self._recall(name, StepKind.STEP)
+            return False
+        if not self._memory[step].is_pending:
+            return True
+        self._recall(name, StepKind.STEP)
+        self._give_way()
+        with self._beyond_the_body():
+            found = self._journal.look(step, name)
+            if found is None:
+                raise self._memory[step].lost("row")
+            if not found.is_pending:
+                self._memory[step] = found
+                return True
+            self._memory[name] = self._journal.record(name, result="false")
+        self._replayed += 1
+        return False
 
     # --------------------------------------------------------------------------------------------------------- steps
 

@@ -44,6 +44,9 @@ class Journal(Protocol):
     def start_child(self, wait: transitions.Invocation) -> steps.Memory:
         """Start a child that the body does not wait for yet, and return what is remembered of it."""
 
+    def look(self, step: str, name: str) -> steps.Memory | None:
+        """Return what has become of a step by now; ``name`` is that of the look itself."""
+
     def find_deadlock(self, wanted: Sequence[tuple[Limit, str]]) -> tuple[Limit, str, uuid.UUID] | None:
         """Return for which place of a limit a new child would wait for ever, since this execution or one above has it.
 
@@ -131,6 +134,11 @@ class DatabaseJournal:
     def find_deadlock(self, wanted: Sequence[tuple[Limit, str]]) -> tuple[Limit, str, uuid.UUID] | None:
         """Ask the places of the tree."""
         return limiting.deadlock(self._execution, wanted)
+
+    def look(self, step: str, name: str) -> steps.Memory | None:
+        """Read it."""
+        del name
+        return transitions.patiently(lambda: steps.recall(self._execution.pk, step)).get(step)
 
     def start_child(self, wait: transitions.Invocation) -> steps.Memory:
         """Insert the child and its step."""

@@ -220,6 +220,9 @@ class _MemoryJournal:
     def start_child(self, wait: Invocation) -> Memory:
         return self._outcomes.start(wait)
 
+    def look(self, step: str, name: str) -> Memory | None:
+        return self._outcomes.look(step, name)
+
     def find_deadlock(self, wanted: Sequence[tuple[Limit, str]]) -> None:
         """One body alone waits for nobody."""
 

@@ -157,6 +157,13 @@ class Outcomes:
             timeout_seconds=wait.timeout,
         )
 
+    def look(self, step: str, name: str) -> Memory:
+        """Return what a look at a started child sees: it has ended, unless the test says ``False`` of that look."""
+        if name in self._steps and self._produce(self._steps[name], (), {}) is False:
+            wait = self._started[step]
+            return remember(step, StepKind.START, StepStatus.PENDING, task=wait.child.task, child_id=wait.child.id)
+        return self._settle_child(self._started[step], StepKind.START)
+
     def settle(self, wait: Wait, memory: dict[str, Memory]) -> None:
         """Put the outcome of what the body waits for into its memory."""
         if isinstance(wait, Invocation):
@@ -215,9 +222,10 @@ class Outcomes:
         # A failure comes before the end of the time.
         failed = [number for number, end in enumerate(ends) if end[0] in (StepStatus.FAILED, StepStatus.CANCELLED)]
         status, error, child_id = StepStatus.SUCCEEDED, None, None
-        if failed and wait.fails_fast:
-            status, _, error = ends[failed[0]]
-            child_id = wait.children[failed[0]].id
+        let_pass = wait.max_failures or 0
+        if len(failed) > let_pass and wait.fails_fast:
+            status, _, error = ends[failed[let_pass]]
+            child_id = wait.children[failed[let_pass]].id
         elif late:
             status = StepStatus.TIMED_OUT
         return remember(
@@ -304,9 +312,15 @@ class Outcomes:
 
 def _gathered(wait: Gather, members: list[Memory]) -> Memory:
     failed = [member for member in members if member.status != StepStatus.SUCCEEDED]
-    if not failed or not wait.fails_fast:
-        return remember(wait.step, StepKind.GATHER, StepStatus.SUCCEEDED, total=len(members))
-    return remember(wait.step, StepKind.GATHER, failed[0].status, child_id=failed[0].child_id, total=len(members))
+    let_pass = wait.max_failures or 0
+    if len(failed) > let_pass and wait.fails_fast:
+        cause = failed[let_pass]
+        return remember(wait.step, StepKind.GATHER, cause.status, child_id=cause.child_id, total=len(members))
+    counted = None
+    if wait.counts_some:
+        succeeded = [member.name for member in members if member.status == StepStatus.SUCCEEDED]
+        counted = "".join(f"{name}," for name in succeeded[: len(members) - let_pass])
+    return remember(wait.step, StepKind.GATHER, StepStatus.SUCCEEDED, counted=counted, total=len(members))
 
 
 def _key(key: object) -> str:

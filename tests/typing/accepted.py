@@ -16,6 +16,7 @@ from conductor_app import (
     ChildCancelled,
     ChildError,
     ChildFailed,
+    ChildHandle,
     ChildTimedOut,
     ConductorError,
     DurableTask,
@@ -123,6 +124,12 @@ def fulfil(ctx: ExecutionContext, order_id: int) -> str:
     assert_type(ctx.atomic_step("atomic", save, 1, receipt=named["id"]), list[str])
     assert_type(ctx.step("lambda", lambda: {"a": 1}), dict[str, int])
     assert_type(ctx.map("map", charge, [{"order_id": 1}]), list[dict[str, int]])
+    quote = ctx.start("quote", charge, {"order_id": 1})
+    assert_type(quote, ChildHandle[dict[str, int]])
+    assert_type(quote.result(), dict[str, int])
+    assert_type(quote.peek(), bool)
+    assert_type(ctx.gather(quote, ctx.start("refunded", refund), need=1), list[Any])
+    assert_type(ctx.map("some", charge, [{"order_id": 1}], max_failures=2), list[Any])
     assert_type(ctx.map("signatures", refund.s().set(queue="bulk"), [1, 2]), list[str])
     ctx.sleep("nap", 60)
     approval: dict[str, str] = ctx.wait_for("approval", "approved", timeout=dt.timedelta(days=3))

@@ -619,3 +619,42 @@ class PlainTest(unittest.TestCase):
     def test_a_body_runs_in_a_plain_test_case(self) -> None:
         result = run(fulfil, {"order_id": 7}, {"validate": {"total": 42}, "charge": ChildTimedOut})
         assert result["status"] == "pending"
+
+
+# ------------------------------------------------------------------------------------- waits that some members decide
+
+
+def _three(ctx: ExecutionContext) -> list[Any]:
+    return [ctx.start(name, scenarios.echo, {"value": name}) for name in ("a", "b", "c")]
+
+
+def test_a_gather_takes_the_first_results_that_are_enough() -> None:
+    children = {"a": ValueError("no"), "b": 2, "c": 3}
+    assert once(lambda ctx: ctx.gather(*_three(ctx), need=1), children) == [2]
+    assert once(lambda ctx: ctx.gather(*_three(ctx), need=2), children) == [2, 3]
+    with pytest.raises(ChildFailed, match="no"):
+        once(lambda ctx: ctx.gather(*_three(ctx), need=3), children)
+
+
+def test_a_map_lets_failures_pass() -> None:
+    outcomes = {"n": [1, ValueError("two"), ValueError("three")]}
+
+    def body(ctx: ExecutionContext, most: int) -> list[str]:
+        return [str(each) for each in ctx.map("n", scenarios.echo, [1, 2, 3], max_failures=most)]
+
+    assert once(lambda ctx: body(ctx, 2), outcomes) == [
+        "1",
+        "Child execution failed: two",
+        "Child execution failed: three",
+    ]
+    with pytest.raises(ChildFailed, match="three"):
+        once(lambda ctx: body(ctx, 1), outcomes)
+
+
+def test_a_look_sees_that_a_child_has_ended_unless_the_test_says_that_it_has_not() -> None:
+    def body(ctx: ExecutionContext) -> list[Any]:
+        handle = ctx.start("a", scenarios.echo, {"value": 1})
+        return [handle.peek(), handle.peek(), handle.result()]
+
+    assert once(body, {"a": 5}) == [True, True, 5]
+    assert once(body, {"a": 5}, steps={"peek(a)": False}) == [False, True, 5]
