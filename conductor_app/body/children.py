@@ -58,6 +58,28 @@ class ChildHandle(Handle[R_co]):
 
 
 @dataclass(frozen=True)
+class EventHandle(Handle[Any]):
+    """An event that is awaited beside other things; good for the run that got it from ``ctx.event``."""
+
+    #: Name of the step that takes it.
+    step: str
+    #: Name of the event.
+    event: str
+    #: The context of that run.
+    _context: Any = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class TimerHandle(Handle[None]):
+    """An instant that is awaited beside other things; good for the run that got it from ``ctx.timer``."""
+
+    #: Name of its step.
+    step: str
+    #: The context of that run.
+    _context: Any = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
 class ChildOptions:
     """What a call says about a child beside its payload, as it was given."""
 
@@ -103,6 +125,21 @@ def check_need(value: object, number: int) -> int:
     if not 1 <= count <= number:
         raise InvalidArgument(f"need must be between 1 and the number of handles, {number}; got {count}")
     return count
+
+
+#: Most members of a wait that not all of them decide.
+MAX_MEMBERS = 1_000
+
+
+def check_members(handles: Sequence[Any], names: Sequence[str], call: str) -> None:
+    """Refuse members that are none, too many, or the same twice."""
+    if not handles:
+        raise InvalidArgument(f"{call} got no handles. What is it to wait for?")
+    if len(handles) > MAX_MEMBERS:
+        raise InvalidArgument(f"{call} got {len(handles)} handles; the limit is {MAX_MEMBERS}.")
+    if len(names) < len(handles):
+        twice = next(name for name in names if sum(handle.step == name for handle in handles) > 1)
+        raise InvalidArgument(f'{call} got the handle of step "{twice}" twice. Pass each once.')
 
 
 def check_payloads(payloads: object, call: str) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar, cast, overload
 
 from celery import Task
@@ -16,8 +16,11 @@ from conductor_app.body import headers
 from conductor_app.body.children import (
     ChildHandle,
     ChildOptions,
+    EventHandle,
     Handle,
+    TimerHandle,
     check_failures,
+    check_members,
     check_need,
     check_own_keys,
     check_parallel,
@@ -27,7 +30,7 @@ from conductor_app.body.children import (
     looks_like_milliseconds,
     resolve_child,
 )
-from conductor_app.body.names import check_name, gather_name, peek_name, step_name
+from conductor_app.body.names import batch_name, check_name, gather_name, peek_name, step_name
 from conductor_app.body.outcomes import child_error, outcome_of, outcomes_of_map
 from conductor_app.body.plain import Invocable
 from conductor_app.body.run import BodyRun
@@ -41,10 +44,12 @@ from conductor_app.exceptions import (
     InvalidArgumentType,
     LimitDeadlock,
     MaxDepthExceeded,
+    NoneSucceeded,
     RetryExecution,
+    StepMismatch,
     class_path,
 )
-from conductor_app.states import StepKind, StepStatus
+from conductor_app.states import OnTimeout, StepKind, StepStatus
 from conductor_app.store import interrupted, observing
 from conductor_app.store.event_loops import finished
 from conductor_app.store.ids import derive_child_id
@@ -53,9 +58,11 @@ from conductor_app.values.arguments import check_duration, check_instant
 from conductor_app.values.failures import revive_in_body
 from conductor_app.values.payloads import digest, round_trip
 from conductor_app.values.tags import check_tags
+from conductor_app.values.texts import shown
 
 P = ParamSpec("P")
 R = TypeVar("R")
+H = TypeVar("H", bound=Handle[Any])
 
 #: ``ctx.checkpoint`` asks the database at most this often, in seconds.
 CHECKPOINT_INTERVAL_SECONDS = 1.0
@@ -445,13 +452,13 @@ class ExecutionContext(BodyRun):
         return ChildHandle(remembered.name, remembered.child_id, self)
 
     def gather(self, *handles: Handle[Any], need: int | None = None, return_exceptions: bool = False) -> list[Any]:
-        """Wait for started children and return their results, in the order of ``handles``.
+        """Wait for started children, events and timers; return their results, in the order of ``handles``.
 
         The worker is released, and the body runs again once: when all have ended, or when the first of them has failed
         for good.
 
         Args:
-            handles: What ``ctx.start`` returned in this run.
+            handles: What ``ctx.start``, ``ctx.event`` and ``ctx.timer`` returned in this run.
             need: So many results are enough: those that came first are returned, and which ones these are is
                 remembered. The other children go on. It fails as soon as so many cannot be had any more.
             return_exceptions: Wait for all, and put ``ChildFailed``, ``ChildTimedOut`` or ``ChildCancelled`` in the
@@ -472,9 +479,10 @@ class ExecutionContext(BodyRun):
         if not names:
             return []
         remembered = self._recall(step, StepKind.GATHER)
-        if remembered is None and any(self._memory[name].is_pending for name in names):
+        if remembered is None and any(self._is_open(name) for name in names):
             let_pass = None if need is None else len(names) - need
-            self._suspend(transitions.Gather(step, names, fails_fast=not return_exceptions, max_failures=let_pass))
+            more = _members(handles)
+            self._suspend(transitions.Gather(step, names, not return_exceptions, max_failures=let_pass, **more))
         if remembered is not None and remembered.is_pending:
             self._replayed -= 1
             self._suspend(transitions.Pending(step))
@@ -487,7 +495,8 @@ class ExecutionContext(BodyRun):
                     raise remembered.lost("cause")
             elif need is not None:
                 names = self._needed(names, need, remembered)
-            outcomes = {name: outcome_of(self._memory[name]) for name in names}
+            those = {handle.step: handle for handle in handles}
+            outcomes = {name: self._outcome_of(those[name]) for name in names}
         first = next((error for _, error in outcomes.values() if error is not None), None)
         if first is not None and not return_exceptions:
             raise first
@@ -509,15 +518,178 @@ class ExecutionContext(BodyRun):
         for handle in handles:
             if not isinstance(handle, Handle):
                 raise InvalidArgumentType(
-                    f"{call} takes the handles that ctx.start returned, got {type(handle).__name__}. "
-                    f"A list of them is passed as {call}(*handles)."
+                    f"{call} takes the handles that ctx.start, ctx.event and ctx.timer return, got "
+                    f"{type(handle).__name__}. A list of them is passed as {call}(*handles)."
                 )
             if handle._context is not self:
                 raise InvalidArgument(
-                    f'The handle of step "{handle.step}" is of another run or execution. Call ctx.start in this run; '
-                    "it starts nothing twice."
+                    f'The handle of step "{handle.step}" is of another run or execution. Make it in this run; '
+                    "nothing is started twice."
                 )
         return list(dict.fromkeys(cast(Handle[Any], handle).step for handle in handles))
+
+    def event(self, step: str, event: str) -> EventHandle:
+        """Return a handle of an event, to wait for it beside other things; nothing is recorded by this call.
+
+        While a ``ctx.first``, ``ctx.as_completed`` or ``ctx.gather`` waits for it, it is taken when it is sent, or if
+        it was sent before, as by ``ctx.wait_for``. If something else decides that wait, the event stays in the mailbox.
+
+        Args:
+            step: Name of the step that takes it, unique within this execution and stable across deployments.
+            event: Name of the event.
+        """
+        step = step_name(step, "event")
+        self._enter(step, f'ctx.event("{step}")')
+        event = check_name(event, "event name")
+        self._recall(step, StepKind.MESSAGE, task=event)
+        return EventHandle(step, event, self)
+
+    def timer(self, step: str, seconds: float | dt.timedelta) -> TimerHandle:
+        """Start a timer that ends in ``seconds`` (or a ``timedelta``), and go on: to wait for it beside other things.
+
+        Its time is counted from the first run that gets here, by the database's clock; replays never extend it.
+        """
+        step = step_name(step, "timer")
+        call = f'ctx.timer("{step}")'
+        self._enter(step, call)
+        duration = check_duration(seconds, f"seconds of {call}")
+        if self._recall(step, StepKind.TIMER) is None:
+            self._give_way()
+            with self._beyond_the_body():
+                self._memory[step] = self._journal.start_timer(step, duration)
+            self._replayed += 1
+        self._lease_must_hold()
+        return TimerHandle(step, self)
+
+    def first(
+        self,
+        step: str,
+        *members: Handle[R],
+        until: Literal["decided", "succeeded"] = "decided",
+        losers: Literal["abandon", "cancel"] = "abandon",
+    ) -> tuple[Handle[R], R]:
+        """Wait for the first of several children, events and timers; return its handle and its value.
+
+        Which one was first is recorded in the transaction that decides it, and every replay takes it. If several are
+        decided when this is called, the first argument wins. Others may be awaited later.
+
+        Args:
+            step: Name of the step, unique within this execution and stable across deployments.
+            members: 1 to 1,000 handles of this run.
+            until: ``"decided"``: the first that ends, well or not. ``"succeeded"``: failures pass until all have
+                failed.
+            losers: ``"cancel"`` asks the other children to stop, ``"abandon"`` lets them go on. Losing events stay in
+                the mailbox, losing timers go on.
+
+        Returns:
+            The winner's handle, as it was passed, and a child's result, an event's payload, or ``None`` of a timer.
+
+        Raises:
+            ChildFailed, ChildTimedOut, ChildCancelled: The winner's outcome.
+            NoneSucceeded: With ``until="succeeded"``: all have failed.
+        """
+        step = step_name(step, "first")
+        call = f'ctx.first("{step}")'
+        names = self._names_of(members, "ctx.first")
+        check_members(members, names, call)
+        if until not in ("decided", "succeeded"):
+            raise InvalidArgument(f'until must be "decided" or "succeeded", got {shown(until)}.')
+        if losers not in list(OnTimeout):
+            raise InvalidArgument(f'losers must be "cancel" or "abandon", got {shown(losers)}.')
+        self._enter(step, call)
+        remembered = self._recall(step, StepKind.FIRST)
+        if remembered is None:
+            passes = until == "succeeded"
+            self._suspend(
+                transitions.First(
+                    step,
+                    names,
+                    fails_fast=passes,
+                    max_failures=len(names) - 1 if passes else None,
+                    losers=OnTimeout(losers),
+                    **_members(members),
+                )
+            )
+        if remembered.is_pending:
+            self._replayed -= 1
+            self._suspend(transitions.Pending(step))
+        self._lease_must_hold()
+        if losers == "cancel" and any(
+            isinstance(handle, ChildHandle) and self._is_open(handle.step) for handle in members
+        ):
+            with self._beyond_the_body():
+                self._journal.cancel_losers(step)
+        return self._first(remembered, members)
+
+    def _first(self, remembered: steps.Memory, members: Sequence[Handle[R]]) -> tuple[Handle[R], R]:
+        if not remembered.counted_names:
+            with self._beyond_the_body():
+                errors = [self._outcome_of(handle)[1] for handle in members]
+            failed = tuple(error for error in errors if error is not None)
+            told = "; ".join(f"{error.step}: {error}" for error in failed[:_SHOWN_ERRORS])
+            raise NoneSucceeded(
+                f"None of {len(members)} has succeeded (step '{remembered.name}'): {told}",
+                step=remembered.name,
+                errors=failed,
+            )
+        winner = next((handle for handle in members if handle.step == remembered.counted_names[0]), None)
+        if winner is None:
+            raise StepMismatch(
+                f'Step "{remembered.name}" recorded that "{remembered.counted_names[0]}" was the first, and the code '
+                "now does not wait for that. Give the new call its own step name."
+            )
+        with self._beyond_the_body():
+            value, error = self._outcome_of(winner)
+        if error is not None:
+            raise error
+        return winner, value
+
+    def as_completed(self, step: str, *handles: H) -> Iterator[H]:
+        """Yield handles of children, events and timers one after another, in the order in which they are decided.
+
+        That order is recorded, and the same on every replay. Between two of them the body may do anything. Of those
+        that were decided when it comes to wait, all come without another wait. ``handle.result()`` then returns the
+        result, or raises the error.
+
+        Args:
+            step: Name of the step, unique within this execution and stable across deployments.
+            handles: At most 1,000 handles of this run.
+        """
+        step = step_name(step, "as_completed")
+        call = f'ctx.as_completed("{step}")'
+        names = self._names_of(handles, "ctx.as_completed")
+        if handles:
+            check_members(handles, names, call)
+        self._enter(step, call)
+        return self._completed(step, call, {handle.step: handle for handle in handles})
+
+    def _completed(self, step: str, call: str, left: dict[str, H]) -> Iterator[H]:
+        number = 0
+        while left:
+            number += 1
+            name = batch_name(step, number)
+            if number > 1:
+                self._enter(name, call)
+            remembered = self._recall(name, StepKind.AS_COMPLETED)
+            if remembered is None:
+                self._suspend(transitions.AsCompleted(name, list(left), fails_fast=False, **_members(left.values())))
+            if remembered.is_pending:
+                self._replayed -= 1
+                self._suspend(transitions.Pending(name))
+            self._lease_must_hold()
+            for each in remembered.counted_names:
+                if each in left:
+                    yield left.pop(each)
+
+    def _is_open(self, step: str) -> bool:
+        """Whether the step of a handle is undecided; that of an event is there once something waits for it."""
+        remembered = self._memory.get(step)
+        return remembered is None or remembered.is_pending
+
+    def _outcome_of(self, handle: Handle[Any]) -> tuple[Any, ChildError | None]:
+        if isinstance(handle, TimerHandle):
+            return None, None
+        return outcome_of(self._memory[handle.step])
 
     def _result_of(self, handle: Handle[Any]) -> Any:
         """Wait for one handle; for its ``result``."""
@@ -535,15 +707,17 @@ class ExecutionContext(BodyRun):
         if name in self._memory:
             self._recall(name, StepKind.STEP)
             return False
-        if not self._memory[step].is_pending:
+        if not self._is_open(step):
             return True
         self._recall(name, StepKind.STEP)
         self._give_way()
+        event = handle.event if isinstance(handle, EventHandle) else None
         with self._beyond_the_body():
-            found = self._journal.look(step, name)
-            if found is None:
+            found = self._journal.look(step, name, event)
+            if found is None and event is None:
                 raise self._memory[step].lost("row")
-            if not found.is_pending:
+            if found is not None and not found.is_pending:
+                self._replayed += step not in self._memory
                 self._memory[step] = found
                 return True
             self._memory[name] = self._journal.record(name, result="false")
@@ -831,6 +1005,19 @@ class ExecutionContext(BodyRun):
         if exc is not None and not isinstance(exc, BaseException):
             raise InvalidArgumentType(f"exc of ctx.retry() must be an exception, got {type(exc).__name__}")
         return RetryExecution(exc if exc is not None else sys.exception(), seconds)
+
+
+#: So many failures are told by the error of a ``ctx.first``.
+_SHOWN_ERRORS = 5
+
+
+def _members(handles: Iterable[Handle[Any]]) -> dict[str, Any]:
+    """Return what a wait has to know of its members that are no children."""
+    given = list(handles)
+    return {
+        "events": {handle.step: handle.event for handle in given if isinstance(handle, EventHandle)},
+        "has_timers": any(isinstance(handle, TimerHandle) for handle in given),
+    }
 
 
 def _encode_result(result: object, call: str) -> tuple[str, Any]:

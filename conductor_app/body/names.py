@@ -104,6 +104,11 @@ def gather_name(members: Sequence[str], *, return_exceptions: bool, need: int | 
     return _shortened(f"gather({','.join(members)}{more})")
 
 
+def batch_name(step: str, number: int) -> str:
+    """Return the name of a wait of an ``as_completed``; but for the first, no step of the user's has it."""
+    return step if number == 1 else _shortened(f"{step}#{number}")
+
+
 def peek_name(step: str, number: int) -> str:
     """Return the name under which a look at a handle is remembered; no step of the user's can have it."""
     return _shortened(f"peek({step}{'' if number == 1 else f',{number}'})")

@@ -25,4 +25,9 @@ class Migration(migrations.Migration):
             name='max_failures',
             field=models.IntegerField(blank=True, null=True, verbose_name='failures let pass'),
         ),
+        migrations.AlterField(
+            model_name='step',
+            name='kind',
+            field=models.CharField(choices=[('step', 'step'), ('invoke', 'invoke'), ('start', 'start'), ('map', 'map'), ('gather', 'gather'), ('first', 'first'), ('as_completed', 'as_completed'), ('sleep', 'sleep'), ('event', 'event'), ('timer', 'timer'), ('message', 'message')], max_length=16, verbose_name='kind'),
+        ),
     ]

@@ -74,6 +74,10 @@ class Kind:
     has_children = False
     #: Whether it waits for other steps, whose names it has as its result.
     has_members = False
+    #: Whether any one of these decides it, unless it lets failures pass.
+    is_decided_by_one = False
+    #: Whether its row is locked after that of the step that waits for it, and not before.
+    comes_after_group = False
     #: Whether no operator's retry takes back that it has succeeded.
     is_lasting = False
     #: Whether a cancel of its execution decides it, since nobody else will.
@@ -119,7 +123,7 @@ class Kind:
         """Do what follows when a child or a member has just decided a step that counts them; its row is locked.
 
         Args:
-            step: Its key, ``execution_id``, ``name``, ``status``, ``max_failures`` and ``counted``.
+            step: Its key, ``execution_id``, ``name``, ``status``, ``max_failures``, ``counted`` and ``on_timeout``.
             by: The member.
         """
 

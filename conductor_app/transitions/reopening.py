@@ -299,7 +299,7 @@ def _with_groups(step: Step) -> list[Step]:
     """
     remembered = Step.objects.using(database()).filter(execution_id=step.execution_id, fence__gt=0)
     decided = remembered.filter(kind__in=kinds.those(lambda kind: kind.has_members)).exclude(status=StepStatus.PENDING)
-    groups = [group for group in decided.order_by("id") if _rests_on(group, step)]
+    groups = [group for group in decided.order_by("id") if group.pk == step.pk or _rests_on(group, step)]
     if not groups:
         return [step]
     undone = remembered.exclude(status__in=[StepStatus.PENDING, StepStatus.SUCCEEDED])

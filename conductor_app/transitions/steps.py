@@ -25,7 +25,7 @@ from django.db.models import (
 )
 from django.db.models.functions import Coalesce, Concat
 
-from conductor_app.exceptions import Failure, OutcomeLost
+from conductor_app.exceptions import Failure, NewerFormat, OutcomeLost
 from conductor_app.models import CopiedOutcome, Execution, Step, database
 from conductor_app.models.execution import ExecutionQuerySet
 from conductor_app.states import (
@@ -37,6 +37,7 @@ from conductor_app.states import (
     StepStatus,
 )
 from conductor_app.store import clock
+from conductor_app.store.locks import locked
 from conductor_app.store.statements import Literal, update_returning
 from conductor_app.transitions import kinds
 from conductor_app.values.failures import read_failure
@@ -171,7 +172,7 @@ def memory_of(rows: Iterable[Sequence[Any]]) -> dict[str, Memory]:
     return {
         row[0]: Memory(
             name=row[0],
-            kind=_KINDS[row[1]],
+            kind=_kind_of(row[0], row[1]),
             status=_STATUSES[row[2]],
             task=row[3],
             payload_digest=row[4],
@@ -201,6 +202,13 @@ def woken_by(execution: Execution, memory: dict[str, Memory]) -> str | None:
         return None
     follows = last.fence == execution.fence - 1 and last.attempt == execution.attempt
     return last.name if follows else None
+
+
+def _kind_of(name: str, kind: str) -> StepKind:
+    try:
+        return _KINDS[kind]
+    except KeyError:
+        raise NewerFormat(f"step {name!r} is of the kind {kind!r}, which another version has written") from None
 
 
 _KINDS = {kind.value: kind for kind in StepKind}
@@ -324,26 +332,29 @@ def count_down(
     ends_well = _ENOUGH if is_success and member is not None else is_last
     is_decided = ends_well if is_success else ends_well | TOO_MANY
     decisions = [When(ends_well, then=Value(StepStatus.SUCCEEDED.value))]
+    counts = Q(counted__isnull=False)
     if not is_success:
         decisions.insert(0, When(TOO_MANY, then=Value(status.value)))
+    if member is not None:
+        by_one = Q(kind__in=kinds.those(lambda kind: kind.is_decided_by_one), max_failures__isnull=True)
+        decisions.insert(0, When(by_one, then=Value(status.value)))
+        is_decided |= by_one
+        counts &= Q() if is_success else by_one
     values: dict[str, Any] = {
         # The counts last: MySQL assigns from left to right, and the conditions are about the old ones.
         "status": Case(*decisions, default=Value(StepStatus.PENDING.value)),
         "finished_at": Case(When(is_decided, then=clock.now()), default=None, output_field=DateTimeField()),
     }
+    if member is not None:
+        more = Concat(F("counted"), Value(f"{member},"), output_field=TextField())
+        values["counted"] = Case(When(counts, then=more), default=F("counted"), output_field=TextField())
     if not is_success:
         values["child_id"] = Case(When(TOO_MANY, then=Value(child_id, output_field=UUIDField())), default=None)
         values["error"] = Case(When(TOO_MANY, then=Value(error, output_field=TextField())), default=None)
         is_let_pass = When(Q(max_failures__isnull=False) & ~TOO_MANY, then=F("failures") + 1)
         values["failures"] = Case(is_let_pass, default=F("failures"))
-    elif member is not None:
-        values["counted"] = Case(
-            When(counted__isnull=False, then=Concat(F("counted"), Value(f"{member},"), output_field=TextField())),
-            default=None,
-            output_field=TextField(),
-        )
     values["remaining"] = F("remaining") - 1
-    fields = ("execution_id", "name", "kind", "status", "remaining", "max_failures", "counted")
+    fields = ("execution_id", "name", "kind", "status", "remaining", "max_failures", "counted", "on_timeout")
     rows = update_returning(counted.filter(status=StepStatus.PENDING), fields, **values)
     return rows[0] if rows else None
 
@@ -364,6 +375,12 @@ def awaiting_gather(execution_id: uuid.UUID, name: str) -> int | None:
         group__status=StepStatus.PENDING, group__fails_fast=True, group__max_failures__isnull=True
     )
     return found.values_list("group_id", flat=True).first()
+
+
+def lock_pending(key: int) -> bool:
+    """Lock a step until the end of the current transaction; tell whether it is undecided."""
+    row = Step.objects.using(database()).filter(pk=key, status=StepStatus.PENDING)
+    return bool(locked(row).values_list("pk", flat=True))
 
 
 def is_pending(execution_id: uuid.UUID, name: str) -> bool:
@@ -390,9 +407,16 @@ def end_waits(execution_id: uuid.UUID, error: str) -> None:
 
     Its children decide their steps when they end, which a child that is late may do with a result.
     """
-    alone = kinds.those(lambda kind: kind.ends_with_execution)
-    waits = Step.objects.using(database()).filter(execution_id=execution_id, kind__in=alone, status=StepStatus.PENDING)
-    waits.update(status=StepStatus.CANCELLED, error=error, finished_at=clock.now())
+    pending = Step.objects.using(database()).filter(execution_id=execution_id, status=StepStatus.PENDING)
+    ended = {"status": StepStatus.CANCELLED, "error": error, "finished_at": clock.now()}
+    alone = kinds.those(lambda kind: kind.ends_with_execution and not kind.comes_after_group)
+    pending.filter(kind__in=alone).update(**ended)
+    later = pending.filter(kind__in=kinds.those(lambda kind: kind.comes_after_group))
+    groups = list(later.order_by("group_id").values_list("group_id", flat=True).distinct())
+    if groups:
+        # What waits for them first, as everywhere: somebody may just be sending one of the events.
+        list(locked(Step.objects.using(database()).filter(pk__in=groups)).values_list("pk", flat=True))
+        later.update(**ended)
 
 
 def resume(step: Step) -> None:

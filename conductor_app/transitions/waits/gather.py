@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from django.db.models import OuterRef, QuerySet
+from django.db.models import QuerySet
 from django.utils.translation import gettext as _
 
 from conductor_app.models import Execution, Step, database
-from conductor_app.states import OPEN_STATUSES, StepKind, StepStatus
+from conductor_app.states import StepKind, StepStatus
 from conductor_app.transitions import waking
 from conductor_app.transitions.kinds import Next, Walk, Words
 from conductor_app.transitions.waits.children import ManyKind, late_words, when_all_have_ended
-from conductor_app.transitions.waits.members import MembersWait, cancel_unstarted
+from conductor_app.transitions.waits.members import MembersWait, cancel_unstarted, forget_messages, in_flight
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class GatherKind(ManyKind):
     def decided(self, step: Step, *, by: str | None) -> None:
         """Cancel what need not start any more, unless all had to succeed: then that is done before."""
         del by
+        forget_messages(step)
         if step.max_failures is not None and step.status != StepStatus.SUCCEEDED:
             cancel_unstarted(step, "too many of its siblings have failed")
 
@@ -42,13 +43,7 @@ class GatherKind(ManyKind):
 
     def in_flight(self) -> QuerySet[Any] | None:
         """Return its undecided members whose children go on."""
-        # By execution and not by group: an index has the execution.
-        return Step.objects.using(database()).filter(
-            execution=OuterRef("execution_id"),
-            group=OuterRef("pk"),
-            status=StepStatus.PENDING,
-            child__status__in=sorted(OPEN_STATUSES),
-        )
+        return in_flight()
 
     def recount(self, step: Step) -> None:
         """Decide it: those of its members that had ended have just been settled, and counted it down."""

@@ -15,7 +15,7 @@ from conductor_app.transitions import creating, dispatch, guards, parts, steps, 
 from conductor_app.transitions.kinds import Next, Walk, Words
 from conductor_app.transitions.waits.children import ChildKind, forgotten, late_words, reopen_child
 from conductor_app.transitions.waits.invoke import Invocation, opening, store_child
-from conductor_app.transitions.waits.members import children_of
+from conductor_app.transitions.waits.members import children_of, pass_on
 
 _HELD = Lock("parent", Execution, parts.MAY_HAVE_CHILDREN)
 _START = {
@@ -66,10 +66,8 @@ class StartKind(ChildKind):
     suspends = False
 
     def pass_on(self, step: Step, status: StepStatus, *, error: str | None, root_id: uuid.UUID | None) -> None:
-        """Count down the gather that waits for it."""
-        if step.group_id is not None:
-            gather = Step.objects.using(database()).filter(pk=step.group_id)
-            waking.count_down(gather, status, child_id=step.child_id, error=error, root_id=root_id, member=step.name)
+        """Count down what waits for it."""
+        pass_on(step, status, error=error, root_id=root_id)
 
     def member_failed(
         self,
