@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from conductor_app.body.children import ChildHandle as ChildHandle
+    from conductor_app.body.children import EventHandle as EventHandle
+    from conductor_app.body.children import Handle as Handle
+    from conductor_app.body.children import TimerHandle as TimerHandle
     from conductor_app.body.context import ExecutionContext as ExecutionContext
     from conductor_app.exceptions import ChildCancelled as ChildCancelled
     from conductor_app.exceptions import ChildError as ChildError
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from conductor_app.exceptions import EventTimedOut as EventTimedOut
     from conductor_app.exceptions import LeaseLost as LeaseLost
     from conductor_app.exceptions import LimitDeadlock as LimitDeadlock
+    from conductor_app.exceptions import NoneSucceeded as NoneSucceeded
     from conductor_app.exceptions import SuspendExecution as SuspendExecution
     from conductor_app.tasks.decorator import durable_task as durable_task
     from conductor_app.tasks.task import DurableTask as DurableTask
@@ -37,12 +41,16 @@ _EXPORTS = {
     "ConductorError": "conductor_app.exceptions",
     "DuplicateExecution": "conductor_app.exceptions",
     "DurableTask": "conductor_app.tasks.task",
+    "EventHandle": "conductor_app.body.children",
     "EventTimedOut": "conductor_app.exceptions",
     "ExecutionContext": "conductor_app.body.context",
+    "Handle": "conductor_app.body.children",
     "LeaseLost": "conductor_app.exceptions",
     "Limit": "conductor_app.values.limits",
     "LimitDeadlock": "conductor_app.exceptions",
+    "NoneSucceeded": "conductor_app.exceptions",
     "SuspendExecution": "conductor_app.exceptions",
+    "TimerHandle": "conductor_app.body.children",
     "durable_task": "conductor_app.tasks.decorator",
 }
 

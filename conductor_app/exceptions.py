@@ -8,6 +8,7 @@
     │   ├── ChildTimedOut              also a builtin TimeoutError
     │   └── ChildCancelled
     ├── DuplicateExecution             an open execution has the unique key
+    ├── NoneSucceeded                  all members of a ctx.first have failed
     ├── EventTimedOut                  an event did not come in time; also a builtin TimeoutError
     ├── StepFailed                     a remembered failure whose class is gone
     ├── OutcomeLost                    a recorded outcome that is not there any more
@@ -93,6 +94,31 @@ class ChildTimedOut(ChildError, TimeoutError):
 
 class ChildCancelled(ChildError):
     """The child was cancelled by someone other than its parent."""
+
+
+class NoneSucceeded(ConductorError):
+    """Of all that ``ctx.first(…, until="succeeded")`` waited for, none has succeeded.
+
+    Remembered as a child's outcome is: uncaught, it fails the execution at once.
+    """
+
+    retryable = False
+
+    def __init__(self, message: str, *, step: str = "", errors: tuple[ChildError, ...] = ()) -> None:
+        super().__init__(message)
+        #: Name of the step that waited.
+        self.step = step
+        #: What became of each, in the order of the arguments.
+        self.errors = errors
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild_none_succeeded, (type(self), str(self), self.step, self.errors))
+
+
+def _rebuild_none_succeeded(
+    cls: type[NoneSucceeded], message: str, step: str, errors: tuple[ChildError, ...]
+) -> NoneSucceeded:
+    return cls(message, step=step, errors=errors)
 
 
 class EventTimedOut(ConductorError, TimeoutError):

@@ -121,6 +121,7 @@ class RenameStep(Operation):
                 failed_execution.objects.using(alias).filter(execution_id__in=parents, step=old).update(step=new)
                 steps.filter(pk__in=[pk for pk, _ in rows]).update(name=new)
                 _rename_gathers(steps.filter(execution_id__in=parents, kind=StepKind.GATHER.value), old, new)
+                _rename_in_others(steps.filter(execution_id__in=parents, kind__in=_OTHERS), old, new)
             renamed, last = renamed + len(rows), rows[-1][0]
         logger.info("Step %s of %s is now %s, in %d executions.", old, self.task, new, renamed)
 
@@ -155,9 +156,33 @@ def _rename_gathers(gathers: QuerySet[Any], old: str, new: str) -> None:
         before = loads(gather.result)
         if old in before:
             members = [new if name == old else name for name in before]
-            gather.name = gather_name(members, return_exceptions=not gather.fails_fast)
+            let_pass = getattr(gather, "max_failures", None)
+            need = None if let_pass is None else len(members) - let_pass
+            gather.name = gather_name(members, return_exceptions=not gather.fails_fast, need=need)
             gather.result = dumps(members, "members")
-            gather.save(update_fields=["name", "result"])
+            changed = ["name", "result"]
+            if getattr(gather, "counted", None):
+                gather.counted = _renamed(gather.counted, old, new)
+                changed.append("counted")
+            gather.save(update_fields=changed)
+
+
+def _renamed(counted: str, old: str, new: str) -> str:
+    return ",".join(new if name == old else name for name in counted.split(","))
+
+
+#: What also waits for other steps, and has a name of its own.
+_OTHERS = [StepKind.FIRST.value, StepKind.AS_COMPLETED.value]
+
+
+def _rename_in_others(waits: QuerySet[Any], old: str, new: str) -> None:
+    """Rename what waits for a step, and the later waits of an ``as_completed``, which are called by it."""
+    for wait in waits:
+        name = f"{new}#{wait.name.removeprefix(f'{old}#')}" if wait.name.startswith(f"{old}#") else wait.name
+        members = [new if member == old else member for member in loads(wait.result)]
+        wait.name, wait.result = name, dumps(members, "members")
+        wait.counted = _renamed(wait.counted or "", old, new)
+        wait.save(update_fields=["name", "result", "counted"])
 
 
 def _models(apps: Apps) -> tuple[Any, Any, Any]:

@@ -51,8 +51,16 @@ class StepKind(StrEnum):
     MAP = _("map")
     #: Started children that are awaited together; it counts those that are undecided.
     GATHER = _("gather")
+    #: Started children, events and timers of which the one is awaited that is decided first.
+    FIRST = _("first")
+    #: The same, one after another; one step for each wait.
+    AS_COMPLETED = _("as_completed")
     SLEEP = _("sleep")
     EVENT = _("event")
+    #: An instant that is awaited beside other things.
+    TIMER = _("timer")
+    #: An event that is awaited beside other things.
+    MESSAGE = _("message")
 
 
 class RunOutcome(StrEnum):

@@ -25,18 +25,58 @@ from conductor_app.values.texts import shown
 from conductor_app.values.uniqueness import OPTIONS
 
 R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+
+
+class Handle(Generic[R_co]):
+    """Something that a body can wait for beside others; good for the run of the body that got it."""
+
+    #: Name of its step.
+    step: str
+    #: The context of that run.
+    _context: Any
+
+    def result(self) -> R_co:
+        """Wait for it, and return its result or raise its error, as ``ctx.gather`` does for one handle."""
+        return cast(R_co, self._context._result_of(self))
+
+    def peek(self) -> bool:
+        """Tell, without waiting, whether it has ended, with a result or without; what was seen is remembered."""
+        return bool(self._context._peek(self))
 
 
 @dataclass(frozen=True)
-class ChildHandle(Generic[R]):
-    """A started child, for ``ctx.gather``; good for the run that got it from ``ctx.start``."""
+class ChildHandle(Handle[R_co]):
+    """A started child; good for the run that got it from ``ctx.start``."""
 
     #: Name of the step that started it.
     step: str
     #: Id of the child execution.
     execution_id: uuid.UUID | None
     #: The context of that run.
-    _context: object = field(repr=False, compare=False)
+    _context: Any = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class EventHandle(Handle[Any]):
+    """An event that is awaited beside other things; good for the run that got it from ``ctx.event``."""
+
+    #: Name of the step that takes it.
+    step: str
+    #: Name of the event.
+    event: str
+    #: The context of that run.
+    _context: Any = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class TimerHandle(Handle[None]):
+    """An instant that is awaited beside other things; good for the run that got it from ``ctx.timer``."""
+
+    #: Name of its step.
+    step: str
+    #: The context of that run.
+    _context: Any = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -69,6 +109,37 @@ def check_parallel(value: object) -> int:
     if count < 1:
         raise InvalidArgument(f"max_parallel must be ≥ 1, got {count}; None is without limit")
     return count
+
+
+def check_failures(value: object) -> int:
+    """Return ``max_failures`` of a map."""
+    count = _check_type(value, int, "max_failures")
+    if count < 0:
+        raise InvalidArgument(f"max_failures must be ≥ 0, got {count}; return_exceptions=True is without limit")
+    return count
+
+
+def check_need(value: object, number: int) -> int:
+    """Return ``need`` of a gather of ``number`` handles."""
+    count = _check_type(value, int, "need")
+    if not 1 <= count <= number:
+        raise InvalidArgument(f"need must be between 1 and the number of handles, {number}; got {count}")
+    return count
+
+
+#: Most members of a wait that not all of them decide.
+MAX_MEMBERS = 1_000
+
+
+def check_members(handles: Sequence[Any], names: Sequence[str], call: str) -> None:
+    """Refuse members that are none, too many, or the same twice."""
+    if not handles:
+        raise InvalidArgument(f"{call} got no handles. What is it to wait for?")
+    if len(handles) > MAX_MEMBERS:
+        raise InvalidArgument(f"{call} got {len(handles)} handles; the limit is {MAX_MEMBERS}.")
+    if len(names) < len(handles):
+        twice = next(name for name in names if sum(handle.step == name for handle in handles) > 1)
+        raise InvalidArgument(f'{call} got the handle of step "{twice}" twice. Pass each once.')
 
 
 def check_payloads(payloads: object, call: str) -> list[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, ParamSpec, TypeVar, cast, overload
 
 from celery import Task
@@ -16,6 +16,12 @@ from conductor_app.body import headers
 from conductor_app.body.children import (
     ChildHandle,
     ChildOptions,
+    EventHandle,
+    Handle,
+    TimerHandle,
+    check_failures,
+    check_members,
+    check_need,
     check_own_keys,
     check_parallel,
     check_payloads,
@@ -24,7 +30,7 @@ from conductor_app.body.children import (
     looks_like_milliseconds,
     resolve_child,
 )
-from conductor_app.body.names import check_name, gather_name, step_name
+from conductor_app.body.names import batch_name, check_name, gather_name, peek_name, step_name
 from conductor_app.body.outcomes import child_error, outcome_of, outcomes_of_map
 from conductor_app.body.plain import Invocable
 from conductor_app.body.run import BodyRun
@@ -38,10 +44,12 @@ from conductor_app.exceptions import (
     InvalidArgumentType,
     LimitDeadlock,
     MaxDepthExceeded,
+    NoneSucceeded,
     RetryExecution,
+    StepMismatch,
     class_path,
 )
-from conductor_app.states import StepKind, StepStatus
+from conductor_app.states import OnTimeout, StepKind, StepStatus
 from conductor_app.store import interrupted, observing
 from conductor_app.store.event_loops import finished
 from conductor_app.store.ids import derive_child_id
@@ -50,9 +58,11 @@ from conductor_app.values.arguments import check_duration, check_instant
 from conductor_app.values.failures import revive_in_body
 from conductor_app.values.payloads import digest, round_trip
 from conductor_app.values.tags import check_tags
+from conductor_app.values.texts import shown
 
 P = ParamSpec("P")
 R = TypeVar("R")
+H = TypeVar("H", bound=Handle[Any])
 
 #: ``ctx.checkpoint`` asks the database at most this often, in seconds.
 CHECKPOINT_INTERVAL_SECONDS = 1.0
@@ -271,6 +281,7 @@ class ExecutionContext(BodyRun):
         timeout: float | dt.timedelta | None = ...,
         on_timeout: Literal["cancel", "abandon"] = ...,
         max_parallel: int | None = ...,
+        max_failures: None = ...,
         return_exceptions: Literal[False] = ...,
         queue: str | None = ...,
         priority: int | None = ...,
@@ -286,6 +297,7 @@ class ExecutionContext(BodyRun):
         timeout: float | dt.timedelta | None = ...,
         on_timeout: Literal["cancel", "abandon"] = ...,
         max_parallel: int | None = ...,
+        max_failures: int | None = ...,
         return_exceptions: bool = ...,
         queue: str | None = ...,
         priority: int | None = ...,
@@ -300,6 +312,7 @@ class ExecutionContext(BodyRun):
         timeout: float | dt.timedelta | None = None,
         on_timeout: Literal["cancel", "abandon"] = "cancel",
         max_parallel: int | None = None,
+        max_failures: int | None = None,
         return_exceptions: bool = False,
         queue: str | None = None,
         priority: int | None = None,
@@ -318,6 +331,8 @@ class ExecutionContext(BodyRun):
             timeout: Seconds, or a ``timedelta``, from the children's creation, for all of them together.
             on_timeout: ``"cancel"`` cancels the children that are late, ``"abandon"`` lets them go on.
             max_parallel: So many children may be in flight at once; the others are held back. ``None``: all.
+            max_failures: So many children may end without a result: ``ChildFailed`` or ``ChildCancelled`` is put in
+                their places, and the others go on. The next such end is raised.
             return_exceptions: Wait for all, and put ``ChildFailed``, ``ChildTimedOut`` or ``ChildCancelled`` in the
                 place of a result that there is not, instead of raising.
             queue: Celery queue of the children, instead of their task's own.
@@ -337,6 +352,9 @@ class ExecutionContext(BodyRun):
         given = ChildOptions(timeout, on_timeout, queue, priority)
         seconds, late, options = given.checked()
         parallel = None if max_parallel is None else check_parallel(max_parallel)
+        failures = None if max_failures is None else check_failures(max_failures)
+        if failures is not None and return_exceptions:
+            raise InvalidArgument(f"{call} got max_failures and return_exceptions. With the latter all may fail.")
         each = check_payloads(payloads, call)
         resolved = [
             self._resolve(*filled(child, payload, call, what := f"payloads[{number}]"), call, what)
@@ -368,22 +386,24 @@ class ExecutionContext(BodyRun):
             self._tag({key: value for new in children for key, value in new.tags.items()})
             fails_fast = not return_exceptions
             self._suspend(
-                transitions.Map(step, task, children, payload_digest, seconds, late, parallel, fails_fast),
+                transitions.Map(step, task, children, payload_digest, seconds, late, parallel, fails_fast, failures),
             )
         if remembered.is_pending:
             self._replayed -= 1
             self._suspend(transitions.Pending(step))
         self._lease_must_hold()
-        return self._map_outcome(remembered, return_exceptions=return_exceptions)
+        lets_pass = return_exceptions or failures is not None
+        return self._map_outcome(remembered, return_exceptions=return_exceptions, lets_pass=lets_pass)
 
-    def _map_outcome(self, remembered: steps.Memory, *, return_exceptions: bool) -> list[Any]:
+    def _map_outcome(self, remembered: steps.Memory, *, return_exceptions: bool, lets_pass: bool) -> list[Any]:
+        is_decided_by_one = not return_exceptions and remembered.status != StepStatus.SUCCEEDED
         with self._beyond_the_body():
-            if not return_exceptions and remembered.status != StepStatus.SUCCEEDED:
+            if is_decided_by_one:
                 outcomes: list[tuple[Any, ChildError | None]] = [(None, child_error(remembered))]
             else:
                 outcomes = outcomes_of_map(remembered, self._journal.outcomes_of_map(remembered))
         first = next((error for _, error in outcomes if error is not None), None)
-        if first is not None and not return_exceptions:
+        if first is not None and (is_decided_by_one or not lets_pass):
             raise first
         return [value if error is None else error for value, error in outcomes]
 
@@ -431,40 +451,38 @@ class ExecutionContext(BodyRun):
         self._lease_must_hold()
         return ChildHandle(remembered.name, remembered.child_id, self)
 
-    def gather(self, *handles: ChildHandle[Any], return_exceptions: bool = False) -> list[Any]:
-        """Wait for started children and return their results, in the order of ``handles``.
+    def gather(self, *handles: Handle[Any], need: int | None = None, return_exceptions: bool = False) -> list[Any]:
+        """Wait for started children, events and timers; return their results, in the order of ``handles``.
 
         The worker is released, and the body runs again once: when all have ended, or when the first of them has failed
         for good.
 
         Args:
-            handles: What ``ctx.start`` returned in this run.
+            handles: What ``ctx.start``, ``ctx.event`` and ``ctx.timer`` returned in this run.
+            need: So many results are enough: those that came first are returned, and which ones these are is
+                remembered. The other children go on. It fails as soon as so many cannot be had any more.
             return_exceptions: Wait for all, and put ``ChildFailed``, ``ChildTimedOut`` or ``ChildCancelled`` in the
                 place of a result that there is not, instead of raising.
 
         Raises:
-            ChildFailed, ChildTimedOut, ChildCancelled: The outcome of the first child that has no result. The others
-                go on; those that no worker had started are cancelled.
+            ChildFailed, ChildTimedOut, ChildCancelled: The outcome of the first child that has no result; with ``need``
+                that of the one that made it impossible. The others go on; those that no worker had started are
+                cancelled.
         """
-        for handle in handles:
-            if not isinstance(handle, ChildHandle):
-                raise InvalidArgumentType(
-                    f"ctx.gather takes the handles that ctx.start returned, got {type(handle).__name__}. "
-                    "A list of them is passed as ctx.gather(*handles)."
-                )
-            if handle._context is not self:
-                raise InvalidArgument(
-                    f'The handle of step "{handle.step}" is of another run or execution. Call ctx.start in this run; '
-                    "it starts nothing twice."
-                )
-        names = list(dict.fromkeys(handle.step for handle in handles))
-        step = gather_name(names, return_exceptions=return_exceptions)
+        names = self._names_of(handles, "ctx.gather")
+        if need is not None:
+            if return_exceptions:
+                raise InvalidArgument("ctx.gather() got need and return_exceptions. With need, failures are let pass.")
+            need = check_need(need, len(names))
+        step = gather_name(names, return_exceptions=return_exceptions, need=need)
         self._enter(step, "ctx.gather()", may_repeat=True)
         if not names:
             return []
         remembered = self._recall(step, StepKind.GATHER)
-        if remembered is None and any(self._memory[name].is_pending for name in names):
-            self._suspend(transitions.Gather(step, names, fails_fast=not return_exceptions))
+        if remembered is None and any(self._is_open(name) for name in names):
+            let_pass = None if need is None else len(names) - need
+            more = _members(handles)
+            self._suspend(transitions.Gather(step, names, not return_exceptions, max_failures=let_pass, **more))
         if remembered is not None and remembered.is_pending:
             self._replayed -= 1
             self._suspend(transitions.Pending(step))
@@ -475,11 +493,236 @@ class ExecutionContext(BodyRun):
                 names = [name for name in names if self._memory[name].child_id == remembered.child_id]
                 if not names:
                     raise remembered.lost("cause")
-            outcomes = {name: outcome_of(self._memory[name]) for name in names}
+            elif need is not None:
+                names = self._needed(names, need, remembered)
+            those = {handle.step: handle for handle in handles}
+            outcomes = {name: self._outcome_of(those[name]) for name in names}
         first = next((error for _, error in outcomes.values() if error is not None), None)
         if first is not None and not return_exceptions:
             raise first
+        if need is not None:
+            return [value for value, _ in outcomes.values()]
         return [value if error is None else error for value, error in (outcomes[handle.step] for handle in handles)]
+
+    def _needed(self, names: list[str], need: int, remembered: steps.Memory | None) -> list[str]:
+        """Return which steps have given the results that were enough; all if there are not so many."""
+        if remembered is not None:
+            counted = set(remembered.counted_names)
+            return [name for name in names if name in counted]
+        # All had ended before they were gathered, so each replay finds the same.
+        succeeded = [name for name in names if self._memory[name].status == StepStatus.SUCCEEDED]
+        return succeeded[:need] if len(succeeded) >= need else names
+
+    def _names_of(self, handles: Sequence[object], call: str) -> list[str]:
+        """Check handles; return the names of their steps, each once."""
+        for handle in handles:
+            if not isinstance(handle, Handle):
+                raise InvalidArgumentType(
+                    f"{call} takes the handles that ctx.start, ctx.event and ctx.timer return, got "
+                    f"{type(handle).__name__}. A list of them is passed as {call}(*handles)."
+                )
+            if handle._context is not self:
+                raise InvalidArgument(
+                    f'The handle of step "{handle.step}" is of another run or execution. Make it in this run; '
+                    "nothing is started twice."
+                )
+        return list(dict.fromkeys(cast(Handle[Any], handle).step for handle in handles))
+
+    def event(self, step: str, event: str) -> EventHandle:
+        """Return a handle of an event, to wait for it beside other things; nothing is recorded by this call.
+
+        While a ``ctx.first``, ``ctx.as_completed`` or ``ctx.gather`` waits for it, it is taken when it is sent, or if
+        it was sent before, as by ``ctx.wait_for``. If something else decides that wait, the event stays in the mailbox.
+
+        Args:
+            step: Name of the step that takes it, unique within this execution and stable across deployments.
+            event: Name of the event.
+        """
+        step = step_name(step, "event")
+        self._enter(step, f'ctx.event("{step}")')
+        event = check_name(event, "event name")
+        self._recall(step, StepKind.MESSAGE, task=event)
+        return EventHandle(step, event, self)
+
+    def timer(self, step: str, seconds: float | dt.timedelta) -> TimerHandle:
+        """Start a timer that ends in ``seconds`` (or a ``timedelta``), and go on: to wait for it beside other things.
+
+        Its time is counted from the first run that gets here, by the database's clock; replays never extend it.
+        """
+        step = step_name(step, "timer")
+        call = f'ctx.timer("{step}")'
+        self._enter(step, call)
+        duration = check_duration(seconds, f"seconds of {call}")
+        if self._recall(step, StepKind.TIMER) is None:
+            self._give_way()
+            with self._beyond_the_body():
+                self._memory[step] = self._journal.start_timer(step, duration)
+            self._replayed += 1
+        self._lease_must_hold()
+        return TimerHandle(step, self)
+
+    def first(
+        self,
+        step: str,
+        *members: Handle[R],
+        until: Literal["decided", "succeeded"] = "decided",
+        losers: Literal["abandon", "cancel"] = "abandon",
+    ) -> tuple[Handle[R], R]:
+        """Wait for the first of several children, events and timers; return its handle and its value.
+
+        Which one was first is recorded in the transaction that decides it, and every replay takes it. If several are
+        decided when this is called, the first argument wins. Others may be awaited later.
+
+        Args:
+            step: Name of the step, unique within this execution and stable across deployments.
+            members: 1 to 1,000 handles of this run.
+            until: ``"decided"``: the first that ends, well or not. ``"succeeded"``: failures pass until all have
+                failed.
+            losers: ``"cancel"`` asks the other children to stop, ``"abandon"`` lets them go on. Losing events stay in
+                the mailbox, losing timers go on.
+
+        Returns:
+            The winner's handle, as it was passed, and a child's result, an event's payload, or ``None`` of a timer.
+
+        Raises:
+            ChildFailed, ChildTimedOut, ChildCancelled: The winner's outcome.
+            NoneSucceeded: With ``until="succeeded"``: all have failed.
+        """
+        step = step_name(step, "first")
+        call = f'ctx.first("{step}")'
+        names = self._names_of(members, "ctx.first")
+        check_members(members, names, call)
+        if until not in ("decided", "succeeded"):
+            raise InvalidArgument(f'until must be "decided" or "succeeded", got {shown(until)}.')
+        if losers not in list(OnTimeout):
+            raise InvalidArgument(f'losers must be "cancel" or "abandon", got {shown(losers)}.')
+        self._enter(step, call)
+        remembered = self._recall(step, StepKind.FIRST)
+        if remembered is None:
+            passes = until == "succeeded"
+            self._suspend(
+                transitions.First(
+                    step,
+                    names,
+                    fails_fast=passes,
+                    max_failures=len(names) - 1 if passes else None,
+                    losers=OnTimeout(losers),
+                    **_members(members),
+                )
+            )
+        if remembered.is_pending:
+            self._replayed -= 1
+            self._suspend(transitions.Pending(step))
+        self._lease_must_hold()
+        if losers == "cancel" and any(
+            isinstance(handle, ChildHandle) and self._is_open(handle.step) for handle in members
+        ):
+            with self._beyond_the_body():
+                self._journal.cancel_losers(step)
+        return self._first(remembered, members)
+
+    def _first(self, remembered: steps.Memory, members: Sequence[Handle[R]]) -> tuple[Handle[R], R]:
+        if not remembered.counted_names:
+            with self._beyond_the_body():
+                errors = [self._outcome_of(handle)[1] for handle in members]
+            failed = tuple(error for error in errors if error is not None)
+            told = "; ".join(f"{error.step}: {error}" for error in failed[:_SHOWN_ERRORS])
+            raise NoneSucceeded(
+                f"None of {len(members)} has succeeded (step '{remembered.name}'): {told}",
+                step=remembered.name,
+                errors=failed,
+            )
+        winner = next((handle for handle in members if handle.step == remembered.counted_names[0]), None)
+        if winner is None:
+            raise StepMismatch(
+                f'Step "{remembered.name}" recorded that "{remembered.counted_names[0]}" was the first, and the code '
+                "now does not wait for that. Give the new call its own step name."
+            )
+        with self._beyond_the_body():
+            value, error = self._outcome_of(winner)
+        if error is not None:
+            raise error
+        return winner, value
+
+    def as_completed(self, step: str, *handles: H) -> Iterator[H]:
+        """Yield handles of children, events and timers one after another, in the order in which they are decided.
+
+        That order is recorded, and the same on every replay. Between two of them the body may do anything. Of those
+        that were decided when it comes to wait, all come without another wait. ``handle.result()`` then returns the
+        result, or raises the error.
+
+        Args:
+            step: Name of the step, unique within this execution and stable across deployments.
+            handles: At most 1,000 handles of this run.
+        """
+        step = step_name(step, "as_completed")
+        call = f'ctx.as_completed("{step}")'
+        names = self._names_of(handles, "ctx.as_completed")
+        if handles:
+            check_members(handles, names, call)
+        self._enter(step, call)
+        return self._completed(step, call, {handle.step: handle for handle in handles})
+
+    def _completed(self, step: str, call: str, left: dict[str, H]) -> Iterator[H]:
+        number = 0
+        while left:
+            number += 1
+            name = batch_name(step, number)
+            if number > 1:
+                self._enter(name, call)
+            remembered = self._recall(name, StepKind.AS_COMPLETED)
+            if remembered is None:
+                self._suspend(transitions.AsCompleted(name, list(left), fails_fast=False, **_members(left.values())))
+            if remembered.is_pending:
+                self._replayed -= 1
+                self._suspend(transitions.Pending(name))
+            self._lease_must_hold()
+            for each in remembered.counted_names:
+                if each in left:
+                    yield left.pop(each)
+
+    def _is_open(self, step: str) -> bool:
+        """Whether the step of a handle is undecided; that of an event is there once something waits for it."""
+        remembered = self._memory.get(step)
+        return remembered is None or remembered.is_pending
+
+    def _outcome_of(self, handle: Handle[Any]) -> tuple[Any, ChildError | None]:
+        if isinstance(handle, TimerHandle):
+            return None, None
+        return outcome_of(self._memory[handle.step])
+
+    def _result_of(self, handle: Handle[Any]) -> Any:
+        """Wait for one handle; for its ``result``."""
+        return self.gather(handle)[0]
+
+    def _peek(self, handle: Handle[Any]) -> bool:
+        """Tell whether the step of a handle is decided; for its ``peek``.
+
+        Only that it is not, is recorded. That it is, each replay finds again.
+        """
+        (step,) = self._names_of([handle], "handle.peek")
+        self._peeks[step] = number = self._peeks.get(step, 0) + 1
+        name = peek_name(step, number)
+        self._enter(name, "handle.peek()")
+        if name in self._memory:
+            self._recall(name, StepKind.STEP)
+            return False
+        if not self._is_open(step):
+            return True
+        self._recall(name, StepKind.STEP)
+        self._give_way()
+        event = handle.event if isinstance(handle, EventHandle) else None
+        with self._beyond_the_body():
+            found = self._journal.look(step, name, event)
+            if found is None and event is None:
+                raise self._memory[step].lost("row")
+            if found is not None and not found.is_pending:
+                self._replayed += step not in self._memory
+                self._memory[step] = found
+                return True
+            self._memory[name] = self._journal.record(name, result="false")
+        self._replayed += 1
+        return False
 
     # --------------------------------------------------------------------------------------------------------- steps
 
@@ -762,6 +1005,19 @@ class ExecutionContext(BodyRun):
         if exc is not None and not isinstance(exc, BaseException):
             raise InvalidArgumentType(f"exc of ctx.retry() must be an exception, got {type(exc).__name__}")
         return RetryExecution(exc if exc is not None else sys.exception(), seconds)
+
+
+#: So many failures are told by the error of a ``ctx.first``.
+_SHOWN_ERRORS = 5
+
+
+def _members(handles: Iterable[Handle[Any]]) -> dict[str, Any]:
+    """Return what a wait has to know of its members that are no children."""
+    given = list(handles)
+    return {
+        "events": {handle.step: handle.event for handle in given if isinstance(handle, EventHandle)},
+        "has_timers": any(isinstance(handle, TimerHandle) for handle in given),
+    }
 
 
 def _encode_result(result: object, call: str) -> tuple[str, Any]:

@@ -13,6 +13,7 @@ from conductor_app.conf import conductor_settings
 from conductor_app.exceptions import DuplicateExecution, Failure
 from conductor_app.models import Execution, database
 from conductor_app.transitions import limiting, stating, steps, uniqueness
+from conductor_app.transitions.waits.members import end_timers
 from conductor_app.values.limits import Limit
 from conductor_app.values.state import Told
 
@@ -43,6 +44,21 @@ class Journal(Protocol):
 
     def start_child(self, wait: transitions.Invocation) -> steps.Memory:
         """Start a child that the body does not wait for yet, and return what is remembered of it."""
+
+    def start_timer(self, step: str, seconds: float) -> steps.Memory:
+        """Start a timer that the body does not wait for yet, and return what is remembered of it."""
+
+    def look(self, step: str, name: str, event: str | None = None) -> steps.Memory | None:
+        """Return what has become of a step by now.
+
+        Args:
+            step: Which one.
+            name: That of the look itself.
+            event: Of an event: its name. It is taken if it is there; ``None`` is returned if it is not.
+        """
+
+    def cancel_losers(self, step: str) -> None:
+        """Ask those children to stop that have lost a ``ctx.first``."""
 
     def find_deadlock(self, wanted: Sequence[tuple[Limit, str]]) -> tuple[Limit, str, uuid.UUID] | None:
         """Return for which place of a limit a new child would wait for ever, since this execution or one above has it.
@@ -131,6 +147,23 @@ class DatabaseJournal:
     def find_deadlock(self, wanted: Sequence[tuple[Limit, str]]) -> tuple[Limit, str, uuid.UUID] | None:
         """Ask the places of the tree."""
         return limiting.deadlock(self._execution, wanted)
+
+    def start_timer(self, step: str, seconds: float) -> steps.Memory:
+        """Insert its step."""
+        return transitions.start_timer(self._execution, step, seconds)
+
+    def cancel_losers(self, step: str) -> None:
+        """Flag them."""
+        transitions.cancel_losers(self._execution, step)
+
+    def look(self, step: str, name: str, event: str | None = None) -> steps.Memory | None:
+        """Read it, after what may decide it now."""
+        del name
+        if event is not None:
+            transitions.take_if_there(self._execution, step, event)
+        else:
+            transitions.patiently(lambda: end_timers(steps.of(self._execution.pk, step)))
+        return transitions.patiently(lambda: steps.recall(self._execution.pk, step)).get(step)
 
     def start_child(self, wait: transitions.Invocation) -> steps.Memory:
         """Insert the child and its step."""

@@ -98,9 +98,23 @@ def check_key(key: object, name: str) -> str:
     return str.__str__(key)
 
 
-def gather_name(members: Sequence[str], *, return_exceptions: bool) -> str:
+def gather_name(members: Sequence[str], *, return_exceptions: bool, need: int | None = None) -> str:
     """Return the name under which a gather is remembered; no step of the user's can have it."""
-    name = f"gather({','.join(members)}{',return_exceptions' if return_exceptions else ''})"
+    more = ",return_exceptions" if return_exceptions else "" if need is None else f",need={need}"
+    return _shortened(f"gather({','.join(members)}{more})")
+
+
+def batch_name(step: str, number: int) -> str:
+    """Return the name of a wait of an ``as_completed``; but for the first, no step of the user's has it."""
+    return step if number == 1 else _shortened(f"{step}#{number}")
+
+
+def peek_name(step: str, number: int) -> str:
+    """Return the name under which a look at a handle is remembered; no step of the user's can have it."""
+    return _shortened(f"peek({step}{'' if number == 1 else f',{number}'})")
+
+
+def _shortened(name: str) -> str:
     if len(name) <= NAME_LENGTH:
         return name
     return f"{name[:88]}…{digest(name)})"

@@ -94,6 +94,8 @@ class BodyRun:
         self._used: dict[str, tuple[str, int]] = {}
         #: What each child that was invoked is, by its identity.
         self._children: dict[int, tuple[object, Invocable]] = {}
+        #: How often the body has looked at each handle.
+        self._peeks: dict[str, int] = {}
         self._inside: str | None = None
         self._unrecorded: tuple[str, BaseException] | None = None
         self._suspension: tuple[transitions.Wait, tuple[str, int]] | None = None

@@ -29,6 +29,7 @@ from conductor_app.exceptions import (
     EventTimedOut,
     Failure,
     LeaseLost,
+    NoneSucceeded,
     NotSerializable,
     OutcomeLost,
     PayloadTooLarge,
@@ -283,7 +284,7 @@ def end_attempt(started: Run, error: BaseException) -> NoReturn:
     if isinstance(error, RetryExecution):
         error.args = (f"ctx.retry() asked for another attempt, but attempt {execution.attempt} was the last one.",)
         failure = describe(error, limit)
-    step = error.step if isinstance(error, (ChildError, EventTimedOut, OutcomeLost)) else ""
+    step = error.step if isinstance(error, (ChildError, EventTimedOut, NoneSucceeded, OutcomeLost)) else ""
     child_id = error.child_id if isinstance(error, ChildError) else None
     try:
         with handing_off(execution) as offer:

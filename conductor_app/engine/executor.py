@@ -174,14 +174,21 @@ def _run_claimed(started: Run) -> Any:
             end_attempt(started, error)
     # A first run has nothing to remember, so it does not ask; except that of a fork.
     is_empty = execution.fence == 1 and not execution.is_fork
-    known: dict[str, steps.Memory] | None = {} if is_empty else _known(execution)
+    known: dict[str, steps.Memory] | None = None
     waited_for: str | None = None
     teller = Teller()
+    is_first = True
     while True:
         if gives_way():
             release(started)
-        memory = _recall(execution) if known is None else known
-        known = None
+        try:
+            if is_first:
+                known = {} if is_empty else _known(execution)
+            memory = _recall(execution) if known is None else known
+        except NewerFormat as error:  # a kind of step that this version does not know
+            leave_to_newer(started, error)
+            end_attempt(started, error)
+        known, is_first = None, False
         woken_by = waited_for or steps.woken_by(execution, memory)
         context = ExecutionContext(
             execution,

@@ -70,6 +70,13 @@ class Step(models.Model):
     max_parallel = models.IntegerField(_("at most in parallel"), null=True, blank=True)
     #: Of a map or gather: whether the first failure decides it.
     fails_fast = models.BooleanField(_("fails fast"), default=True, db_default=True)
+    #: Of one that the first failure does not decide yet: how many it lets pass. Null is none, or without limit.
+    max_failures = models.IntegerField(_("failures let pass"), null=True, blank=True)
+    #: How many it has let pass.
+    failures = models.IntegerField(_("failures"), default=0, db_default=0)
+    #: Of a step that not all of its members decide: the names of those that do, each with a comma behind it, in the
+    #: order in which they came. Null if all do.
+    counted = models.TextField(_("decided by"), null=True, blank=True)  # noqa: DJ001 - none yet is not null
     result = models.TextField(_("result"), null=True, blank=True)  # noqa: DJ001 - no result is not an empty one
     error = models.TextField(_("error"), null=True, blank=True)  # noqa: DJ001
     #: Seconds, as the caller gave them: for the error's text, and for a new deadline when an operator retries.
@@ -105,6 +112,11 @@ class Step(models.Model):
 
     def __str__(self) -> str:
         return str(self.name)
+
+    @property
+    def counted_names(self) -> list[str]:
+        """The names of the members that have decided it, or have done their part."""
+        return [name for name in (self.counted or "").split(",") if name]
 
     @property
     def is_copied(self) -> bool:

@@ -16,8 +16,10 @@ def waiting_for_nothing(executions: ExecutionQuerySet) -> ExecutionQuerySet:
     # Two ways to say the same. By the status SQLite would read all pending steps, once for each execution.
     is_sqlite = connections[executions.db].vendor == "sqlite"
     is_pending = Q(finished_at__isnull=True) if is_sqlite else Q(status=Literal("pending"))
-    # A started child is awaited by its gather alone. A map or gather that is undecided counts as awaited
-    # (``auditing.in_vain`` looks at its children): beside OR, that makes PostgreSQL read whole tables.
-    is_awaited = ~Q(kind__in=["invoke", "start"]) | Q(kind="invoke", child__status__in=sorted(OPEN_STATUSES))
+    # A started child, a timer and a message are awaited by their gather alone. A map or gather that is undecided counts
+    # as awaited (``auditing.in_vain`` looks at its children): beside OR, that makes PostgreSQL read whole tables.
+    is_awaited = ~Q(kind__in=["invoke", "start", "timer", "message"]) | Q(
+        kind="invoke", child__status__in=sorted(OPEN_STATUSES)
+    )
     pending = Step.objects.using(executions.db).filter(is_pending, is_awaited, execution=OuterRef("pk"))
     return executions.with_status(ExecutionStatus.WAITING).filter(~Exists(pending))

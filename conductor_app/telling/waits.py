@@ -71,6 +71,7 @@ def values_of(step: Step, words: Words, now: dt.datetime) -> dict[str, str]:
         "execution": str(step.execution_id),
         "left": f"{step.remaining or 0:,}",
         "total": f"{step.total or 0:,}",
+        "needed": f"{(step.total or 0) - (step.max_failures or 0):,}",
         "limit": f"{step.max_parallel or 0:,}",
         "time": since(step.created_at, now),
     }

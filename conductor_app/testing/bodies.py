@@ -220,6 +220,15 @@ class _MemoryJournal:
     def start_child(self, wait: Invocation) -> Memory:
         return self._outcomes.start(wait)
 
+    def start_timer(self, step: str, seconds: float) -> Memory:
+        return self._outcomes.start_timer(step, seconds)
+
+    def look(self, step: str, name: str, event: str | None = None) -> Memory | None:
+        return self._outcomes.look(step, name, event)
+
+    def cancel_losers(self, step: str) -> None:
+        """Those of a test do not run."""
+
     def find_deadlock(self, wanted: Sequence[tuple[Limit, str]]) -> None:
         """One body alone waits for nobody."""
 

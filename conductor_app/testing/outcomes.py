@@ -23,7 +23,17 @@ from conductor_app.exceptions import (
 )
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
 from conductor_app.tasks.task import DurableTask
-from conductor_app.transitions import AwaitEvent, Gather, Invocation, Map, NewExecution, Wait
+from conductor_app.transitions import (
+    AsCompleted,
+    AwaitEvent,
+    First,
+    Gather,
+    Invocation,
+    Map,
+    MembersWait,
+    NewExecution,
+    Wait,
+)
 from conductor_app.transitions.steps import ChildOutcome, Memory
 from conductor_app.values.failures import describe, dump_failure
 from conductor_app.values.payloads import dumps, loads, round_trip
@@ -103,6 +113,8 @@ class Outcomes:
         self._calls = calls
         self._run_body = run_body
         self._started: dict[str, Invocation] = {}
+        #: The seconds of each timer.
+        self._timers: dict[str, float] = {}
         #: How the children of each map ended.
         self.maps: dict[str, list[ChildOutcome]] = {}
         #: Those of the tree; the bodies of children share them.
@@ -116,7 +128,7 @@ class Outcomes:
     def for_another_body(self) -> Outcomes:
         """Return the same for the body of a child, whose steps may have the same names."""
         other = copy.copy(self)
-        other._started, other.maps = {}, {}
+        other._started, other._timers, other.maps = {}, {}, {}
         other.told, other.state = None, {}
         return other
 
@@ -157,6 +169,100 @@ class Outcomes:
             timeout_seconds=wait.timeout,
         )
 
+    def start_timer(self, step: str, seconds: float) -> Memory:
+        """Return what is remembered of a timer, which ends when something waits for it and nothing else is there."""
+        self._calls.append(StepCall(step, StepKind.TIMER, args=(seconds,)))
+        self._timers[step] = seconds
+        return remember(step, StepKind.TIMER, StepStatus.PENDING if seconds else StepStatus.SUCCEEDED)
+
+    def look(self, step: str, name: str, event: str | None) -> Memory | None:
+        """Return what a look at a handle sees.
+
+        A child has ended, an event is there that the test sends, and a timer goes on, unless the test says otherwise of
+        that look.
+        """
+        says = self._produce(self._steps[name], (), {}) if name in self._steps else None
+        if says is False or (says is None and step in self._timers):
+            return None if event is not None else remember(step, StepKind.START, StepStatus.PENDING)
+        if step in self._timers:
+            return remember(step, StepKind.TIMER, StepStatus.SUCCEEDED)
+        if event is not None:
+            return self._message(step, event)
+        return self._settle_child(self._started[step], StepKind.START)
+
+    def _message(self, step: str, event: str) -> Memory | None:
+        """Return what is remembered of an event that is awaited beside other things; ``None`` if it is not sent."""
+        key = next((key for key in (step, event) if key in self._events), None)
+        if key is None or isinstance(self._events[key], EventTimedOut):
+            return None
+        payload = self._produce(self._events[key], (), {})
+        text, _ = round_trip(payload, f'events["{key}"]', conductor_settings().MAX_PAYLOAD_BYTES)
+        return remember(step, StepKind.MESSAGE, StepStatus.SUCCEEDED, task=event, result=text)
+
+    def _decide_member(self, wait: MembersWait, name: str, memory: dict[str, Memory], *, must: bool) -> bool:
+        """Put the outcome of a member into the body's memory, as far as the test gives one; tell whether it did.
+
+        Args:
+            must: Whether the wait is for all of them, so that there has to be one.
+        """
+        if name in memory and not memory[name].is_pending:
+            return True
+        if name in wait.events:
+            message = self._message(name, wait.events[name])
+            if message is not None:
+                memory[name] = message
+            elif must:
+                raise BodyError(
+                    f'The body waits for the event "{wait.events[name]}" in step "{name}", and the test does not send '
+                    f'it. Add events={{"{wait.events[name]}": …}} to run(): its payload.'
+                )
+            return message is not None
+        if name in self._timers:
+            if must:
+                memory[name] = remember(name, StepKind.TIMER, StepStatus.SUCCEEDED)
+            return must
+        child = self._started[name]
+        if must or name in self._children or child.child.task in self._children:
+            memory[name] = self._settle_child(child, StepKind.START)
+            return True
+        return False
+
+    def _settle_first(self, wait: First, memory: dict[str, Memory]) -> Memory:
+        """Let the first argument win of those whose outcomes the test gives, or the one that ``steps=`` names."""
+        order = list(wait.members)
+        if wait.step in self._steps:
+            order = [self._chosen(wait, self._produce(self._steps[wait.step], (), {}))]
+        # Timers take as long as they say: nothing else is there when one ends.
+        timers = sorted((name for name in order if name in self._timers), key=lambda name: self._timers[name])
+        is_named = len(order) < len(wait.members)
+        passes = wait.max_failures is not None
+        for name in [*(name for name in order if name not in self._timers), *timers]:
+            if not self._decide_member(wait, name, memory, must=is_named or name in self._timers):
+                continue
+            if not passes or memory[name].status == StepStatus.SUCCEEDED:
+                return remember(wait.step, StepKind.FIRST, memory[name].status, counted=f"{name},")
+        if passes and all(name in memory and not memory[name].is_pending for name in wait.members):
+            return remember(wait.step, StepKind.FIRST, StepStatus.FAILED, counted="")
+        raise BodyError(
+            f'The body waits for the first of {", ".join(wait.members)} in step "{wait.step}", and the test gives no '
+            "outcome of any that decides it. Add children= or events= to run()."
+        )
+
+    def _chosen(self, wait: MembersWait, name: Any) -> str:
+        if name not in wait.members:
+            raise BodyError(f'steps["{wait.step}"] is {shown(name)}, which the body does not wait for there.')
+        return str(name)
+
+    def _settle_completed(self, wait: AsCompleted, memory: dict[str, Memory]) -> Memory:
+        """Let them end in the order of the arguments, or in the one that ``steps=`` gives."""
+        order = list(wait.members)
+        if wait.step in self._steps:
+            given = self._produce(self._steps[wait.step], (), {})
+            order = sorted(order, key=list(given).index) if set(order) <= set(given) else order
+        for name in order:
+            self._decide_member(wait, name, memory, must=True)
+        return remember(wait.step, StepKind.AS_COMPLETED, StepStatus.SUCCEEDED, counted=",".join([*order, ""]))
+
     def settle(self, wait: Wait, memory: dict[str, Memory]) -> None:
         """Put the outcome of what the body waits for into its memory."""
         if isinstance(wait, Invocation):
@@ -167,9 +273,14 @@ class Outcomes:
         elif isinstance(wait, Gather):
             self._calls.append(StepCall(wait.step, StepKind.GATHER, args=tuple(wait.members)))
             for name in wait.members:
-                if memory[name].is_pending:
-                    memory[name] = self._settle_child(self._started[name], StepKind.START)
+                self._decide_member(wait, name, memory, must=True)
             memory[wait.step] = _gathered(wait, [memory[name] for name in wait.members])
+        elif isinstance(wait, First):
+            self._calls.append(StepCall(wait.step, StepKind.FIRST, args=tuple(wait.members)))
+            memory[wait.step] = self._settle_first(wait, memory)
+        elif isinstance(wait, AsCompleted):
+            self._calls.append(StepCall(wait.step, StepKind.AS_COMPLETED, args=tuple(wait.members)))
+            memory[wait.step] = self._settle_completed(wait, memory)
         elif isinstance(wait, AwaitEvent):
             self._calls.append(StepCall(wait.step, StepKind.EVENT, args=(wait.event,)))
             memory[wait.step] = self._settle_event(wait)
@@ -215,9 +326,10 @@ class Outcomes:
         # A failure comes before the end of the time.
         failed = [number for number, end in enumerate(ends) if end[0] in (StepStatus.FAILED, StepStatus.CANCELLED)]
         status, error, child_id = StepStatus.SUCCEEDED, None, None
-        if failed and wait.fails_fast:
-            status, _, error = ends[failed[0]]
-            child_id = wait.children[failed[0]].id
+        let_pass = wait.max_failures or 0
+        if len(failed) > let_pass and wait.fails_fast:
+            status, _, error = ends[failed[let_pass]]
+            child_id = wait.children[failed[let_pass]].id
         elif late:
             status = StepStatus.TIMED_OUT
         return remember(
@@ -304,9 +416,15 @@ class Outcomes:
 
 def _gathered(wait: Gather, members: list[Memory]) -> Memory:
     failed = [member for member in members if member.status != StepStatus.SUCCEEDED]
-    if not failed or not wait.fails_fast:
-        return remember(wait.step, StepKind.GATHER, StepStatus.SUCCEEDED, total=len(members))
-    return remember(wait.step, StepKind.GATHER, failed[0].status, child_id=failed[0].child_id, total=len(members))
+    let_pass = wait.max_failures or 0
+    if len(failed) > let_pass and wait.fails_fast:
+        cause = failed[let_pass]
+        return remember(wait.step, StepKind.GATHER, cause.status, child_id=cause.child_id, total=len(members))
+    counted = None
+    if wait.counts_some:
+        succeeded = [member.name for member in members if member.status == StepStatus.SUCCEEDED]
+        counted = "".join(f"{name}," for name in succeeded[: len(members) - let_pass])
+    return remember(wait.step, StepKind.GATHER, StepStatus.SUCCEEDED, counted=counted, total=len(members))
 
 
 def _key(key: object) -> str:

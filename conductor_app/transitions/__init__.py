@@ -51,21 +51,29 @@ from conductor_app.transitions.running import check_held, lock_held, note_astray
 from conductor_app.transitions.succeeding import succeed
 from conductor_app.transitions.suspending import suspend
 from conductor_app.transitions.tagging import tag, tags_of
+from conductor_app.transitions.waits.as_completed import AsCompleted
 from conductor_app.transitions.waits.event import AwaitEvent, send
+from conductor_app.transitions.waits.first import First, cancel_losers
 from conductor_app.transitions.waits.gather import Gather
 from conductor_app.transitions.waits.invoke import Invocation
 from conductor_app.transitions.waits.map import Map
+from conductor_app.transitions.waits.members import MembersWait
+from conductor_app.transitions.waits.message import take_if_there
 from conductor_app.transitions.waits.sleep import Sleep
 from conductor_app.transitions.waits.start import start_child
+from conductor_app.transitions.waits.timer import start_timer
 from conductor_app.transitions.waits.wait import Pending, Wait
 
 __all__ = [
     "EXPIRED",
+    "AsCompleted",
     "AwaitEvent",
+    "First",
     "Gather",
     "HandOff",
     "Invocation",
     "Map",
+    "MembersWait",
     "NewExecution",
     "Pending",
     "Sleep",
@@ -74,6 +82,7 @@ __all__ = [
     "announce_now",
     "announced",
     "cancel_flagged",
+    "cancel_losers",
     "cancel_running",
     "check_held",
     "claim",
@@ -109,12 +118,14 @@ __all__ = [
     "retry_later",
     "send",
     "start_child",
+    "start_timer",
     "succeed",
     "suspend",
     "tag",
     "tags_of",
     "take_for_announcement",
     "take_for_dispatch",
+    "take_if_there",
     "unpark_lost",
     "unpause",
     "wait_for_row",

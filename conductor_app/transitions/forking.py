@@ -179,8 +179,8 @@ def _copy(source: Execution, execution: Execution, planned: Plan) -> None:
         rows = rows.exclude(pk__in=left_out)
     of_child = Q(kind__in=sorted(CHILD_KINDS), status=StepStatus.SUCCEEDED, result__isnull=True)
     of_failed_child = Q(status=StepStatus.FAILED, error__isnull=True)
-    as_they_are = ("name", "kind", "status", "task", "payload_digest", "child_id", "total", "remaining")
-    options = ("max_parallel", "fails_fast", "timeout_seconds", "on_timeout")
+    as_they_are = ("name", "kind", "status", "task", "payload_digest", "child_id", "total", "remaining", "counted")
+    options = ("max_parallel", "fails_fast", "max_failures", "failures", "timeout_seconds", "on_timeout")
     insert_selected(
         Step,
         rows.order_by("pk"),

@@ -37,8 +37,8 @@ class Words:
     """What is said of one step, in the reader's language.
 
     ``telling.waits.values_of`` fills in its columns: ``%(step)s``, ``%(event)s`` (what ``task`` holds), ``%(task)s``
-    (the last part of that), ``%(execution)s``, ``%(total)s``, ``%(left)s``, ``%(limit)s``; ``%(time)s``, for how long
-    it waits; and its deadline, if it has one: ``%(instant)s`` and ``%(when)s``.
+    (the last part of that), ``%(execution)s``, ``%(total)s``, ``%(left)s``, ``%(needed)s``, ``%(limit)s``;
+    ``%(time)s``, for how long it waits; and its deadline, if it has one: ``%(instant)s`` and ``%(when)s``.
     """
 
     #: In the history, when it was opened.
@@ -74,6 +74,10 @@ class Kind:
     has_children = False
     #: Whether it waits for other steps, whose names it has as its result.
     has_members = False
+    #: Whether any one of these decides it, unless it lets failures pass.
+    is_decided_by_one = False
+    #: Whether its row is locked after that of the step that waits for it, and not before.
+    comes_after_group = False
     #: Whether no operator's retry takes back that it has succeeded.
     is_lasting = False
     #: Whether a cancel of its execution decides it, since nobody else will.
@@ -114,6 +118,14 @@ class Kind:
 
     def pass_on(self, step: Step, status: StepStatus, *, error: str | None, root_id: uuid.UUID | None) -> None:
         """Tell whoever waits for a step that has just been decided, and does not suspend."""
+
+    def decided(self, step: Step, *, by: str | None) -> None:
+        """Do what follows when a child or a member has just decided a step that counts them; its row is locked.
+
+        Args:
+            step: Its key, ``execution_id``, ``name``, ``status``, ``max_failures``, ``counted`` and ``on_timeout``.
+            by: The member.
+        """
 
     def cancel_late(self, step: Step) -> None:
         """Cancel what is late, before the step is decided: children come before steps, as everywhere."""

@@ -281,7 +281,7 @@ def blocking_steps(execution: Execution) -> list[Step]:
     if execution.status == ExecutionStatus.FAILED:
         failure = FailedExecution.objects.using(database()).filter(pk=execution.pk).first()
         failing = list(remembered.filter(name=failure.step)) if failure is not None and failure.step else []
-        return [found for step in failing for found in _with_gather(step)]
+        return [found for step in failing for found in _with_groups(step)]
     return [
         step
         for step in remembered.exclude(status=StepStatus.SUCCEEDED)
@@ -292,14 +292,21 @@ def blocking_steps(execution: Execution) -> list[Step]:
     ]
 
 
-def _with_gather(step: Step) -> list[Step]:
-    """Return a failing step, and if a gather raised its failure, that and the others that it would meet again."""
-    # Not `step.group`, which a router may read from a replica.
-    gather = Step.objects.using(database()).filter(pk=step.group_id).first() if step.group_id else None
-    if gather is None or gather.status == StepStatus.PENDING:
+def _with_groups(step: Step) -> list[Step]:
+    """Return a failing step, and what has waited for it beside others and is not to be remembered any more.
+
+    The latest of these has raised its failure; what else has failed of that, the next run would meet again.
+    """
+    remembered = Step.objects.using(database()).filter(execution_id=step.execution_id, fence__gt=0)
+    decided = remembered.filter(kind__in=kinds.those(lambda kind: kind.has_members)).exclude(status=StepStatus.PENDING)
+    groups = [group for group in decided.order_by("id") if group.pk == step.pk or _rests_on(group, step)]
+    if not groups:
         return [step]
-    members = Step.objects.using(database()).filter(
-        execution_id=step.execution_id, name__in=loads(gather.result), fence__gt=0
-    )
-    undone = members.exclude(status__in=[StepStatus.PENDING, StepStatus.SUCCEEDED])
-    return [gather, *undone]
+    undone = remembered.exclude(status__in=[StepStatus.PENDING, StepStatus.SUCCEEDED])
+    return [*groups, *undone.filter(name__in=loads(groups[-1].result))]
+
+
+def _rests_on(group: Step, step: Step) -> bool:
+    """Tell whether a failure of ``step`` is a part of what has decided ``group``."""
+    is_chosen = group.counted is not None and group.status == StepStatus.SUCCEEDED
+    return step.name in (group.counted_names if is_chosen else loads(group.result))

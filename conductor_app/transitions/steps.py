@@ -23,8 +23,9 @@ from django.db.models import (
     Value,
     When,
 )
+from django.db.models.functions import Coalesce, Concat
 
-from conductor_app.exceptions import Failure, OutcomeLost
+from conductor_app.exceptions import Failure, NewerFormat, OutcomeLost
 from conductor_app.models import CopiedOutcome, Execution, Step, database
 from conductor_app.models.execution import ExecutionQuerySet
 from conductor_app.states import (
@@ -36,6 +37,7 @@ from conductor_app.states import (
     StepStatus,
 )
 from conductor_app.store import clock
+from conductor_app.store.locks import locked
 from conductor_app.store.statements import Literal, update_returning
 from conductor_app.transitions import kinds
 from conductor_app.values.failures import read_failure
@@ -61,11 +63,18 @@ class Memory(NamedTuple):
     total: int | None = None
     #: In which attempt it was opened; 0 if this process has stored it itself.
     attempt: int = 0
+    #: See ``Step.counted``.
+    counted: str | None = None
 
     @property
     def is_pending(self) -> bool:
         """Whether the outcome is still open."""
         return self.status == StepStatus.PENDING
+
+    @property
+    def counted_names(self) -> list[str]:
+        """The names of the members that have decided it, in the order in which they came."""
+        return [name for name in (self.counted or "").split(",") if name]
 
     def get_result(self) -> Any:
         """Return the decoded result, a fresh object at each call.
@@ -119,6 +128,7 @@ MEMORY_FIELDS = (
     "fence",
     "total",
     "attempt",
+    "counted",
 )
 
 
@@ -162,7 +172,7 @@ def memory_of(rows: Iterable[Sequence[Any]]) -> dict[str, Memory]:
     return {
         row[0]: Memory(
             name=row[0],
-            kind=_KINDS[row[1]],
+            kind=_kind_of(row[0], row[1]),
             status=_STATUSES[row[2]],
             task=row[3],
             payload_digest=row[4],
@@ -175,6 +185,7 @@ def memory_of(rows: Iterable[Sequence[Any]]) -> dict[str, Memory]:
             fence=row[11],
             total=row[12],
             attempt=row[13],
+            counted=row[14],
         )
         for row in rows
     }
@@ -191,6 +202,13 @@ def woken_by(execution: Execution, memory: dict[str, Memory]) -> str | None:
         return None
     follows = last.fence == execution.fence - 1 and last.attempt == execution.attempt
     return last.name if follows else None
+
+
+def _kind_of(name: str, kind: str) -> StepKind:
+    try:
+        return _KINDS[kind]
+    except KeyError:
+        raise NewerFormat(f"step {name!r} is of the kind {kind!r}, which another version has written") from None
 
 
 _KINDS = {kind.value: kind for kind in StepKind}
@@ -265,7 +283,7 @@ def settle(
     pending = of(execution_id, name).filter(status=StepStatus.PENDING)
     if only_overdue:
         pending = pending.filter(deadline_at__lte=clock.now())
-    fields = ("kind", "group_id", "child_id")
+    fields = ("name", "kind", "group_id", "child_id")
     values: dict[str, Any] = {} if result is None else {"result": result}
     decided = update_returning(pending, fields, status=status, error=error, finished_at=clock.now(), **values)
     return decided[0] if decided else None
@@ -280,39 +298,64 @@ def settle_overdue(keys: Sequence[int]) -> None:
     )
 
 
-def count_down(
-    counted: QuerySet[Step], status: StepStatus, *, child_id: uuid.UUID | None = None, error: str | None = None
-) -> Step | None:
-    """Count one child of a map or gather as ended; the last one, or the first failure of one that fails fast, decides.
+#: Of a map or gather that fails fast: it lets no more failures pass.
+TOO_MANY = Q(fails_fast=True, failures__gte=Coalesce("max_failures", 0))
+#: Of a gather: with one more success there are enough of them, even if all that have not ended fail.
+_ENOUGH = Q(remaining__lte=1 + Coalesce(F("max_failures"), 0) - F("failures"))
 
-    One statement on one row: of two last children, the second waits for the first, and sees its count.
+
+def count_down(
+    counted: QuerySet[Step],
+    status: StepStatus,
+    *,
+    child_id: uuid.UUID | None = None,
+    error: str | None = None,
+    member: str | None = None,
+) -> Step | None:
+    """Count one child of a map, or one member of a gather, as ended.
+
+    The last one decides, the failure that is one too many, and of a gather the success with which there are enough.
+    One statement on one row: of two that end together, the second waits for the first, and sees its count.
 
     Args:
         counted: The row of the map or gather.
         status: How the child ended.
         child_id: The child.
         error: Why it was cancelled.
+        member: Of a gather: the step that has ended.
 
     Returns:
         The row as it is now; ``None`` if it had been decided before.
     """
-    is_last: Any = Q(remaining__lte=1)
-    decisions = [When(is_last, then=Value(StepStatus.SUCCEEDED.value))]
-    if status != StepStatus.SUCCEEDED:
-        decisions.insert(0, When(fails_fast=True, then=Value(status.value)))
-        is_last |= Q(fails_fast=True)
+    is_success = status == StepStatus.SUCCEEDED
+    is_last = Q(remaining__lte=1)
+    ends_well = _ENOUGH if is_success and member is not None else is_last
+    is_decided = ends_well if is_success else ends_well | TOO_MANY
+    decisions = [When(ends_well, then=Value(StepStatus.SUCCEEDED.value))]
+    counts = Q(counted__isnull=False)
+    if not is_success:
+        decisions.insert(0, When(TOO_MANY, then=Value(status.value)))
+    if member is not None:
+        by_one = Q(kind__in=kinds.those(lambda kind: kind.is_decided_by_one), max_failures__isnull=True)
+        decisions.insert(0, When(by_one, then=Value(status.value)))
+        is_decided |= by_one
+        counts &= Q() if is_success else by_one
     values: dict[str, Any] = {
-        # The count last: MySQL assigns from left to right, and the conditions are about the old one.
+        # The counts last: MySQL assigns from left to right, and the conditions are about the old ones.
         "status": Case(*decisions, default=Value(StepStatus.PENDING.value)),
-        "finished_at": Case(When(is_last, then=clock.now()), default=None, output_field=DateTimeField()),
+        "finished_at": Case(When(is_decided, then=clock.now()), default=None, output_field=DateTimeField()),
     }
-    if status != StepStatus.SUCCEEDED:
-        values["child_id"] = Case(When(fails_fast=True, then=Value(child_id, output_field=UUIDField())), default=None)
-        values["error"] = Case(When(fails_fast=True, then=Value(error, output_field=TextField())), default=None)
+    if member is not None:
+        more = Concat(F("counted"), Value(f"{member},"), output_field=TextField())
+        values["counted"] = Case(When(counts, then=more), default=F("counted"), output_field=TextField())
+    if not is_success:
+        values["child_id"] = Case(When(TOO_MANY, then=Value(child_id, output_field=UUIDField())), default=None)
+        values["error"] = Case(When(TOO_MANY, then=Value(error, output_field=TextField())), default=None)
+        is_let_pass = When(Q(max_failures__isnull=False) & ~TOO_MANY, then=F("failures") + 1)
+        values["failures"] = Case(is_let_pass, default=F("failures"))
     values["remaining"] = F("remaining") - 1
-    rows = update_returning(
-        counted.filter(status=StepStatus.PENDING), ("execution_id", "name", "kind", "status", "remaining"), **values
-    )
+    fields = ("execution_id", "name", "kind", "status", "remaining", "max_failures", "counted", "on_timeout")
+    rows = update_returning(counted.filter(status=StepStatus.PENDING), fields, **values)
     return rows[0] if rows else None
 
 
@@ -327,9 +370,17 @@ def children_of(execution_id: uuid.UUID, name: str) -> ExecutionQuerySet:
 
 
 def awaiting_gather(execution_id: uuid.UUID, name: str) -> int | None:
-    """Return the key of the undecided gather that a failure of this step decides; ``None`` if there is none."""
-    found = of(execution_id, name).filter(group__status=StepStatus.PENDING, group__fails_fast=True)
+    """Return the key of the undecided gather that any failure of this step decides; ``None`` if there is none."""
+    found = of(execution_id, name).filter(
+        group__status=StepStatus.PENDING, group__fails_fast=True, group__max_failures__isnull=True
+    )
     return found.values_list("group_id", flat=True).first()
+
+
+def lock_pending(key: int) -> bool:
+    """Lock a step until the end of the current transaction; tell whether it is undecided."""
+    row = Step.objects.using(database()).filter(pk=key, status=StepStatus.PENDING)
+    return bool(locked(row).values_list("pk", flat=True))
 
 
 def is_pending(execution_id: uuid.UUID, name: str) -> bool:
@@ -343,7 +394,9 @@ def reopen(step: Step, *, remaining: int | None = None) -> None:
     Args:
         remaining: Of a map: how many children it waits for.
     """
-    values: dict[str, Any] = {} if remaining is None else {"remaining": remaining, "child_id": None, "result": None}
+    values: dict[str, Any] = (
+        {} if remaining is None else {"remaining": remaining, "failures": 0, "child_id": None, "result": None}
+    )
     Step.objects.using(database()).filter(pk=step.pk).update(
         status=StepStatus.PENDING, error=None, finished_at=None, deadline_at=deadline(step.timeout_seconds), **values
     )
@@ -354,9 +407,16 @@ def end_waits(execution_id: uuid.UUID, error: str) -> None:
 
     Its children decide their steps when they end, which a child that is late may do with a result.
     """
-    alone = kinds.those(lambda kind: kind.ends_with_execution)
-    waits = Step.objects.using(database()).filter(execution_id=execution_id, kind__in=alone, status=StepStatus.PENDING)
-    waits.update(status=StepStatus.CANCELLED, error=error, finished_at=clock.now())
+    pending = Step.objects.using(database()).filter(execution_id=execution_id, status=StepStatus.PENDING)
+    ended = {"status": StepStatus.CANCELLED, "error": error, "finished_at": clock.now()}
+    alone = kinds.those(lambda kind: kind.ends_with_execution and not kind.comes_after_group)
+    pending.filter(kind__in=alone).update(**ended)
+    later = pending.filter(kind__in=kinds.those(lambda kind: kind.comes_after_group))
+    groups = list(later.order_by("group_id").values_list("group_id", flat=True).distinct())
+    if groups:
+        # What waits for them first, as everywhere: somebody may just be sending one of the events.
+        list(locked(Step.objects.using(database()).filter(pk__in=groups)).values_list("pk", flat=True))
+        later.update(**ended)
 
 
 def resume(step: Step) -> None:

@@ -14,6 +14,7 @@ from conductor_app.exceptions import Failure
 from conductor_app.models import Execution, Step, database
 from conductor_app.states import ExecutionStatus, StepKind, StepStatus
 from conductor_app.store import clock
+from conductor_app.store.locks import locked
 from conductor_app.store.moves import Lock, Update
 from conductor_app.store.slots import Found, Given, given
 from conductor_app.store.statements import update_returning
@@ -135,19 +136,32 @@ def count_down(
     child_id: uuid.UUID | None,
     error: str | None,
     root_id: uuid.UUID | None,
+    member: str | None = None,
 ) -> bool:
-    """Count one child of a map or gather as ended, and wake the execution if that decides it."""
-    step = steps.count_down(counted, status, child_id=child_id, error=error)
+    """Count one child of a map, or one member of a gather, as ended, and wake the execution if that decides it."""
+    step = steps.count_down(counted, status, child_id=child_id, error=error, member=member)
     if step is not None and step.status != StepStatus.PENDING:
+        kinds.of(step.kind).decided(step, by=member)
         wake(step.execution_id, root_id)
     return step is not None
 
 
-def cancel_unstarted(children: QuerySet[Execution], reason: str) -> list[Execution]:
-    """queued → cancelled, for those of ``children`` that no run has started: they have no children to cancel."""
+def cancel_unstarted(children: QuerySet[Execution], reason: str, *, skip: bool = False) -> list[Execution]:
+    """queued → cancelled, for those of ``children`` that no run has started: they have no children to cancel.
+
+    Args:
+        children: Which ones.
+        reason: Stored and shown.
+        skip: Whether those stay as they are that somebody has locked, to start them most often; for whoever has locked
+            a step, and so must not wait for children.
+    """
     failure = dump_failure(Failure(type="Cancelled", message=f"Cancelled: {reason}"))
+    unstarted = children.filter(status=ExecutionStatus.QUEUED, started_at__isnull=True)
+    if skip:
+        free = list(locked(unstarted, skip=True).values_list("pk", flat=True))
+        unstarted = unstarted.filter(pk__in=free)
     cancelled = update_returning(
-        children.filter(status=ExecutionStatus.QUEUED, started_at__isnull=True),
+        unstarted,
         ("id", "task", "root_id", "parent_id", "step", "attempt", "error", "created_at", "options"),
         status=ExecutionStatus.CANCELLED,
         error=failure,

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from conductor_app import ChildCancelled, ChildFailed, ChildTimedOut, ExecutionContext, durable_task
+from conductor_app.models import Execution
 from tests.app.ledger import note
 
 
@@ -97,3 +98,34 @@ def chord_of_plain_tasks(ctx: ExecutionContext, n: int) -> dict[str, Any]:
 
 def _add() -> dict[str, Any]:
     return {"task": "tests.app.tasks.add", "args": [], "kwargs": {}, "options": {}}
+
+
+@durable_task
+def arrivals(ctx: ExecutionContext, n: int) -> list[list[Any]]:
+    """Square the numbers below ``n``, of which each fifth kills its process once; return them as they arrive.
+
+    The body kills its process, too, in its first attempt, after the third of them.
+    """
+    handles = [
+        ctx.start(f"n{number}", square, {"n": number, "seconds": 0.05, "dies": not number % 5}) for number in range(n)
+    ]
+    order: list[Any] = []
+    for handle in ctx.as_completed("arrivals", *handles):
+        order.append([handle.step, handle.result()])
+        if len(order) == 3 and ctx.attempt == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+    return order
+
+
+@durable_task
+def decides(ctx: ExecutionContext) -> list[Any]:
+    """Wait for the first of two children; die when both have ended, before anything else is recorded."""
+    slow = ctx.start("slow", square, {"n": 2, "seconds": 1})
+    quick = ctx.start("quick", square, {"n": 3})
+    winner, value = ctx.first("decision", slow, quick, ctx.timer("late", 300))
+    if ctx.attempt == 1:
+        deadline = time.monotonic() + 60
+        while Execution.objects.filter(parent_id=ctx.execution_id).open().exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return [winner.step, value, slow.result()]

@@ -17,6 +17,7 @@ from conductor_app import (
     EventTimedOut,
     ExecutionContext,
     Limit,
+    NoneSucceeded,
     durable_task,
 )
 
@@ -32,7 +33,7 @@ EVENT = "go"
 TICKING: list[Instruction] = [{"do": "sleep", "seconds": 45}, {"do": "atomic"}]
 
 #: Outcomes of others that a program may catch.
-OUTCOMES = (ChildFailed, ChildTimedOut, ChildCancelled, EventTimedOut)
+OUTCOMES = (ChildFailed, ChildTimedOut, ChildCancelled, EventTimedOut, NoneSucceeded)
 
 _calls = itertools.count(1)
 
@@ -160,6 +161,19 @@ def _gather(ctx: ExecutionContext, name: str, instruction: Instruction) -> Any:
     return ctx.gather(*handles, return_exceptions=instruction["return_exceptions"])
 
 
+def _first(ctx: ExecutionContext, name: str, instruction: Instruction) -> Any:
+    handles: list[Any] = [
+        ctx.start(f"{name}-{number}", task_of(instruction), {"program": program})
+        for number, program in enumerate(instruction["programs"])
+    ]
+    if instruction["event"]:
+        handles.append(ctx.event(f"{name}-event", EVENT))
+    if instruction["seconds"] is not None:
+        handles.append(ctx.timer(f"{name}-timer", instruction["seconds"]))
+    winner, value = ctx.first(name, *handles, until=instruction["until"], losers=instruction["losers"])
+    return [winner.step, value]
+
+
 def _start(ctx: ExecutionContext, name: str, instruction: Instruction) -> Any:
     ctx.start(name, task_of(instruction), {"program": instruction["program"]})
 
@@ -209,6 +223,7 @@ _FOLLOW = {
     "invoke": _invoke,
     "map": _map,
     "gather": _gather,
+    "first": _first,
     "start": _start,
     "step": _step,
     "atomic": _atomic_step,

@@ -20,7 +20,8 @@ SECTION = PAGE.partition("## How to add a kind of wait\n")[2]
 NAMED = {
     "body/context.py": set(StepKind),  # each call has its own
     "engine/hand_off.py": {StepKind.INVOKE},  # a process goes on with a child
-    "operations.py": {StepKind.GATHER},  # a gather is called by the steps of its members
+    # What waits for others has their names, and a gather is called by them.
+    "operations.py": {StepKind.GATHER, StepKind.FIRST, StepKind.AS_COMPLETED},
     "states.py": {StepKind.INVOKE, StepKind.START},  # CHILD_KINDS
     "testing/bodies.py": {StepKind.STEP},
     # Those with an outcome that a test gives.
@@ -31,6 +32,10 @@ NAMED = {
         StepKind.MAP,
         StepKind.GATHER,
         StepKind.EVENT,
+        StepKind.FIRST,
+        StepKind.AS_COMPLETED,
+        StepKind.TIMER,
+        StepKind.MESSAGE,
     },
     "transitions/recording.py": {StepKind.STEP},
     "transitions/succeeding.py": {StepKind.INVOKE, StepKind.MAP},

@@ -700,10 +700,8 @@ def test_a_child_that_is_none() -> None:
 def test_handles_that_are_none() -> None:
     name, message = refused(lambda ctx: ctx.gather([]))
     assert name == InvalidArgumentType.__name__
-    assert (
-        "takes the handles that ctx.start returned, got list. A list of them is passed as ctx.gather(*handles)."
-        in message
-    )
+    told = "takes the handles that ctx.start, ctx.event and ctx.timer return, got list. A list of them is passed as"
+    assert f"{told} ctx.gather(*handles)." in message
 
 
 def test_a_handle_of_another_run() -> None:

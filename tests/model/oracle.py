@@ -104,6 +104,8 @@ class Oracle:
                 return self._outcome(self._decided(execution, name))
             case "map":
                 return self._map(self._decided(execution, name), instruction)
+            case "first":
+                return self._first(self._decided(execution, name), execution)
             case "gather":
                 return self._gather(execution, name, instruction)
         raise AssertionError(instruction)
@@ -167,6 +169,15 @@ class Oracle:
             else:
                 values.append(self._error(StepStatus(child.status), child.pk))
         return values
+
+    def _first(self, step: Step, execution: Execution) -> list[Any]:
+        if not step.counted_names:
+            raise Raised("NoneSucceeded")
+        (name,) = step.counted_names
+        winner = self._decided(execution, name)
+        if winner.kind == StepKind.TIMER:
+            return [name, None]
+        return [name, self._event(winner) if winner.kind == StepKind.MESSAGE else self._outcome(winner)]
 
     def _gather(self, execution: Execution, name: str, instruction: Instruction) -> list[Any]:
         members = [self._step(execution, f"{name}-{number}") for number, _ in enumerate(instruction["programs"])]

@@ -89,6 +89,18 @@ def _with_children(programs: st.SearchStrategy[Any], limited: list[str]) -> st.S
         st.fixed_dictionaries({"do": st.just("map"), "by": by, "max_parallel": parallel, **several}),
         st.fixed_dictionaries({"do": st.just("gather"), "by": by, **several}),
         st.fixed_dictionaries({"do": st.just("start"), "by": by, "program": programs}),
+        st.fixed_dictionaries(
+            {
+                "do": st.just("first"),
+                "by": by,
+                "programs": st.lists(programs, min_size=1, max_size=2),
+                "until": st.sampled_from(["decided", "succeeded"]),
+                "losers": st.sampled_from(["abandon", "cancel"]),
+                "event": st.booleans(),
+                "seconds": st.sampled_from([None, 0, 3]),
+                "catch": st.booleans(),
+            }
+        ),
     )
 
 
@@ -106,6 +118,7 @@ _conflicts = st.sampled_from(
     ]
 )
 _picks = st.integers(0, 11)
+_EVENTS = (StepKind.EVENT, StepKind.MESSAGE)
 #: The schedule that there is in an example; none in some.
 _plans = st.one_of(st.none(), st.tuples(st.sampled_from(Overlap), st.sampled_from([CatchUp.LAST, CatchUp.ALL])))
 
@@ -428,7 +441,7 @@ class Machine(RuleBasedStateMachine):
                 world.deliver(0).finish()
             if not invariants.unsettled():
                 break
-            for step in Step.objects.filter(kind=StepKind.EVENT, status=StepStatus.PENDING, deadline_at=None):
+            for step in Step.objects.filter(kind__in=_EVENTS, status=StepStatus.PENDING, deadline_at=None):
                 _unless(ExecutionFinished, lambda step=step: api.send_event(step.execution_id, EVENT, "at last"))
             clock.shift(dt.timedelta(seconds=3))
         wrong = [*invariants.unsettled(), *invariants.violations(), *Oracle().mistakes()]

@@ -179,6 +179,9 @@ SUSPEND = {
             run, map_of(run, 3, max_parallel=2, timeout=60, fails_fast=False, on_timeout="abandon")
         ),
     ),
+    "on a map that lets failures pass": Case(
+        running, lambda run: transitions.suspend(run, map_of(run, 2, max_failures=1))
+    ),
     "on a map with room": Case(running, lambda run: transitions.suspend(run, map_of(run, 2, max_parallel=5))),
     "on a map of none": Case(running, lambda run: transitions.suspend(run, map_of(run, 0))),
     "of one that is to be cancelled, on a map": Case(
@@ -321,6 +324,8 @@ SUCCEED = {
     "one of a map, after a failure that is waited through": Case(lambda: mapped_and_failed(fails_fast=False), succeed),
     "a started child, and its parent runs": Case(lambda: starting(2)[1][0], succeed),
     "the first of the gathered": Case(lambda: gathered(2), succeed),
+    "the first of the gathered, which is enough": Case(lambda: gathered(2, max_failures=1), succeed),
+    "one of the gathered, with which there are not enough": Case(lambda: gathered(3, max_failures=1), succeed),
     "the last of the gathered": Case(lambda: gathered(2, ended=1), succeed),
 }
 

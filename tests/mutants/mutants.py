@@ -67,6 +67,8 @@ RACING_STARTS = "tests/races/test_start_many.py"
 ASYNC = "tests/integration/test_async.py"
 SCHEDULES = "tests/integration/test_schedules.py"
 RETENTION = "tests/integration/test_retention.py"
+FIRST = "tests/integration/test_first_of_many.py"
+RACING_FIRST = "tests/races/test_first_of_many.py"
 TIMETABLES = "tests/unit/test_timetables.py"
 
 
@@ -165,8 +167,120 @@ MUTANTS = [
         (TRANSITIONS, LEASES),
     ),
     Mutant(
-        "gather without holding the execution",
+        "let one failure more pass than may",
+        "transitions/steps.py",
+        'failures__gte=Coalesce("max_failures", 0)',
+        'failures__gt=Coalesce("max_failures", 0)',
+        (FIRST,),
+    ),
+    Mutant(
+        "wait for one result more than are needed",
+        "transitions/steps.py",
+        "_ENOUGH = Q(remaining__lte=1 +",
+        "_ENOUGH = Q(remaining__lte=0 +",
+        (FIRST,),
+    ),
+    Mutant(
+        "count failures that are let pass once only",
+        "transitions/steps.py",
+        'then=F("failures") + 1)',
+        "then=Value(1))",
+        (FIRST,),
+    ),
+    Mutant(
+        "forget which results were enough",
+        "body/context.py",
+        "            return [name for name in names if name in counted]\n",
+        "            names = [name for name in names if name in counted] or names\n",
+        (FIRST,),
+    ),
+    Mutant(
+        "let a retry have the failures that were let pass before",
+        "transitions/steps.py",
+        '"failures": 0, ',
+        "",
+        (FIRST,),
+    ),
+    Mutant(
+        "look at a handle, and do not record what was seen",
+        "body/context.py",
+        '            self._memory[name] = self._journal.record(name, result="false")\n',
+        "",
+        (FIRST,),
+    ),
+    Mutant(
+        "let those start that no one needs any more",
         "transitions/waits/gather.py",
+        '            cancel_unstarted(step, "too many of its siblings have failed")\n',
+        "            pass\n",
+        (FIRST,),
+    ),
+    Mutant(
+        "let what is decided wait on for its events",
+        "transitions/waits/members.py",
+        "        waited.filter(kind=StepKind.MESSAGE, status=StepStatus.PENDING)._raw_delete(database())\n",
+        "        waited.filter(kind=StepKind.MESSAGE, status=StepStatus.PENDING)\n",
+        (FIRST,),
+    ),
+    Mutant(
+        "settle an awaited event before what waits for it is locked",
+        "transitions/waits/event.py",
+        "if step is not None and step.group_id is not None and not steps.lock_pending(step.group_id):",
+        "if step is not None and step.group_id is not None and not step.pk:",
+        (RACING_FIRST,),
+    ),
+    Mutant(
+        "wait for losers that are just ending",
+        "transitions/waits/first.py",
+        "free = locked(children_of(step).open().unasked(), skip=True)",
+        "free = locked(children_of(step).open().unasked())",
+        (RACING_FIRST,),
+    ),
+    Mutant(
+        "ask losers to stop only when the parent runs again",
+        "transitions/waits/first.py",
+        "filter(pk__in=list(free)), _lost(step.name))",
+        "filter(pk__in=list(free)[:0]), _lost(step.name))",
+        (RACING_FIRST,),
+    ),
+    Mutant(
+        "forget losers that were locked when they lost",
+        "body/context.py",
+        "                self._journal.cancel_losers(step)\n",
+        "                pass\n",
+        (FIRST,),
+    ),
+    Mutant(
+        "take the events of a first that is decided already",
+        "transitions/waits/members.py",
+        "        if group.status != StepStatus.PENDING and not wait.takes_all:\n            return\n",
+        "",
+        (FIRST,),
+    ),
+    Mutant(
+        "let the first failure decide what waits for a success",
+        "transitions/steps.py",
+        "kind.is_decided_by_one), max_failures__isnull=True)",
+        "kind.is_decided_by_one))",
+        (FIRST,),
+    ),
+    Mutant(
+        "bring those that have ended in the order of the arguments",
+        "transitions/waits/as_completed.py",
+        "    return step.finished_at, list(members).index(step.name)\n",
+        "    return list(members).index(step.name)\n",
+        (FIRST,),
+    ),
+    Mutant(
+        "bring one at a time although more have ended",
+        "transitions/waits/as_completed.py",
+        'comes at once."""\n        return True\n',
+        'comes at once."""\n        return False\n',
+        (FIRST,),
+    ),
+    Mutant(
+        "gather without holding the execution",
+        "transitions/waits/members.py",
         "    running.lock_held(execution)  # what a run records, it records while it holds its execution\n",
         "",
         (FAN_IN,),
@@ -547,8 +661,8 @@ MUTANTS = [
     Mutant(
         "count a decided map down",
         "transitions/steps.py",
-        '        counted.filter(status=StepStatus.PENDING), ("execution_id"',
-        '        counted, ("execution_id"',
+        "update_returning(counted.filter(status=StepStatus.PENDING), fields",
+        "update_returning(counted, fields",
         (PARALLEL,),
     ),
     Mutant("decide a map too late", "transitions/steps.py", "Q(remaining__lte=1)", "Q(remaining__lte=0)", (PARALLEL,)),
@@ -556,18 +670,15 @@ MUTANTS = [
     Mutant(
         "wait for all although one has failed",
         "transitions/steps.py",
-        "        decisions.insert(0, When(fails_fast=True, then=Value(status.value)))\n"
-        "        is_last |= Q(fails_fast=True)\n",
-        "        pass\n",
+        "TOO_MANY = Q(fails_fast=True, ",
+        "TOO_MANY = Q(fails_fast=True, remaining__lt=0, ",
         (PARALLEL,),
     ),
     Mutant(
         "fail a map that asked for exceptions",
         "transitions/steps.py",
-        "        decisions.insert(0, When(fails_fast=True, then=Value(status.value)))\n"
-        "        is_last |= Q(fails_fast=True)\n",
-        "        decisions.insert(0, When(remaining__gte=0, then=Value(status.value)))\n"
-        "        is_last |= Q(remaining__gte=0)\n",
+        "TOO_MANY = Q(fails_fast=True, ",
+        "TOO_MANY = Q(remaining__gte=0, ",
         (PARALLEL,),
     ),
     Mutant(
@@ -1188,9 +1299,9 @@ MUTANTS = [
     # --- repetition after a lost answer
     Mutant(
         "abandon a run whose decided gather was recorded",
-        "transitions/waits/gather.py",
-        'children that had ended needs no wait."""\n        return True\n',
-        'children that had ended needs no wait."""\n        return False\n',
+        "transitions/waits/members.py",
+        'steps that were decided is none."""\n        return True\n',
+        'steps that were decided is none."""\n        return False\n',
         (COMMITS,),
     ),
     # --- hand-off

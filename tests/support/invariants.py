@@ -171,7 +171,11 @@ def _of_child(child: Execution, parent: Execution | None, parent_steps: Iterable
     if child.position is not None:
         named = [step for step in parent_steps if step.name == child.step]
     else:
-        named = [step for step in parent_steps if step.child_id == child.pk and step.kind != StepKind.GATHER]
+        named = [
+            step
+            for step in parent_steps
+            if step.child_id == child.pk and step.kind not in (StepKind.GATHER, StepKind.FIRST)
+        ]
     if [step.name for step in named] != [child.step]:
         yield f'is step "{child.step}" of its parent, which knows it as {[step.name for step in named]}'
     abandoned = any(step.status == StepStatus.TIMED_OUT and step.on_timeout == "abandon" for step in named)
@@ -191,7 +195,7 @@ def _of_step(step: Step, executions: dict[uuid.UUID, Execution], children: list[
         return
     if (
         step.status == StepStatus.PENDING
-        and step.kind != StepKind.START
+        and step.kind not in (StepKind.START, StepKind.TIMER)  # which may have lost
         and execution.status in (ExecutionStatus.SUCCEEDED, ExecutionStatus.FAILED)
     ):
         yield f"is pending, and its execution {execution.status}"

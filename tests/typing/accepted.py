@@ -16,11 +16,15 @@ from conductor_app import (
     ChildCancelled,
     ChildError,
     ChildFailed,
+    ChildHandle,
     ChildTimedOut,
     ConductorError,
     DurableTask,
+    EventHandle,
     ExecutionContext,
+    Handle,
     LeaseLost,
+    TimerHandle,
     api,
     durable_task,
 )
@@ -123,6 +127,21 @@ def fulfil(ctx: ExecutionContext, order_id: int) -> str:
     assert_type(ctx.atomic_step("atomic", save, 1, receipt=named["id"]), list[str])
     assert_type(ctx.step("lambda", lambda: {"a": 1}), dict[str, int])
     assert_type(ctx.map("map", charge, [{"order_id": 1}]), list[dict[str, int]])
+    quote = ctx.start("quote", charge, {"order_id": 1})
+    assert_type(quote, ChildHandle[dict[str, int]])
+    assert_type(quote.result(), dict[str, int])
+    assert_type(quote.peek(), bool)
+    answer, late = ctx.event("answer", "approved"), ctx.timer("late", dt.timedelta(days=3))
+    assert_type(answer, EventHandle)
+    assert_type(late, TimerHandle)
+    assert_type(ctx.first("quotes", quote, quote), tuple[Handle[dict[str, int]], dict[str, int]])
+    winner, value = ctx.first("decision", quote, answer, late, until="succeeded", losers="cancel")
+    if winner is late:
+        print(value)
+    for handle in ctx.as_completed("arrivals", quote):
+        assert_type(handle.result(), dict[str, int])
+    assert_type(ctx.gather(quote, ctx.start("refunded", refund), need=1), list[Any])
+    assert_type(ctx.map("some", charge, [{"order_id": 1}], max_failures=2), list[Any])
     assert_type(ctx.map("signatures", refund.s().set(queue="bulk"), [1, 2]), list[str])
     ctx.sleep("nap", 60)
     approval: dict[str, str] = ctx.wait_for("approval", "approved", timeout=dt.timedelta(days=3))

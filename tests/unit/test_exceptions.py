@@ -130,6 +130,7 @@ def test_only_errors_that_may_end_differently_are_retried() -> None:
         "ExecutionCancelled",
         "ExecutionFinished",
         "NewerFormat",
+        "NoneSucceeded",
         "OutcomeLost",
         "RetryRefused",
         "RenameRefused",

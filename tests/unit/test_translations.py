@@ -185,6 +185,12 @@ def situations() -> Iterator[Situation]:
             yield waiting(step(kind=kind, deadline_at=deadline))
             yield waiting(step(kind=kind, deadline_at=deadline, total=3, remaining=2, fails_fast=False))
     yield waiting(step(kind="map", max_parallel=2))
+    for kind in ("first", "as_completed"):
+        for most in (None, 2):
+            yield waiting(step(kind=kind, total=3, remaining=3, max_failures=most, counted=""))
+    yield waiting(step(kind="timer", deadline_at=ahead(18)), step(kind="message"))
+    for kind, counted in (("map", None), ("gather", "")):
+        yield waiting(step(kind=kind, total=3, remaining=2, max_failures=1, counted=counted))
     for name in ("REST", None):
         astray = {"woken_by": "CHARGE", "came_to": name, "fence": 2, "runs": 1}
         yield situation(execution("waiting", options=json.dumps({"astray": astray})))

@@ -83,6 +83,10 @@ def late_words(step: Step) -> str:
 
 def when_all_have_ended(step: Step) -> str:
     """Return when a step is decided that counts children."""
+    if step.max_failures is not None and step.counted is not None:
+        return _("once, when enough have succeeded or too many have failed")
+    if step.max_failures is not None:
+        return _("once, when all have finished or too many have failed")
     if step.fails_fast:
         return _("once, when all have finished or one has failed")
     return _("once, when all have finished")

@@ -77,18 +77,22 @@ def _open(execution: Execution, name: str, event: str, *, timeout: float | None)
     )
 
 
+#: The kinds of steps that an event settles.
+_EVENTS = (StepKind.EVENT, StepKind.MESSAGE)
+
+
 def awaiting(execution_id: uuid.UUID, event: str) -> Step | None:
     """Return the oldest pending step that waits for an event of this name, as of now."""
     pending = Step.objects.using(database()).filter(
-        execution_id=execution_id, kind=StepKind.EVENT, task=event, status=StepStatus.PENDING
+        execution_id=execution_id, kind__in=_EVENTS, task=event, status=StepStatus.PENDING
     )
-    return pending.order_by("id").only("id", "execution_id", "name").first()
+    return pending.order_by("id").only("id", "execution_id", "name", "kind", "group_id").first()
 
 
 def awaited_names(execution_ids: Iterable[uuid.UUID]) -> list[str]:
     """Return the names of the events for which executions wait."""
     pending = Step.objects.using(database()).filter(
-        execution_id__in=execution_ids, kind=StepKind.EVENT, status=StepStatus.PENDING
+        execution_id__in=execution_ids, kind__in=_EVENTS, status=StepStatus.PENDING
     )
     return list(pending.order_by("id").values_list("task", flat=True))
 
@@ -129,6 +133,9 @@ def send(execution_id: uuid.UUID, event: str, payload: str, key: str | None = No
             return is_mine
         step = awaiting(execution_id, event)
         with transaction.atomic(using=database()):
+            # What waits for it beside other things comes before it: if one of those has decided that, the event stays.
+            if step is not None and step.group_id is not None and not steps.lock_pending(step.group_id):
+                step = None
             # The step before the execution, as everywhere: somebody may just be deciding its timeout.
             if step is not None and not steps.settle(execution_id, step.name, StepStatus.SUCCEEDED, result=payload):
                 step = None
@@ -142,7 +149,7 @@ def send(execution_id: uuid.UUID, event: str, payload: str, key: str | None = No
                 transaction.set_rollback(True, using=database())
                 return None
             if step is not None:
-                waking.wake(execution_id)
+                waking.pass_on(step, execution_id, StepStatus.SUCCEEDED, error=None, root_id=None)
             is_mine = True
         return True
 

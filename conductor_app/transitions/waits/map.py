@@ -52,6 +52,7 @@ class Map(Wait):
     on_timeout: OnTimeout
     max_parallel: int | None
     fails_fast: bool
+    max_failures: int | None = None
 
     kind = StepKind.MAP
 
@@ -88,6 +89,7 @@ class Map(Wait):
             remaining=0,
             max_parallel=self.max_parallel,
             fails_fast=self.fails_fast,
+            max_failures=self.max_failures,
             timeout_seconds=self.timeout,
             on_timeout=self.on_timeout,
             finished_at=clock.now(),
@@ -120,6 +122,7 @@ def _suspend(timing: dict[str, Any]) -> Move:
         "remaining": given(Step, "total"),
         "max_parallel": given(Step, "max_parallel"),
         "fails_fast": given(Step, "fails_fast"),
+        "max_failures": given(Step, "max_failures"),
     }
     return Move(
         dataclasses.replace(parts.WAIT, returning=[("instant", NOW)]),
@@ -167,6 +170,7 @@ def _store_children(execution: Execution, wait: Map) -> None:
         total=len(children),
         max_parallel=wait.max_parallel,
         fails_fast=wait.fails_fast,
+        max_failures=wait.max_failures,
         **parts.opened(execution, wait.step, wait.payload_digest, wait.timeout, wait.on_timeout),
         **parts.published(dispatch.first_publication(execution.root_id)),
     )
@@ -212,6 +216,12 @@ class MapKind(ManyKind):
         """Count a child as ended; let a sibling go, or cancel those that need not start any more."""
         assert child.parent_id is not None
         _settle_map(child, child.parent_id, status, error=error)
+
+    def decided(self, step: Step, *, by: str | None) -> None:
+        """Cancel the children that need not start any more, if that was not known before the step was locked."""
+        del by
+        if step.max_failures is not None and step.status != StepStatus.SUCCEEDED:
+            waking.cancel_unstarted(steps.children_of(step.execution_id, step.name), _TOO_MANY_FAILED, skip=True)
 
     def cancel_late(self, step: Step) -> None:
         """Cancel the children that no run has started, and ask the others to stop."""
@@ -271,7 +281,9 @@ class MapKind(ManyKind):
             )
             what = _("%(children)s, at most %(limit)s at once.")
         then = [_("It resumes %(condition)s.") % {"condition": when_all_have_ended(step)}]
-        if step.fails_fast:
+        if step.max_failures is not None:
+            then.append(_("If more of them fail than it lets pass, ChildFailed is raised here."))
+        elif step.fails_fast:
             then.append(_("If one fails, ChildFailed is raised here, and the others are cancelled."))
         return Words(
             begun=_('step "%(step)s": %(total)s %(task)s queued, waits for them; no worker is held'),
@@ -287,12 +299,15 @@ class MapKind(ManyKind):
 
 KIND = MapKind()
 
+#: Why children of a map are cancelled that has let some failures pass.
+_TOO_MANY_FAILED = "too many of its siblings have failed"
+
 
 def _settle_map(child: Execution, parent_id: uuid.UUID, status: StepStatus, *, error: str | None) -> None:
     # Children before steps: the sibling that is let go, or those that are cancelled, may be changing just now, and
     # whoever changes one of them then asks for the step.
     counted = steps.of(parent_id, child.step)
-    if status != StepStatus.SUCCEEDED and counted.filter(status=StepStatus.PENDING, fails_fast=True).exists():
+    if status != StepStatus.SUCCEEDED and counted.filter(steps.TOO_MANY, status=StepStatus.PENDING).exists():
         with transaction.atomic(using=database()):
             waking.cancel_unstarted(steps.children_of(parent_id, child.step), f"its sibling {_name(child)} {status}")
             if not waking.count_down(counted, status, child_id=child.pk, error=error, root_id=child.root_id):

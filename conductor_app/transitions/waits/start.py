@@ -8,7 +8,6 @@ from django.db import IntegrityError, transaction
 from django.utils.translation import gettext as _
 
 from conductor_app.models import Execution, Step, database
-from conductor_app.models.execution import ExecutionQuerySet
 from conductor_app.states import StepKind, StepStatus
 from conductor_app.store.moves import Lock
 from conductor_app.store.slots import Given
@@ -16,6 +15,7 @@ from conductor_app.transitions import creating, dispatch, guards, parts, steps, 
 from conductor_app.transitions.kinds import Next, Walk, Words
 from conductor_app.transitions.waits.children import ChildKind, forgotten, late_words, reopen_child
 from conductor_app.transitions.waits.invoke import Invocation, opening, store_child
+from conductor_app.transitions.waits.members import children_of, pass_on
 
 _HELD = Lock("parent", Execution, parts.MAY_HAVE_CHILDREN)
 _START = {
@@ -66,10 +66,8 @@ class StartKind(ChildKind):
     suspends = False
 
     def pass_on(self, step: Step, status: StepStatus, *, error: str | None, root_id: uuid.UUID | None) -> None:
-        """Count down the gather that waits for it."""
-        if step.group_id is not None:
-            gather = Step.objects.using(database()).filter(pk=step.group_id)
-            waking.count_down(gather, status, child_id=step.child_id, error=error, root_id=root_id)
+        """Count down what waits for it."""
+        pass_on(step, status, error=error, root_id=root_id)
 
     def member_failed(
         self,
@@ -86,7 +84,8 @@ class StartKind(ChildKind):
         with transaction.atomic(using=database()):
             # Children before steps, as everywhere.
             reason = f"its sibling {name} {status}"
-            siblings = waking.cancel_unstarted(_members_beside(execution_id, name, gather), reason)
+            group = Step(pk=gather, execution_id=execution_id)
+            siblings = waking.cancel_unstarted(children_of(group, beside=name), reason)
             step = steps.settle(execution_id, name, status, error=error, only_overdue=only_overdue)
             if step is None:
                 transaction.set_rollback(True, using=database())
@@ -112,15 +111,6 @@ class StartKind(ChildKind):
             then=(),
             at_deadline=late_words(step),
         )
-
-
-def _members_beside(execution_id: uuid.UUID, name: str, gather: int) -> ExecutionQuerySet:
-    """Return the children of the undecided members of a gather, except the step ``name``."""
-    members = Step.objects.using(database()).filter(
-        execution_id=execution_id, group_id=gather, status=StepStatus.PENDING
-    )
-    keys = list(members.exclude(name=name).values_list("child_id", flat=True))
-    return Execution.objects.using(database()).filter(pk__in=[key for key in keys if key is not None])
 
 
 KIND = StartKind()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from conductor_app import ChildCancelled, ChildFailed, ChildTimedOut, EventTimedOut, ExecutionContext
+from conductor_app import ChildCancelled, ChildFailed, ChildTimedOut, EventTimedOut, ExecutionContext, NoneSucceeded
 from conductor_app.exceptions import (
     InvalidArgument,
     InvalidArgumentType,
@@ -619,3 +619,93 @@ class PlainTest(unittest.TestCase):
     def test_a_body_runs_in_a_plain_test_case(self) -> None:
         result = run(fulfil, {"order_id": 7}, {"validate": {"total": 42}, "charge": ChildTimedOut})
         assert result["status"] == "pending"
+
+
+# ------------------------------------------------------------------------------------- waits that some members decide
+
+
+def _three(ctx: ExecutionContext) -> list[Any]:
+    return [ctx.start(name, scenarios.echo, {"value": name}) for name in ("a", "b", "c")]
+
+
+def test_a_gather_takes_the_first_results_that_are_enough() -> None:
+    children = {"a": ValueError("no"), "b": 2, "c": 3}
+    assert once(lambda ctx: ctx.gather(*_three(ctx), need=1), children) == [2]
+    assert once(lambda ctx: ctx.gather(*_three(ctx), need=2), children) == [2, 3]
+    with pytest.raises(ChildFailed, match="no"):
+        once(lambda ctx: ctx.gather(*_three(ctx), need=3), children)
+
+
+def test_a_map_lets_failures_pass() -> None:
+    outcomes = {"n": [1, ValueError("two"), ValueError("three")]}
+
+    def body(ctx: ExecutionContext, most: int) -> list[str]:
+        return [str(each) for each in ctx.map("n", scenarios.echo, [1, 2, 3], max_failures=most)]
+
+    assert once(lambda ctx: body(ctx, 2), outcomes) == [
+        "1",
+        "Child execution failed: two",
+        "Child execution failed: three",
+    ]
+    with pytest.raises(ChildFailed, match="three"):
+        once(lambda ctx: body(ctx, 1), outcomes)
+
+
+def test_a_look_sees_that_a_child_has_ended_unless_the_test_says_that_it_has_not() -> None:
+    def body(ctx: ExecutionContext) -> list[Any]:
+        handle = ctx.start("a", scenarios.echo, {"value": 1})
+        return [handle.peek(), handle.peek(), handle.result()]
+
+    assert once(body, {"a": 5}) == [True, True, 5]
+    assert once(body, {"a": 5}, steps={"peek(a)": False}) == [False, True, 5]
+
+
+def _first(ctx: ExecutionContext, **options: Any) -> Any:
+    members = [*_three(ctx), ctx.event("answer", "yes"), ctx.timer("late", 60), ctx.timer("soon", 5)]
+    winner, value = ctx.first("decision", *members, **options)
+    return [winner.step, value]
+
+
+def test_the_first_argument_wins_of_those_that_the_test_decides() -> None:
+    assert once(_first, {"c": 3, "b": 2}) == ["b", 2]
+    assert once(_first, events={"yes": 7}) == ["answer", 7]
+    assert once(_first) == ["soon", None]
+    assert once(_first, {"b": 2}, steps={"decision": "late"}) == ["late", None]
+    assert once(_first, {"b": 2, "c": 3}, steps={"decision": lambda: "c"}) == ["c", 3]
+    with pytest.raises(BodyError, match="which the body does not wait for there"):
+        once(_first, steps={"decision": "nobody"})
+    with pytest.raises(ChildFailed, match="no"):
+        once(_first, {"a": ValueError("no"), "b": 2})
+    assert once(lambda ctx: _first(ctx, until="succeeded"), {"a": ValueError("no"), "b": 2}) == ["b", 2]
+
+
+def test_none_of_a_first_succeeds() -> None:
+    def body(ctx: ExecutionContext) -> Any:
+        return ctx.first("decision", *_three(ctx), until="succeeded")
+
+    with pytest.raises(NoneSucceeded, match="None of 3 has succeeded"):
+        once(body, {scenarios.echo: ValueError("no")})
+    with pytest.raises(BodyError, match="gives no outcome of any that decides it"):
+        once(body)
+
+
+def test_handles_come_in_the_order_that_the_test_gives() -> None:
+    def body(ctx: ExecutionContext) -> list[Any]:
+        handles = [*_three(ctx), ctx.event("answer", "yes")]
+        return [[handle.step, handle.result()] for handle in ctx.as_completed("arrivals", *handles)]
+
+    given: Any = {"children": {scenarios.echo: 1}, "events": {"yes": 2}}
+    assert once(body, **given) == [["a", 1], ["b", 1], ["c", 1], ["answer", 2]]
+    order = ["answer", "c", "b", "a"]
+    assert [step for step, _ in once(body, **given, steps={"arrivals": order})] == order
+    with pytest.raises(BodyError, match='waits for the event "yes" in step "answer"'):
+        once(body, {scenarios.echo: 1})
+
+
+def test_looks_at_events_and_timers() -> None:
+    def body(ctx: ExecutionContext) -> list[Any]:
+        answer, late = ctx.event("answer", "yes"), ctx.timer("late", 60)
+        return [answer.peek(), answer.peek(), late.peek(), late.peek(), late.result()]
+
+    says = {"peek(answer)": False, "peek(late,2)": True}
+    assert once(body, events={"yes": 1}, steps=says) == [False, True, False, True, None]
