@@ -88,6 +88,7 @@ def test_a_move_locks_a_table_it_has_locked_in_the_order_of_all_moves(name: str)
         [],  # something new alone
         ["Execution"],
         ["Execution", "Execution"],  # found, and then changed
+        ["Execution", "PublishedState"],  # a run, and what it tells: nobody locks that but behind the run's row
         ["Execution", "Step", "Step", "Execution", "Execution"],
     )
 
