@@ -109,7 +109,7 @@ def test_what_the_context_has_not_fails_at_once() -> None:
     assert failed_at_once(lambda ctx: ctx.invok("a", scenarios.echo)) == 'ctx has no "invok". Did you mean "invoke"?'
     Execution.objects.all().delete()
     message = failed_at_once(lambda ctx: ctx.x)
-    assert message.startswith('ctx has no "x". It has atomic_step, attempt, checkpoint, ')
+    assert message.startswith('ctx has no "x". It has as_completed, atomic_step, attempt, checkpoint, ')
     assert "flush" not in message
 
 
