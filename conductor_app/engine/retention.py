@@ -9,17 +9,13 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any
 
 from celery import current_app
 from django.db import DatabaseError
 
 from conductor_app.conf import conductor_settings
 from conductor_app.engine import pruner
-from conductor_app.models import Execution, database
 from conductor_app.states import ExecutionStatus
-from conductor_app.store import clock
-from conductor_app.store.ids import first_at
 from conductor_app.store.locks import RowsLocked
 from conductor_app.values.retention import Retention
 
@@ -31,9 +27,6 @@ LOOK_SECONDS = 3_600.0
 TURN_SECONDS = 0.2
 #: Trees that are deleted in one transaction.
 BATCH = 100
-#: Executions among which one query looks for them.
-PART = 2_000
-_DAY = dt.timedelta(days=1)
 
 #: Those that KEEP is about; KEEP_FAILED is about the others.
 _ENDED_WELL = (ExecutionStatus.SUCCEEDED.value, ExecutionStatus.CANCELLED.value)
@@ -97,38 +90,12 @@ class Deleting:
 def _batches() -> Iterator[int]:
     """Delete what is kept no longer, a batch at each step; yield how many executions went."""
     for (seconds, statuses), tasks in limits().items():
-        age = dt.timedelta(seconds=seconds)
-        roots = pruner.ended(age, statuses).filter(task__in=tasks)
-        latest = clock.read(database()) - age
-        for part in _parts(latest):
-            # Chosen here: by a condition, a database may take to an index that has all of a task, or all roots.
-            found = [
-                pk
-                for pk, parent, task, status, finished_at in part
-                if parent is None and task in tasks and status in statuses and finished_at < latest
-            ]
-            yield 0
-            for start in range(0, len(found), BATCH):
-                try:
-                    yield pruner.delete(roots, found[start : start + BATCH])
-                except RowsLocked:
-                    yield 0  # they are there at the next look, too
-
-
-def _parts(latest: dt.datetime) -> Iterator[list[tuple[Any, ...]]]:
-    """Yield each part of the table in which roots may be that ended before ``latest``: of each row what tells that.
-
-    No index serves the question which those are, and one would cost each end a write. An id begins with the instant of
-    its creation, so what is younger than that is not read. Ids that callers have chosen may begin with anything: those
-    of the future are read, and the others in time.
-    """
-    using = database()
-    each = Execution.objects.using(using).order_by("pk")
-    told = each.values_list("pk", "parent_id", "task", "status", "finished_at")
-    old = told.filter(pk__lt=first_at(latest))
-    chosen = told.filter(pk__gt=first_at(clock.read(using) + _DAY))  # machines' clocks differ
-    for rows in (old, chosen):
-        following = rows
-        while part := list(following[:PART]):
-            yield part
-            following = rows.filter(pk__gt=part[-1][0])
+        roots = pruner.ended(dt.timedelta(seconds=seconds), statuses).filter(task__in=tasks)
+        following = roots
+        while found := list(following.values_list("pk", flat=True)[:BATCH]):
+            try:
+                number = pruner.delete(roots, found)
+            except RowsLocked:
+                number = 0  # they are there at the next look, too
+            yield number
+            following = roots.filter(pk__gt=found[-1])

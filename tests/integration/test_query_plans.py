@@ -9,7 +9,7 @@ import pytest
 from django.db import connection, transaction
 
 from conductor_app import transitions
-from conductor_app.engine import retention, sweeper
+from conductor_app.engine import sweeper
 from conductor_app.metrics import DatabaseCollector
 from conductor_app.models import Event, Execution, FailedExecution, Step
 from conductor_app.telling import story
@@ -155,26 +155,6 @@ def test_it_reads_only_what_is_open(open_ids: dict[str, Any], act: Callable[[dic
         # Two indexes on the status count what each of them finds; more than that is not "what is open".
         read = max(node["Actual Rows"] + node.get("Rows Removed by Filter", 0) for node in nodes)
         assert read <= 2 * OPEN, f"{read} rows are read by {sql}"
-
-
-def test_a_look_for_what_is_kept_no_longer_reads_a_part_at_a_time(
-    open_ids: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(retention, "limits", lambda: {(86_400.0, ("succeeded",)): ["task"]})
-
-    def look(_ids: dict[str, Any]) -> None:
-        batches = retention._batches()
-        for _ in range(5):
-            assert next(batches) == 0
-
-    if connection.vendor == "sqlite":
-        assert _work_of_sqlite(look, open_ids) < 5 * retention.PART * 30, "A part is more than its rows"
-        return
-    for sql, plan in _plans_of_postgresql(look, open_ids):
-        nodes = list(_nodes(plan))
-        assert not [node for node in nodes if node["Node Type"] == "Seq Scan"], sql
-        read = max(node["Actual Rows"] + node.get("Rows Removed by Filter", 0) for node in nodes)
-        assert read <= retention.PART, f"{read} rows are read by {sql}"
 
 
 #: Tables that are empty here, so that PostgreSQL takes no index for them.
