@@ -31,7 +31,7 @@ def test_the_demo_holds_what_it_promises_also_on_what_an_interrupted_run_has_lef
     database = tmp_path / "demo.sqlite3"
     status, told = run(database, "--orders=5", "--deadline=1")
     assert (status, told["ok"], told["failure"]) == (1, False, "not done after 1 s")
-    status, told = run(database, "--orders=8", "--deadline=90")
+    status, told = run(database, "--orders=24", "--deadline=90")
     assert (status, told["failure"]) == (0, "")
     assert all(check["holds"] for check in told["checks"])
     assert told["crash"]["recovered_after_seconds"] > told["crash"]["killed_after_seconds"]

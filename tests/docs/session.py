@@ -22,6 +22,7 @@ from conductor_app.host import inline
 from conductor_app.store import clock
 from conductor_app.tasks import decorator
 from conductor_app.testing import Conductor
+from conductor_app.values.limits import Limit
 from project.celery import app
 from tests.docs.pages import Block
 
@@ -123,7 +124,10 @@ def matches(want: str, got: str, flags: int = _FLAGS) -> bool:
 
 @contextlib.contextmanager
 def session() -> Iterator[Session]:
-    """A session whose modules, tasks and receivers of Celery's signals are gone afterwards."""
+    """A session whose modules, tasks, limits and receivers of Celery's signals are gone afterwards."""
+    limits = dict(Limit._known)
+    # Pages and tests have limits of one name that differ.
+    Limit._known.clear()
     tasks, modules = set(app.tasks), set(sys.modules)
     names = [(known, dict(known)) for known in (decorator._defined_at, decorator._scheduled_at)]
     finalizers = set(_state._on_app_finalizers)
@@ -139,6 +143,8 @@ def session() -> Iterator[Session]:
         for known, before in names:
             known.clear()
             known.update(before)
+        Limit._known.clear()
+        Limit._known.update(limits)
         _state._on_app_finalizers.intersection_update(finalizers)
         for signal, known in receivers:
             signal.receivers[:] = known

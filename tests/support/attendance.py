@@ -44,9 +44,11 @@ def attends(
 
 
 def runs(worker: Worker | str, pid: int = 1, **fields: Any) -> Execution:
-    """An execution that a process of a worker runs."""
+    """An execution that a process of a worker runs, with a lease that a stalled machine does not let lapse."""
     key = worker.pk if isinstance(worker, Worker) else worker
-    return executions.claimed(executions.queued(**fields), owner=f"{key}/{pid}")
+    claimed = executions.claimed(executions.queued(**fields), owner=f"{key}/{pid}")
+    Execution.objects.filter(pk=claimed.pk).update(lease_expires_at=F("lease_expires_at") + dt.timedelta(hours=1))
+    return claimed
 
 
 def lapses(*found: Execution) -> None:
