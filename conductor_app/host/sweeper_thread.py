@@ -51,6 +51,9 @@ MAX_RETRY_SECONDS = 1.0
 #: At most this often, in seconds, a worker writes that it is there: with a sweep.
 ATTEND_SECONDS = 10.0
 
+#: So many seconds a fork waits for a sweep on SQLite; more than Django's and anybody's ``timeout`` lets it be busy.
+SQLITE_PATIENCE_SECONDS = 60.0
+
 #: A sweep for something that is due comes so many seconds after the one before it at the earliest.
 LOOK_SECONDS = 0.05
 
@@ -410,7 +413,10 @@ class SweeperThread(threading.Thread):
         if threading.current_thread() is self or not self.is_alive():
             return False
         self._no_fork.clear()
-        held = self._busy.acquire(timeout=1)
+        # A child that is forked while this thread is inside SQLite finds that locked for ever. SQLite comes back,
+        # however long others keep it busy; a server may be silent, and the child is only to let go of its socket.
+        is_sqlite = self._connection is not None and self._connection.vendor == "sqlite"
+        held = self._busy.acquire(timeout=SQLITE_PATIENCE_SECONDS if is_sqlite else 1)
         if held and self._connection is not None:
             self._connection.inc_thread_sharing()
             try:

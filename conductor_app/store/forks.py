@@ -116,6 +116,9 @@ def _forget_databases(inherited: Iterable[tuple[Any, Any]], nowhere: int) -> Non
                 continue  # shared with nobody: the child has a copy of it
             if connection.in_atomic_block:
                 _keep_for_ever(driver)  # closed, it would roll back the parent's transaction
+            elif connection._thread_ident != threading.get_ident():
+                # That thread may have been inside SQLite when this one forked, with its locks, which nobody frees here.
+                _keep_for_ever(driver)
             else:
                 # SQLite's notes of its locks are inherited, and the locks are not. This ends the notes.
                 with suppress(Exception):

@@ -5,19 +5,27 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import signal
+import subprocess
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import billiard
 import pytest
+from celery import current_app
 from django.db import ProgrammingError, connection, transaction
+from django.db.backends.sqlite3.base import DatabaseWrapper as SQLite
 from kombu import Connection, pools
 
 from conductor_app import ExecutionContext, transitions
 from conductor_app.exceptions import WrongThread
+from conductor_app.host.sweeper_thread import SweeperThread
 from conductor_app.models import Execution
 from conductor_app.store import forks
 from conductor_app.store.process import process
@@ -129,6 +137,79 @@ def test_the_connections_of_other_threads_are_known_before_a_fork() -> None:
             assert cursor.fetchone()[0] == 1
     finally:
         other.close()
+
+
+#: Holds a lock of a database until its input ends.
+HOLDER = """
+import sqlite3, sys
+sqlite3.connect(sys.argv[1], isolation_level=None).execute("BEGIN EXCLUSIVE")
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_fork_while_another_thread_waits_inside_sqlite_is_not_stuck(tmp_path: Path) -> None:
+    """What that thread has locked inside the library stays locked in the child."""
+    path = str(tmp_path / "other.sqlite3")
+    is_about_to_wait = threading.Event()
+
+    def wait() -> None:
+        waiter = SQLite({**connection.settings_dict, "NAME": path, "OPTIONS": {"timeout": 60}}, "waiter")
+        with waiter.cursor() as cursor:
+            is_about_to_wait.set()
+            cursor.execute("BEGIN IMMEDIATE")
+            cursor.execute("ROLLBACK")
+        waiter.close()
+
+    # Another process, so that none of ours but the waiting thread knows of the file.
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        thread = threading.Thread(target=wait)
+        thread.start()
+        assert is_about_to_wait.wait(30)
+        # It is inside nearly all the time.
+        for _ in range(10):
+            if not (pid := os.fork()):
+                os._exit(0)
+            assert ended(pid), "the child is stuck"
+        holder.stdin.close()
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def ended(pid: int, seconds: float = 20) -> bool:
+    """Tell whether a child process ends in time; it is killed if it does not."""
+    end = time.monotonic() + seconds
+    while os.waitpid(pid, os.WNOHANG) == (0, 0):
+        if time.monotonic() > end:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return False
+        time.sleep(0.01)
+    return True
+
+
+@pytest.mark.skipif(
+    connection.vendor != "sqlite", reason="a server may be silent; its sockets are taken from the child"
+)
+def test_a_fork_waits_for_a_sweep_on_sqlite() -> None:
+    thread = SweeperThread(SimpleNamespace(app=current_app), SimpleNamespace())
+    thread._connection = connection  # as its first tick would set it
+    thread.is_alive = lambda: True  # type: ignore[method-assign]
+    thread._busy.acquire()
+    release = threading.Timer(1.5, thread._busy.release)
+    release.start()
+    inherited = connection.connection
+    try:
+        assert thread.before_fork(), "it has not waited"
+        thread.after_fork_in_parent(True)
+    finally:
+        release.join()
+    assert connection.connection is None or connection.connection is inherited
 
 
 @pytest.fixture
