@@ -74,7 +74,9 @@ def test_a_slow_child_is_cancelled_and_its_parent_retried(
     page.get_by_label("Reason").fill("the packer is ill")
     page.get_by_role("button", name="Yes, cancel").click()
     page.wait_for_url(f"**/{child.pk}/change/**")
-    assert "to be cancelled: its body stops" in page.inner_text("body")
+    body = page.inner_text("body")
+    # On a slow machine the body has stopped by now.
+    assert "to be cancelled: its body stops" in body or "The execution is cancelled." in body
 
     # The parent fails, whoever else goes on.
     wait_for(order.id, "failed")
