@@ -172,23 +172,18 @@ def _run_claimed(started: Run) -> Any:
             check_keys(started.task, started.execution)
         except Exception as error:  # noqa: BLE001 - a user's function names keys, too
             end_attempt(started, error)
-    # A first run has nothing to remember, so it does not ask; except that of a fork.
-    is_empty = execution.fence == 1 and not execution.is_fork
-    known: dict[str, steps.Memory] | None = None
+    recall = _recall_first
     waited_for: str | None = None
     teller = Teller()
-    is_first = True
     while True:
         if gives_way():
             release(started)
         try:
-            if is_first:
-                known = {} if is_empty else _known(execution)
-            memory = _recall(execution) if known is None else known
+            memory = recall(execution)
         except NewerFormat as error:  # a kind of step that this version does not know
             leave_to_newer(started, error)
             end_attempt(started, error)
-        known, is_first = None, False
+        recall = _recall
         woken_by = waited_for or steps.woken_by(execution, memory)
         context = ExecutionContext(
             execution,
@@ -219,6 +214,15 @@ def _known(execution: Execution) -> dict[str, steps.Memory] | None:
         return steps.memory_of(rows)
     delivery = hand_off.delivery_of(execution.pk)
     return None if delivery is None else delivery.recall(execution)
+
+
+def _recall_first(execution: Execution) -> dict[str, steps.Memory]:
+    """Return what an execution remembers when its run begins."""
+    # A first run has nothing to remember, so it does not ask; except that of a fork.
+    if execution.fence == 1 and not execution.is_fork:
+        return {}
+    known = _known(execution)
+    return _recall(execution) if known is None else known
 
 
 def _recall(execution: Execution) -> dict[str, steps.Memory]:

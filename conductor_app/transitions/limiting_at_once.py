@@ -37,7 +37,7 @@ _OPEN = ", ".join(f"'{status.value}'" for status in sorted(OPEN_STATUSES))
 _TOLD_FIELDS = tuple(name for name in claiming.CLAIM_FIELDS if name != "payload")
 #: So exactly is it kept when a key was used last: the column is in an index, which a write of another value updates.
 _USED_EXACTLY = "INTERVAL '15 minutes'"
-_NEVER = "'9000-01-01 00:00:00+00'::timestamptz"
+_NEVER = f"'{clock.NEVER.isoformat()}'::timestamptz"
 
 
 class Claimed(NamedTuple):

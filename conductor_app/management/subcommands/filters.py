@@ -29,8 +29,6 @@ from conductor_app.values.tags import parse_tag
 #: Options that say which executions are meant. ``--root-only`` and ``--limit`` only narrow what these choose.
 CHOOSING = ("status", "task", "queue", "worker", "since", "until", "key", "unique", "tag", "held")
 NARROWING = ("root_only", "limit")
-#: Only a running execution has a worker: its row names whoever holds the lease.
-WITH_WORKER = frozenset({ExecutionStatus.RUNNING})
 #: The years of an instant that is no slip.
 _YEARS = range(1970, 9_999)
 
